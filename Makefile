@@ -1,0 +1,140 @@
+# `make` alone prints what there is to do. Needs GNU make, bash, cargo, a C compiler and python3 with pip.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+ROOT := $(abspath $(dir $(lastword $(MAKEFILE_LIST))))
+TOOLS := $(ROOT)/.tools
+
+# ONNX Runtime is loaded at run time. This is the one place that names its version: the newest one
+# that also exists as a GPU build.
+ORT_VERSION := 1.31.1
+ORT_LIBRARY := $(TOOLS)/onnxruntime/libonnxruntime.so.$(ORT_VERSION)
+ORT_LINK := $(TOOLS)/onnxruntime/libonnxruntime.so
+ORT_PLATFORM_x86_64 := manylinux_2_28_x86_64
+ORT_SHA256_x86_64 := 5752bd508126ae7c49894d3b9d2e83f0c3d487319246d04c444b393308d7ad7f
+ORT_PLATFORM_aarch64 := manylinux_2_28_aarch64
+ORT_SHA256_aarch64 := da05378364c44d4407e463982d2bf8d5e4cfea873283757e48beeb41df97b7f3
+HOST := $(shell uname -s)-$(shell uname -m)
+ORT_PLATFORM := $(ORT_PLATFORM_$(patsubst Linux-%,%,$(HOST)))
+ORT_SHA256 := $(ORT_SHA256_$(patsubst Linux-%,%,$(HOST)))
+
+# A library of one's own (ORT_DYLIB_PATH=/path/libonnxruntime.so make test) replaces the fetched one.
+# Absolute, because a relative path would be looked up beside the executable first.
+ORT_DYLIB_PATH ?= $(ORT_LINK)
+override ORT_DYLIB_PATH := $(abspath $(ORT_DYLIB_PATH))
+export ORT_DYLIB_PATH
+
+# The test tools that `make test-tools` installs come first; the tests look them up on PATH.
+export PATH := $(TOOLS)/bin:$(PATH)
+
+.PHONY: help
+help: ## Print this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: prerequisites tools ## Build the server, start it, and watch text come out of noise.
+	cargo build --release --locked --package denoised --bin denoised
+	deploy/demo.sh "$${CARGO_TARGET_DIR:-target}/release/denoised"
+
+.PHONY: test
+test: prerequisites tools test-tools chart-test check lint doc ## Everything that must pass: chart, licences, format, lints, docs, all tests.
+	cargo test --workspace --locked
+
+.PHONY: lint
+lint: prerequisites lint-proto ## Check the format and run clippy on all targets, warnings as errors.
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+.PHONY: lint-proto
+lint-proto: ## Lint the protos with buf (skipped by name without it).
+	@if ! command -v buf >/dev/null; then
+		echo "make lint-proto: SKIPPED: buf is missing (make test-tools)" >&2
+		exit 0
+	fi
+	buf lint proto
+
+.PHONY: doc
+doc: prerequisites ## Build the API documentation, warnings as errors.
+	RUSTDOCFLAGS="$${RUSTDOCFLAGS:-} -D warnings" cargo doc --workspace --no-deps --locked
+
+.PHONY: chart-test
+chart-test: ## Lint, render and validate the Helm chart (skipped by name where a tool is missing).
+	@deploy/test-chart.sh
+
+.PHONY: check
+check: prerequisites ## Check licences and sources of all dependencies (skipped by name without cargo-deny).
+	@if ! cargo deny --version >/dev/null 2>&1; then
+		echo "make check: SKIPPED: cargo-deny is missing (make test-tools, or cargo install --locked cargo-deny)" >&2
+		exit 0
+	fi
+	cargo deny --locked --workspace check bans licenses sources
+
+.PHONY: tools
+tools: $(if $(filter $(ORT_LINK),$(ORT_DYLIB_PATH)),$(ORT_LIBRARY)) ## Fetch ONNX Runtime into .tools (skipped when ORT_DYLIB_PATH is set).
+	@if [[ ! -f "$$ORT_DYLIB_PATH" ]]; then
+		echo "make tools: ORT_DYLIB_PATH names no file: $$ORT_DYLIB_PATH" >&2
+		exit 1
+	fi
+
+# Unpacked beside its destination and moved there whole: an interrupted fetch leaves nothing behind
+# that a later run would take for the library.
+$(ORT_LIBRARY):
+	@if [[ -z "$(ORT_PLATFORM)" ]]; then
+		echo "make tools: no ONNX Runtime is pinned for $(HOST); set ORT_DYLIB_PATH to a libonnxruntime of version $(ORT_VERSION)" >&2
+		exit 1
+	fi
+	if ! python3 -m pip --version >/dev/null 2>&1; then
+		echo "make tools: python3 with pip is needed to fetch ONNX Runtime (Debian: apt-get install python3-pip), or set ORT_DYLIB_PATH" >&2
+		exit 1
+	fi
+	echo "fetching ONNX Runtime $(ORT_VERSION) for $(ORT_PLATFORM)"
+	mkdir -p "$(TOOLS)"
+	work=$$(mktemp -d "$(TOOLS)/onnxruntime.XXXXXX")
+	trap 'rm -rf "$$work"' EXIT
+	python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--platform $(ORT_PLATFORM) --python-version 3.11 --implementation cp \
+		--dest "$$work" onnxruntime==$(ORT_VERSION)
+	wheel=$$(echo "$$work"/onnxruntime-*.whl)
+	if ! echo "$(ORT_SHA256)  $$wheel" | sha256sum --check --quiet; then
+		echo "make tools: the fetched wheel is not the pinned one (sha256 $(ORT_SHA256)); nothing was installed" >&2
+		exit 1
+	fi
+	python3 -m zipfile -e "$$wheel" "$$work/wheel"
+	mkdir "$$work/onnxruntime"
+	mv "$$work"/wheel/onnxruntime/{capi/libonnxruntime.so.$(ORT_VERSION),LICENSE,ThirdPartyNotices.txt} "$$work/onnxruntime/"
+	ln -s libonnxruntime.so.$(ORT_VERSION) "$$work/onnxruntime/libonnxruntime.so"
+	rm -rf "$(TOOLS)/onnxruntime"
+	mv -T "$$work/onnxruntime" "$(TOOLS)/onnxruntime"
+
+.PHONY: test-tools
+test-tools: ## Install what some tests need (grpcurl, helm, ...) into .tools; what cannot be had is named.
+	@tests/tools/install.sh "$(TOOLS)"
+
+.PHONY: train-demo
+train-demo: prerequisites ## Train the demo model again, from the text to the bundle (an hour or two on a CPU).
+	training/demo/corpus.sh .corpus/world-english
+	cargo build --release --locked --package training --bin training
+	training="$${CARGO_TARGET_DIR:-target}/release/training"
+	corpus=(--validation-fraction 0.05 --seed 1 .corpus/world-english/*.txt)
+	"$$training" tokenizer --vocab-size 2048 --out .corpus/tokenizer.json "$${corpus[@]}"
+	"$$training" prepare --tokenizer .corpus/tokenizer.json --out .corpus "$${corpus[@]}"
+	"$$training" fit training/configs/demo.toml
+	"$$training" evaluate training/configs/demo.toml
+	"$$training" export training/configs/demo.toml --name world-english --out training/demo/world-english/1
+
+.PHONY: clean
+clean: ## Remove the build's output and the fetched tools (training runs stay).
+	cargo clean
+	rm -rf "$(TOOLS)"
+
+.PHONY: prerequisites
+prerequisites:
+	@missing() { echo "make: $$1 is missing; $$2" >&2; exit 1; }
+	command -v cargo >/dev/null || missing cargo "install Rust 1.95 or later (rustup.rs)"
+	command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null \
+		|| missing "a C compiler" "Debian: apt-get install build-essential"

@@ -1,0 +1,192 @@
+//! `manifest.json`: everything the server must know about a network that the network cannot tell.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::diffusion::{Graph, GraphKind, Schedule, Token};
+
+/// The format this program writes and reads.
+pub const FORMAT: u32 = 1;
+/// Bounds that keep a malformed manifest from asking for absurd allocations.
+const MOST_STATES: usize = 1 << 22;
+const MOST_LENGTH: usize = 1 << 20;
+
+/// What the network's output means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Parameterization {
+    /// `log_score[y] = ln p_t(y) / p_t(x)`, as SEDD trains it.
+    Score,
+    /// `log_score[y] = ln p(x0 = y | x)`, as MDLM and RADD train it; absorbing graphs only.
+    Mean,
+}
+
+/// A bundle's manifest. Unknown keys are ignored, unknown values refused.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Name of the model, `[a-z0-9._-]`, starting with a letter or digit.
+    pub name: String,
+    /// The noise process.
+    pub graph: GraphKind,
+    /// The noise schedule the network was trained with.
+    pub schedule: Schedule,
+    /// What the network's output means.
+    pub parameterization: Parameterization,
+    /// Whether `-ln(e^sigma - 1) - ln(vocab_size - 1)` is to be added to the network's output.
+    #[serde(default)]
+    pub sigma_offset: bool,
+    /// Number of states V, the mask included.
+    pub vocab_size: usize,
+    /// The mask, on absorbing graphs: `vocab_size - 1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask_token: Option<Token>,
+    /// The token that ends a document; text after it is not part of an answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_of_document: Option<Token>,
+    /// Longest canvas, in tokens.
+    pub max_length: usize,
+    /// Whether the network takes `sigma`.
+    pub time_conditioned: bool,
+    /// The network comes in two parts; not served yet, so `true` is refused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub two_stage: bool,
+    /// sha256 of every file of the bundle but this one, in lower-case hexadecimal.
+    pub sha256: BTreeMap<String, String>,
+    /// What trained the network, on what, and how well: for people.
+    #[serde(default)]
+    pub provenance: serde_json::Value,
+}
+
+impl Manifest {
+    /// Reads and checks a manifest; the error says what is wrong.
+    pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
+        let manifest: Self = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// Says what is wrong with the values, if anything is.
+    pub fn check(&self) -> Result<(), String> {
+        let wrong = |message: String| -> Result<(), String> { Err(message) };
+        if self.format != FORMAT {
+            return wrong(format!("format is {}, this program reads {FORMAT}", self.format));
+        }
+        if !is_name(&self.name) {
+            return wrong(format!("name {:?} must be of a-z, 0-9, '.', '_' and '-'", self.name));
+        }
+        self.schedule.check()?;
+        if !(2..=MOST_STATES).contains(&self.vocab_size) {
+            return wrong(format!("vocab_size is {}, allowed are 2 to {MOST_STATES}", self.vocab_size));
+        }
+        if !(1..=MOST_LENGTH).contains(&self.max_length) {
+            return wrong(format!("max_length is {}, allowed are 1 to {MOST_LENGTH}", self.max_length));
+        }
+        if self.mask_token != self.graph().mask() {
+            return wrong(format!(
+                "mask_token is {:?}, an {:?} graph over {} states has {:?}",
+                self.mask_token,
+                self.graph,
+                self.vocab_size,
+                self.graph().mask()
+            ));
+        }
+        if self.end_of_document.is_some_and(|token| token as usize >= self.vocab_size) {
+            return wrong("end_of_document must be below vocab_size".to_owned());
+        }
+        if self.graph == GraphKind::Uniform && self.parameterization == Parameterization::Mean {
+            return wrong("parameterization \"mean\" needs an absorbing graph".to_owned());
+        }
+        if self.graph == GraphKind::Uniform && self.sigma_offset {
+            return wrong("sigma_offset needs an absorbing graph".to_owned());
+        }
+        if self.parameterization == Parameterization::Mean && self.sigma_offset {
+            return wrong("sigma_offset belongs to parameterization \"score\"".to_owned());
+        }
+        if self.two_stage {
+            return wrong("two_stage networks are not served by this version".to_owned());
+        }
+        if !self.sha256.contains_key(super::MODEL) {
+            return wrong(format!("sha256 does not list {}", super::MODEL));
+        }
+        match self.sha256.keys().find(|file| !is_file_name(file)) {
+            Some(file) => wrong(format!("sha256 lists {file:?}, which is not a plain file name")),
+            None => Ok(()),
+        }
+    }
+
+    /// The noise process over this vocabulary.
+    pub fn graph(&self) -> Graph {
+        Graph::new(self.graph, self.vocab_size)
+    }
+}
+
+/// Whether `name` can name a model: safe in paths, URLs and metrics.
+pub fn is_name(name: &str) -> bool {
+    name.len() <= 128
+        && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c))
+}
+
+/// A name without directories, so that no entry can point out of its bundle.
+fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0', ':']) && name != super::MANIFEST
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+pub(super) mod tests {
+    use super::*;
+
+    pub(in crate::bundle) fn tiny() -> Manifest {
+        Manifest {
+            format: FORMAT,
+            name: "tiny".to_owned(),
+            graph: GraphKind::Absorbing,
+            schedule: Schedule::LogLinear { eps: 1e-3 },
+            parameterization: Parameterization::Score,
+            sigma_offset: true,
+            vocab_size: 9,
+            mask_token: Some(8),
+            end_of_document: None,
+            max_length: 16,
+            time_conditioned: true,
+            two_stage: false,
+            sha256: BTreeMap::from([(super::super::MODEL.to_owned(), String::new())]),
+            provenance: serde_json::Value::Null,
+        }
+    }
+
+    #[test]
+    fn round_trip_and_unknown_keys() {
+        let mut json = serde_json::to_value(tiny()).unwrap();
+        json["a_key_of_tomorrow"] = 1.into();
+        assert_eq!(Manifest::from_json(json.to_string().as_bytes()).unwrap(), tiny());
+    }
+
+    #[test]
+    fn unknown_and_impossible_values_are_refused() {
+        for (key, value, names) in [
+            ("format", serde_json::json!(2), "format"),
+            ("graph", "cyclic".into(), "cyclic"),
+            ("parameterization", "epsilon".into(), "epsilon"),
+            ("schedule", serde_json::json!({"type": "cosine"}), "cosine"),
+            ("schedule", serde_json::json!({"type": "loglinear", "eps": 2.0}), "eps"),
+            ("name", "../up".into(), "name"),
+            ("vocab_size", 1.into(), "vocab_size"),
+            ("max_length", 0.into(), "max_length"),
+            ("mask_token", 3.into(), "mask_token"),
+            ("end_of_document", 9.into(), "end_of_document"),
+            ("two_stage", true.into(), "two_stage"),
+            ("sha256", serde_json::json!({}), "model.onnx"),
+            ("sha256", serde_json::json!({"model.onnx": "", "../../etc/passwd": ""}), "plain file name"),
+        ] {
+            let mut json = serde_json::to_value(tiny()).unwrap();
+            json[key] = value;
+            let error = Manifest::from_json(json.to_string().as_bytes()).unwrap_err();
+            assert!(error.contains(names), "{key}: {error}");
+        }
+    }
+}

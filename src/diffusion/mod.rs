@@ -1,0 +1,23 @@
+//! The mathematics of score-based discrete diffusion (SEDD, arXiv 2310.16834), and nothing else.
+//!
+//! Everything here is a pure function in f64: no async, no I/O, no ONNX, no gRPC. Data flows from
+//! [`graph`] (the noise process) and [`schedule`] (how much noise at time t) to [`sampler`] (what one
+//! reverse step does to one token), whose random choices come from [`draw`]. [`score_entropy`] holds
+//! the losses; its scalar versions are the oracle for the tensor versions of the training crate.
+
+pub mod draw;
+pub mod graph;
+pub mod sampler;
+pub mod schedule;
+pub mod score_entropy;
+
+pub use draw::Draws;
+pub use graph::{Graph, GraphKind};
+pub use sampler::{RowLaw, SamplerKind, TokenChoice};
+pub use schedule::{Schedule, sigma_offset};
+
+/// A token id in `0..vocab`. The mask of an absorbing graph is the last id.
+pub type Token = u32;
+
+#[cfg(test)]
+mod reference_test;

@@ -1,0 +1,21 @@
+//! The Euler sampler, or tau-leaping (SEDD section 4.2, eq. 17).
+//!
+//! One explicit Euler step of the reverse process: identity plus `dt * rate(t) * reverse rate`.
+
+use super::{RowLaw, Sampler};
+use crate::diffusion::{Graph, GraphKind, Schedule};
+
+/// See the module.
+#[derive(Clone, Copy, Debug)]
+pub struct Euler;
+
+impl Sampler for Euler {
+    fn step(&self, graph: &Graph, schedule: &Schedule, t: f64, dt: f64) -> RowLaw {
+        let rate = dt * schedule.rate(t);
+        let gain = match graph.kind() {
+            GraphKind::Absorbing => rate,
+            GraphKind::Uniform => rate / graph.states() as f64,
+        };
+        RowLaw { gain, spread: 0.0, stay: 1.0, stay_slope: gain }
+    }
+}

@@ -1,0 +1,123 @@
+//! What one reverse step does to one token.
+//!
+//! Every sampler here reduces to the same affine row law ([`RowLaw`]): the weight of moving to `y` is
+//! `gain * s_y - spread * (1 + S)` and the weight of staying `stay - stay_slope * S`, with `S` the sum of
+//! the scores over `y != x` (the score at `x` itself is 1). A sampler only computes those four numbers from the noise on both sides of the
+//! step; [`row::draw`] turns a row of log-scores into a token.
+//!
+//! To add a sampler: a file with a type that implements [`Sampler`], an arm in [`SamplerKind`], one in
+//! the proto enum.
+
+mod euler;
+pub mod row;
+mod tweedie;
+
+pub use euler::Euler;
+pub use row::TokenChoice;
+pub use tweedie::Tweedie;
+
+use super::{Graph, GraphKind, Schedule};
+
+/// The end of the time grid: what noise is left there is removed by one denoising step.
+pub const FINAL_TIME: f64 = 1e-5;
+
+/// The law of one token in one step, as an affine function of its scores.
+///
+/// Weights are not normalised; negative ones count as zero.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowLaw {
+    /// Weight of moving to `y` per unit of `s_y`.
+    pub gain: f64,
+    /// What every `y` loses per unit of the whole score sum `1 + S`.
+    pub spread: f64,
+    /// Weight of staying, at `S = 0`.
+    pub stay: f64,
+    /// What staying loses per unit of the score sum `S`.
+    pub stay_slope: f64,
+}
+
+impl RowLaw {
+    /// Weight of moving to a token with score `s`, where all scores `y != x` sum to `total`.
+    pub fn move_weight(&self, s: f64, total: f64) -> f64 {
+        self.gain * s - self.spread * (1.0 + total)
+    }
+
+    /// Weight of staying, where all scores `y != x` sum to `total`.
+    pub fn stay_weight(&self, total: f64) -> f64 {
+        self.stay - self.stay_slope * total
+    }
+}
+
+/// A discretisation of the reverse process.
+pub trait Sampler {
+    /// The law of the step from time `t` to `t - dt`, for tokens that can still move.
+    fn step(&self, graph: &Graph, schedule: &Schedule, t: f64, dt: f64) -> RowLaw;
+
+    /// The law of the final denoising step from `t` to no noise at all.
+    ///
+    /// Tweedie's step over the whole remaining noise; on absorbing graphs staying masked is excluded.
+    fn denoise(&self, graph: &Graph, schedule: &Schedule, t: f64) -> RowLaw {
+        let law = tweedie::law(graph, schedule.total_noise(t));
+        match graph.kind() {
+            GraphKind::Absorbing => RowLaw { stay: 0.0, stay_slope: 0.0, ..law },
+            GraphKind::Uniform => law,
+        }
+    }
+}
+
+/// The samplers by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SamplerKind {
+    /// The paper's "analytic" sampler.
+    #[default]
+    Tweedie,
+    /// Tau-leaping.
+    Euler,
+}
+
+impl SamplerKind {
+    /// The implementation behind the name.
+    pub fn sampler(self) -> &'static dyn Sampler {
+        match self {
+            Self::Tweedie => &Tweedie,
+            Self::Euler => &Euler,
+        }
+    }
+}
+
+/// The time grid of a generation with `steps` steps: `steps + 1` even points from 1 to [`FINAL_TIME`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeGrid {
+    /// Number of steps before the final denoising; at least 1.
+    pub steps: u32,
+}
+
+impl TimeGrid {
+    /// Length of one step.
+    pub fn dt(&self) -> f64 {
+        (1.0 - FINAL_TIME) / f64::from(self.steps)
+    }
+
+    /// The time at which evaluation `step` of `0..=steps` takes place.
+    pub fn time(&self, step: u32) -> f64 {
+        if step >= self.steps { FINAL_TIME } else { 1.0 - f64::from(step) * self.dt() }
+    }
+
+    /// Evaluations of a whole generation: the steps and the final denoising.
+    pub fn evaluations(&self) -> u32 {
+        self.steps + 1
+    }
+
+    /// The law of evaluation `step` of `0..=steps`.
+    pub fn law(&self, sampler: &dyn Sampler, graph: &Graph, schedule: &Schedule, step: u32) -> RowLaw {
+        let t = self.time(step);
+        if step >= self.steps {
+            sampler.denoise(graph, schedule, t)
+        } else {
+            sampler.step(graph, schedule, t, self.dt())
+        }
+    }
+}
+
+#[cfg(test)]
+mod law_test;

@@ -1,0 +1,106 @@
+//! What the outside sees of a canvas.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::canvas::Canvas;
+use crate::diffusion::Token;
+
+/// The newest state of a canvas.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// Token ids, masks included.
+    pub tokens: Arc<[Token]>,
+    /// Which positions never change.
+    pub clamped: Arc<[bool]>,
+    /// Steps taken.
+    pub step: u32,
+    /// Steps until done.
+    pub total: u32,
+    /// Time, from 1 down to 0.
+    pub t: f64,
+    /// Total noise.
+    pub sigma: f64,
+    /// Network evaluations spent.
+    pub nfe: u32,
+    /// Positions that are masked.
+    pub masked: u32,
+    /// Whether there is more to come.
+    pub phase: Phase,
+}
+
+/// Whether there is more to come.
+#[derive(Clone, Debug)]
+pub enum Phase {
+    /// Yes.
+    Running,
+    /// No: the canvas is finished.
+    Done(Arc<Outcome>),
+    /// No: the canvas was ended.
+    Failed(Failure),
+}
+
+/// What only a finished canvas has.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// For every position, the number of steps after which it held its token for good.
+    pub committed_at: Vec<u32>,
+    /// Seed of all random choices.
+    pub seed: u64,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
+/// Where the time of a canvas went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timings {
+    /// Waiting for a worker.
+    pub queue: Duration,
+    /// In the network, for whole batches.
+    pub network: Duration,
+    /// Drawing tokens, for whole batches.
+    pub sampling: Duration,
+    /// From admission to the last step.
+    pub total: Duration,
+}
+
+/// Why a canvas was ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// `Cancel` was called.
+    #[error("the request was cancelled")]
+    Cancelled,
+    /// The server shut down before the canvas was finished.
+    #[error("the server shut down before the canvas was finished")]
+    ShutDown,
+    /// The worker failed, again and again; the log has the details under the request's id.
+    #[error("the network failed; the server's log has the details under request id {request}")]
+    Worker {
+        /// The request's id.
+        request: String,
+    },
+}
+
+impl State {
+    /// The state of a canvas between two steps.
+    pub(super) fn running(canvas: &Canvas) -> Self {
+        Self {
+            tokens: canvas.tokens().into(),
+            clamped: Arc::clone(canvas.clamped()),
+            step: canvas.step(),
+            total: canvas.total(),
+            t: canvas.time(),
+            sigma: canvas.sigma(),
+            nfe: canvas.nfe(),
+            masked: canvas.masked() as u32,
+            phase: Phase::Running,
+        }
+    }
+
+    /// The state of a finished canvas.
+    pub(super) fn done(canvas: &Canvas, timings: Timings) -> Self {
+        let committed_at = canvas.committed_at().to_vec();
+        let phase = Phase::Done(Arc::new(Outcome { committed_at, seed: canvas.seed(), timings }));
+        Self { phase, ..Self::running(canvas) }
+    }
+}

