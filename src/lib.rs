@@ -7,3 +7,11 @@ pub mod network;
 pub mod proto;
 #[cfg(feature = "serve")]
 pub mod engine;
+#[cfg(feature = "serve")]
+pub mod config;
+#[cfg(feature = "serve")]
+pub mod telemetry;
+#[cfg(feature = "serve")]
+pub mod server;
+#[cfg(feature = "serve")]
+pub mod cli;

@@ -1,2 +1,5 @@
-//! x
-fn main(){}
+//! The `denoised` binary; see the library's `cli`.
+
+fn main() -> std::process::ExitCode {
+    denoised::cli::main()
+}

@@ -1,2 +1,18 @@
-//! x
-fn main(){}
+//! What a user of the service sees, over real sockets: one file a promise.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::wildcard_enum_match_arm,
+    reason = "tests"
+)]
+
+mod binary;
+mod cancelling;
+mod determinism;
+mod errors;
+mod foreign_client;
+mod frames;
+mod infill;
+mod network;
+mod support;

@@ -1,0 +1,87 @@
+//! A channel to the server that was given, or to one started within this process.
+
+use clap::Args;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::transport::{Channel, Endpoint};
+
+use super::Failed;
+use crate::config::{Config, LogConfig};
+use crate::server::{ServeError, Server};
+use crate::telemetry;
+
+/// Where the server is.
+#[derive(Debug, Args)]
+pub(super) struct Target {
+    /// URL of a running server, such as http://127.0.0.1:50051. Without, one is started for this command.
+    #[arg(long, value_name = "URL", env = "DENOISED_SERVER")]
+    server: Option<String>,
+    /// Folder of <model>/<version> bundles for the server that this command starts.
+    #[arg(long, value_name = "DIR", conflicts_with = "server")]
+    repository: Option<String>,
+}
+
+/// A connection, and the server behind it if it is ours.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) channel: Channel,
+    own: Option<Own>,
+}
+
+#[derive(Debug)]
+struct Own {
+    stop: oneshot::Sender<()>,
+    serving: JoinHandle<Result<(), ServeError>>,
+}
+
+impl Target {
+    pub(super) async fn connect(&self) -> Result<Connection, Failed> {
+        let (url, own) = match &self.server {
+            Some(url) => (url.clone(), None),
+            None => {
+                let (url, own) = self.start().await?;
+                (url, Some(own))
+            }
+        };
+        let endpoint = Endpoint::from_shared(url.clone()).map_err(|e| Failed::usage(format!("--server {url}: {e}")))?;
+        let channel = endpoint
+            .connect()
+            .await
+            .map_err(|e| Failed::unavailable(format!("no server answers at {url}: {}", root_cause(&e))))?;
+        Ok(Connection { channel, own })
+    }
+
+    async fn start(&self) -> Result<(String, Own), Failed> {
+        let mut flags = vec![("server.listen", "127.0.0.1:0".to_owned()), ("server.drain_grace_seconds", "0".to_owned())];
+        flags.extend(self.repository.iter().map(|path| ("models.repository", path.clone())));
+        let config = Config::load(None, &flags).map_err(Failed::usage)?;
+        let quiet = LogConfig { filter: "warn".to_owned(), ..config.log.clone() };
+        telemetry::init(&quiet).map_err(|e| Failed::usage(format!("log.filter: {e}")))?;
+        let server = Server::bind(&config).await.map_err(Failed::software)?;
+        let url = format!("http://{}", server.address());
+        let (stop, stopped) = oneshot::channel::<()>();
+        let serving = tokio::spawn(server.run(async {
+            let _gone = stopped.await.is_err();
+        }));
+        Ok((url, Own { stop, serving }))
+    }
+}
+
+impl Connection {
+    /// Ends our own server, if there is one, and waits for it.
+    pub(super) async fn close(self) -> Result<(), Failed> {
+        drop(self.channel);
+        let Some(own) = self.own else { return Ok(()) };
+        let _already_over = own.stop.send(()).is_err();
+        own.serving.await.map_err(Failed::software)?.map_err(Failed::software)
+    }
+}
+
+/// The innermost error: tonic's outer ones all say "transport error".
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}

@@ -1,0 +1,121 @@
+//! The command line: `serve`, and a client for everything it serves.
+//!
+//! The client parts speak gRPC like any other client, to a server given by `--server` or to one that
+//! they start within the process.
+
+mod connect;
+mod generate;
+mod json;
+mod models;
+mod serve;
+mod template;
+mod view;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tonic::Status;
+use tonic_types::StatusExt;
+
+/// Exit code for a bad command line or configuration (sysexits' EX_USAGE).
+const USAGE: u8 = 64;
+/// Exit code for a server that cannot be reached (EX_UNAVAILABLE).
+const UNAVAILABLE: u8 = 69;
+/// Exit code for everything else that fails (EX_SOFTWARE).
+const SOFTWARE: u8 = 70;
+/// Exit code after Ctrl-C.
+const INTERRUPTED: u8 = 130;
+
+const EXIT_CODES: &str = "Exit codes: 0 fine, 64 bad command line or configuration, 69 server unavailable, \
+                          70 any other failure, 130 interrupted.";
+
+/// Serves score-based discrete diffusion language models, and talks to such servers.
+#[derive(Debug, Parser)]
+#[command(name = "denoised", version, after_help = EXIT_CODES)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve models over gRPC.
+    Serve(serve::Serve),
+    /// Continue a prompt, watching the text come out of noise.
+    Generate(generate::Generate),
+    /// Fill the gaps of a template such as "My name is [[8]] and I am [[12]]."
+    Infill(generate::Infill),
+    /// List what a server serves.
+    Models(models::ListModels),
+}
+
+/// Why a command failed, with what the shell is told.
+#[derive(Debug)]
+struct Failed {
+    code: u8,
+    message: String,
+}
+
+impl Failed {
+    fn usage(message: impl ToString) -> Self {
+        Self { code: USAGE, message: message.to_string() }
+    }
+
+    fn unavailable(message: impl ToString) -> Self {
+        Self { code: UNAVAILABLE, message: message.to_string() }
+    }
+
+    fn software(message: impl ToString) -> Self {
+        Self { code: SOFTWARE, message: message.to_string() }
+    }
+}
+
+impl From<Status> for Failed {
+    /// Code, message and whatever the details say of fields and delays, in one line.
+    fn from(status: Status) -> Self {
+        let mut message = format!("{}: {}", status.code(), status.message());
+        if let Some(delay) = status.get_details_retry_info().and_then(|info| info.retry_delay) {
+            message = format!("{message} (try again in {:.1} s)", delay.as_secs_f64());
+        }
+        match status.code() {
+            tonic::Code::Unavailable => Self::unavailable(message),
+            tonic::Code::InvalidArgument => Self::usage(message),
+            _ => Self::software(message),
+        }
+    }
+}
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // --help and --version arrive here too.
+            let code = if error.use_stderr() { USAGE } else { 0 };
+            return if error.print().is_ok() { code.into() } else { SOFTWARE.into() };
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&Failed::software(format!("cannot start the async runtime: {error}"))),
+    };
+    let result = runtime.block_on(async {
+        match arguments.command {
+            Command::Serve(serve) => serve.run().await,
+            Command::Generate(generate) => generate.run().await,
+            Command::Infill(infill) => infill.run().await,
+            Command::Models(models) => models.run().await,
+        }
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failed) => report(&failed),
+    }
+}
+
+fn report(failed: &Failed) -> ExitCode {
+    if failed.code != INTERRUPTED {
+        eprintln!("denoised: {}", failed.message);
+    }
+    failed.code.into()
+}

@@ -1,0 +1,77 @@
+//! `denoised serve`.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{Failed, INTERRUPTED};
+use crate::config::Config;
+use crate::network::onnx::Device;
+use crate::server::Server;
+use crate::telemetry;
+
+/// What a server is made of; flags win over variables, variables over the file.
+#[derive(Debug, Args)]
+pub(super) struct Serve {
+    /// TOML file with settings; deploy/denoised.example.toml documents them all.
+    #[arg(long, value_name = "FILE", env = "DENOISED_CONFIG")]
+    config: Option<PathBuf>,
+    /// Folder of <model>/<version> bundles.
+    #[arg(long, value_name = "DIR")]
+    repository: Option<PathBuf>,
+    /// Address and port to listen on; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<SocketAddr>,
+    /// Worker threads.
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
+    /// Where networks run: cpu or cuda:N.
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Device>,
+}
+
+impl Serve {
+    pub(super) async fn run(self) -> Result<(), Failed> {
+        let flags = [
+            ("models.repository", self.repository.map(|path| path.display().to_string())),
+            ("server.listen", self.listen.map(|address| address.to_string())),
+            ("engine.workers", self.workers.map(|workers| workers.to_string())),
+            ("engine.device", self.device.map(|device| device.to_string())),
+        ];
+        let flags: Vec<(&str, String)> = flags.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
+        let config = Config::load(self.config.as_deref(), &flags).map_err(Failed::usage)?;
+        telemetry::init(&config.log).map_err(|e| Failed::usage(format!("log.filter: {e}")))?;
+        // Before the socket is bound: whoever sees the port may send the signal.
+        let shutdown = shutdown_signal().map_err(Failed::software)?;
+        let server = Server::bind(&config).await.map_err(Failed::software)?;
+        let address = server.address();
+        tracing::info!("serving on http://{address}: {}", server.summary());
+        let mut out = std::io::stdout();
+        writeln!(out, "listening on http://{address}").and_then(|()| out.flush()).map_err(Failed::software)?;
+        server.run(shutdown).await.map_err(Failed::software)?;
+        tracing::info!("bye");
+        Ok(())
+    }
+}
+
+/// Completes on SIGTERM or SIGINT; a second one ends the process at once.
+fn shutdown_signal() -> std::io::Result<impl Future<Output = ()> + Send> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (told, tells) = tokio::sync::oneshot::channel::<()>();
+    tokio::spawn(async move {
+        tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+        if told.send(()).is_err() {
+            return;
+        }
+        tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+        std::process::exit(INTERRUPTED.into());
+    });
+    Ok(async {
+        // An error means that the task above is gone, and with it the runtime.
+        let _gone = tells.await.is_err();
+    })
+}

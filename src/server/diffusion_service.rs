@@ -1,0 +1,144 @@
+//! `denoised.v1.DiffusionService`: translates requests, admits them, streams what happens.
+
+use std::sync::Arc;
+
+use futures_util::stream::{BoxStream, StreamExt};
+use tonic::{Request, Response, Status};
+
+use super::Service;
+use super::request;
+use super::status::{FieldError, not_found};
+use super::stream::{Event, View, events};
+use super::template::Template;
+use crate::diffusion::SamplerKind;
+use crate::engine::{Publish, ServedModel};
+use crate::proto::v1;
+use crate::proto::v1::diffusion_service_server::DiffusionService;
+
+/// What `Generate` and `Infill` have in common, checked.
+struct Asked {
+    id: String,
+    model: Arc<ServedModel>,
+    template: Template,
+    sampling: Option<v1::Sampling>,
+    frames: Option<v1::FramePolicy>,
+    keep_after_end: bool,
+}
+
+impl Service {
+    /// One path for both calls: a prompt is a template with one gap at its end.
+    fn start(&self, asked: Asked) -> Result<BoxStream<'static, Result<Event, Status>>, Status> {
+        let sampling = request::sampling(asked.sampling, asked.template.gaps(), &self.limits, self.max_queued_rows)?;
+        let frames = request::frames(asked.frames)?;
+        let accepted = v1::Accepted {
+            request_id: asked.id.clone(),
+            model: Some(v1::ModelReference { name: asked.model.name().to_owned(), version: asked.model.version() }),
+            seed: sampling.seed,
+            sampler: match sampling.plan.sampler {
+                SamplerKind::Tweedie => v1::Sampler::Tweedie,
+                SamplerKind::Euler => v1::Sampler::Euler,
+            }
+            .into(),
+            steps: sampling.plan.grid.steps,
+            length: asked.template.length() as u32,
+            num_samples: sampling.samples,
+        };
+        let generation = self.engine.admit(crate::engine::Request {
+            id: asked.id.clone(),
+            model: Arc::clone(&asked.model),
+            template: asked.template.canvas(),
+            plan: sampling.plan,
+            seed: sampling.seed,
+            canvases: sampling.samples,
+            publish: if frames.when == request::When::Never { Publish::End } else { Publish::Steps },
+        })?;
+        tracing::debug!(request = %asked.id, model = %asked.model, length = accepted.length, steps = accepted.steps, samples = accepted.num_samples, "admitted");
+        let view = View { model: asked.model, template: asked.template, frames, keep_after_end: asked.keep_after_end };
+        Ok(events(accepted, generation, view))
+    }
+}
+
+#[tonic::async_trait]
+impl DiffusionService for Service {
+    type GenerateStream = BoxStream<'static, Result<v1::GenerateResponse, Status>>;
+    type InfillStream = BoxStream<'static, Result<v1::InfillResponse, Status>>;
+
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        use v1::generate_response::Event as Out;
+        let asked = request.into_inner();
+        let model = self.model(asked.model)?;
+        let template = request::prompt(asked.prompt, asked.length, &model, &self.limits)?;
+        let events = self.start(Asked {
+            id: request::id(asked.request_id)?,
+            model,
+            template,
+            sampling: asked.sampling,
+            frames: asked.frames,
+            keep_after_end: asked.keep_after_end,
+        })?;
+        let out = events.map(|event| {
+            let event = match event? {
+                Event::Accepted(accepted) => Out::Accepted(accepted),
+                Event::Frame(frame) => Out::Frame(frame),
+                Event::Result(result) => Out::Result(result),
+            };
+            Ok(v1::GenerateResponse { event: Some(event) })
+        });
+        Ok(Response::new(out.boxed()))
+    }
+
+    async fn infill(&self, request: Request<v1::InfillRequest>) -> Result<Response<Self::InfillStream>, Status> {
+        use v1::infill_response::Event as Out;
+        let asked = request.into_inner();
+        let model = self.model(asked.model)?;
+        let template = request::template(asked.template, &model, &self.limits)?;
+        let events = self.start(Asked {
+            id: request::id(asked.request_id)?,
+            model,
+            template,
+            sampling: asked.sampling,
+            frames: asked.frames,
+            // A template says itself what comes after its gaps.
+            keep_after_end: true,
+        })?;
+        let out = events.map(|event| {
+            let event = match event? {
+                Event::Accepted(accepted) => Out::Accepted(accepted),
+                Event::Frame(frame) => Out::Frame(frame),
+                Event::Result(result) => Out::Result(result),
+            };
+            Ok(v1::InfillResponse { event: Some(event) })
+        });
+        Ok(Response::new(out.boxed()))
+    }
+
+    async fn cancel(&self, request: Request<v1::CancelRequest>) -> Result<Response<v1::CancelResponse>, Status> {
+        let id = request.into_inner().request_id;
+        if id.is_empty() {
+            return Err(FieldError::new("request_id", "is empty").into());
+        }
+        if self.engine.cancel(&id) {
+            Ok(Response::new(v1::CancelResponse {}))
+        } else {
+            Err(not_found("request", &id, "it may have ended"))
+        }
+    }
+
+    async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let asked = request.into_inner();
+        let model = self.model(asked.model)?;
+        let tokens = request::encode("text", &asked.text, &model, &self.limits)?;
+        Ok(Response::new(v1::TokenizeResponse { tokens }))
+    }
+
+    async fn detokenize(&self, request: Request<v1::DetokenizeRequest>) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let asked = request.into_inner();
+        let model = self.model(asked.model)?;
+        let tokens: Vec<u32> = asked.tokens.into_iter().filter(|t| Some(*t) != model.manifest().mask_token).collect();
+        let tokens = request::tokens("tokens", tokens, &model)?;
+        let text = request::tokenizer(&model)?
+            .decode(&tokens)
+            .map_err(|e| FieldError::new("tokens", e.to_string()))?;
+        Ok(Response::new(v1::DetokenizeResponse { text }))
+    }
+}

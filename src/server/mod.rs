@@ -1,0 +1,229 @@
+//! The gRPC server: translates between the wire and the engine, and nothing else.
+//!
+//! [`request`] checks what comes in, [`stream`] shapes what goes out, [`status`] alone knows gRPC codes.
+//! A [`Server`] is a function of a configuration (or of models, in tests) and a shutdown future.
+
+mod diffusion_service;
+mod model_service;
+pub mod models;
+mod request;
+mod status;
+mod stream;
+mod template;
+
+pub use template::MASKED;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::Status;
+use tonic::transport::server::Router;
+
+use crate::config::{Config, LimitsConfig};
+use crate::engine::{Engine, EngineOptions, Models, ServedModel};
+use crate::network::NetworkError;
+use crate::proto::v1::diffusion_service_server::DiffusionServiceServer;
+use crate::proto::v1::model_service_server::ModelServiceServer;
+use crate::proto::{DESCRIPTORS, v1};
+
+/// Why the server cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A bundle is not what it should be.
+    #[error("model {model}: {source}")]
+    Bundle {
+        /// Name or place of the model.
+        model: String,
+        /// What is wrong.
+        source: crate::bundle::BundleError,
+    },
+    /// A network cannot be loaded.
+    #[error("{0}")]
+    Network(#[from] NetworkError),
+    /// There is nothing to serve, or the default model is not served.
+    #[error("{0}")]
+    Models(String),
+    /// The socket or a thread cannot be had.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Why serving ended other than by its shutdown.
+#[derive(Debug, thiserror::Error)]
+#[error("serving failed: {0}")]
+pub struct ServeError(#[from] tonic::transport::Error);
+
+/// What both services share.
+#[derive(Clone, Debug)]
+struct Service {
+    engine: Arc<Engine>,
+    models: Arc<Models>,
+    limits: LimitsConfig,
+    max_queued_rows: u64,
+}
+
+impl Service {
+    /// The model that a request names, or the default one.
+    fn model(&self, asked: Option<v1::ModelReference>) -> Result<Arc<ServedModel>, Status> {
+        let v1::ModelReference { name, version } = asked.unwrap_or_default();
+        let version = (version > 0).then_some(version);
+        let found = match (name.is_empty(), version) {
+            (true, None) => self.models.default_model(),
+            (true, Some(_)) => return Err(status::FieldError::new("model.name", "is empty, but a version is given").into()),
+            (false, version) => self.models.find(&name, version),
+        };
+        found.ok_or_else(|| {
+            let name = version.map_or(name.clone(), |version| format!("{name}@{version}"));
+            status::not_found("model", &name, "ListModels tells what is served")
+        })
+    }
+}
+
+/// A server that is bound and ready to run.
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+    service: Service,
+    config: Config,
+}
+
+impl Server {
+    /// Loads the configured models, starts the workers and binds the socket.
+    pub async fn bind(config: &Config) -> Result<Self, StartError> {
+        // Loading reads and hashes whole models: not on the runtime's threads.
+        let wanted = config.clone();
+        let models = tokio::task::spawn_blocking(move || models::load(&wanted))
+            .await
+            .map_err(|e| StartError::Models(format!("loading the models failed: {e}")))??;
+        Self::with_models(config, models).await
+    }
+
+    /// Serves `models` instead of the configured ones.
+    pub async fn with_models(config: &Config, models: Models) -> Result<Self, StartError> {
+        let system = |what: String| move |source| StartError::System { what, source };
+        let listen = config.server.listen;
+        let listener = TcpListener::bind(listen).await.map_err(system(format!("cannot listen on {listen}")))?;
+        let address = listener.local_addr().map_err(system("the socket has no address".to_owned()))?;
+        let engine = Engine::start(EngineOptions {
+            workers: config.engine.workers,
+            batch_tokens: config.engine.batch_tokens,
+            max_queued_rows: config.engine.max_queued_rows,
+            max_running_requests: config.limits.max_running_requests,
+        })
+        .map_err(system("cannot start the workers".to_owned()))?;
+        let service = Service {
+            engine: Arc::new(engine),
+            models: Arc::new(models),
+            limits: config.limits.clone(),
+            max_queued_rows: config.engine.max_queued_rows,
+        };
+        Ok(Self { listener, address, service, config: config.clone() })
+    }
+
+    /// The bound address.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Models, workers and device in one line.
+    pub fn summary(&self) -> String {
+        let default = self.service.models.default_model();
+        let names: Vec<String> = self
+            .service
+            .models
+            .iter()
+            .map(|model| {
+                let mark = if default.as_ref().is_some_and(|d| Arc::ptr_eq(d, model)) { " (default)" } else { "" };
+                format!("{model}{mark}")
+            })
+            .collect();
+        let engine = &self.config.engine;
+        format!(
+            "models {}; {} worker(s) of {} thread(s) on {}",
+            names.join(", "),
+            engine.workers,
+            engine.threads(),
+            engine.device
+        )
+    }
+
+    /// Serves until `shutdown`, then drains: health says NOT_SERVING, admission stops, running requests
+    /// get the configured grace to finish.
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), ServeError> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<DiffusionServiceServer<Service>>().await;
+        health.set_serving::<ModelServiceServer<Service>>().await;
+        let router = self.router().add_service(health_service);
+        let engine = Arc::clone(&self.service.engine);
+        let grace = Duration::from_secs(self.config.server.drain_grace_seconds);
+        let (stop_accepting, stopped) = oneshot::channel::<()>();
+        let serving = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.listener), async {
+            // An error means that the sender is gone, which is a reason to stop as well.
+            let _gone = stopped.await.is_err();
+        });
+        let draining = async {
+            shutdown.await;
+            tracing::info!("draining: no new requests, {} s for running ones", grace.as_secs());
+            engine.drain();
+            for name in ["", v1::diffusion_service_server::SERVICE_NAME, v1::model_service_server::SERVICE_NAME] {
+                health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+            }
+            if !engine.idle_within(grace).await {
+                tracing::warn!("the grace period is over, ending what still runs");
+            }
+            let ending = Arc::clone(&engine);
+            if tokio::task::spawn_blocking(move || ending.shut_down()).await.is_err() {
+                tracing::error!("shutting the engine down failed");
+            }
+            // The receiver is gone only when serving has ended by itself.
+            let _ended = stop_accepting.send(()).is_err();
+            // Last results are on their way; a client that does not read them is not waited for.
+            tokio::time::sleep(LAST_WORDS).await;
+        };
+        tokio::pin!(serving);
+        tokio::select! {
+            result = &mut serving => result?,
+            () = draining => {}
+        }
+        Ok(())
+    }
+
+    fn router(&self) -> Router {
+        let server = &self.config.server;
+        let mut router = tonic::transport::Server::builder()
+            .max_concurrent_streams(server.max_concurrent_streams)
+            .http2_keepalive_interval(Some(Duration::from_secs(30)))
+            .add_service(
+                DiffusionServiceServer::new(self.service.clone()).max_decoding_message_size(server.max_message_bytes),
+            )
+            .add_service(
+                ModelServiceServer::new(self.service.clone()).max_decoding_message_size(server.max_message_bytes),
+            );
+        if server.reflection {
+            let builder = || {
+                tonic_reflection::server::Builder::configure()
+                    .register_encoded_file_descriptor_set(DESCRIPTORS)
+                    .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            };
+            match (builder().build_v1(), builder().build_v1alpha()) {
+                (Ok(v1), Ok(v1alpha)) => router = router.add_service(v1).add_service(v1alpha),
+                (Err(error), _) | (_, Err(error)) => tracing::error!(%error, "reflection is off"),
+            }
+        }
+        router
+    }
+}
+
+/// How long connections get to deliver what is already finished.
+const LAST_WORDS: Duration = Duration::from_secs(2);

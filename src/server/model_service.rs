@@ -1,0 +1,57 @@
+//! `denoised.v1.ModelService`: what is served, with its limits.
+
+use tonic::{Request, Response, Status};
+
+use super::Service;
+use crate::diffusion::{GraphKind, Schedule};
+use crate::engine::ServedModel;
+use crate::proto::v1;
+use crate::proto::v1::model_service_server::ModelService;
+
+impl Service {
+    fn describe(&self, model: &ServedModel) -> v1::Model {
+        let manifest = model.manifest();
+        let schedule = match manifest.schedule {
+            Schedule::LogLinear { eps } => v1::schedule::Schedule::LogLinear(v1::LogLinear { eps }),
+            Schedule::Geometric { sigma_min, sigma_max } => {
+                v1::schedule::Schedule::Geometric(v1::Geometric { sigma_min, sigma_max })
+            }
+        };
+        let graph = match manifest.graph {
+            GraphKind::Absorbing => v1::Graph::Absorbing,
+            GraphKind::Uniform => v1::Graph::Uniform,
+        };
+        let default = self.models.default_model();
+        v1::Model {
+            name: model.name().to_owned(),
+            version: model.version(),
+            is_default: default.is_some_and(|d| std::ptr::eq(&raw const *d, model)),
+            graph: graph.into(),
+            schedule: Some(v1::Schedule { schedule: Some(schedule) }),
+            vocab_size: manifest.vocab_size as u32,
+            mask_token: manifest.mask_token,
+            end_of_document: manifest.end_of_document,
+            has_tokenizer: model.tokenizer().is_some(),
+            limits: Some(v1::Limits {
+                max_length: manifest.max_length as u32,
+                max_steps: self.limits.max_steps,
+                max_samples: self.limits.max_samples,
+                max_template_parts: self.limits.max_template_parts as u32,
+            }),
+            provenance_json: manifest.provenance.to_string(),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl ModelService for Service {
+    async fn list_models(&self, _: Request<v1::ListModelsRequest>) -> Result<Response<v1::ListModelsResponse>, Status> {
+        let models = self.models.iter().map(|model| self.describe(model)).collect();
+        Ok(Response::new(v1::ListModelsResponse { models }))
+    }
+
+    async fn get_model(&self, request: Request<v1::GetModelRequest>) -> Result<Response<v1::GetModelResponse>, Status> {
+        let model = self.model(request.into_inner().model)?;
+        Ok(Response::new(v1::GetModelResponse { model: Some(self.describe(&model)) }))
+    }
+}

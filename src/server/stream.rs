@@ -1,0 +1,251 @@
+//! A running generation as a stream of events: Accepted, frames, results.
+//!
+//! The stream is pulled: it looks at a canvas when the client is ready for more, and then at its newest
+//! state. It keeps the last tokens it sent, for deltas, and nothing else.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tonic::Status;
+
+use crate::diffusion::Token;
+use crate::engine::{Generation, Outcome, Phase, ServedModel, State};
+use crate::proto::v1;
+
+use super::request::{Frames, When};
+use super::template::Template;
+
+/// An event of either call.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// First of all.
+    Accepted(v1::Accepted),
+    /// An intermediate state.
+    Frame(v1::Frame),
+    /// A finished canvas.
+    Result(v1::Result),
+}
+
+/// What all canvases of a request share on their way out.
+#[derive(Debug)]
+pub struct View {
+    /// The model, for its tokenizer and mask.
+    pub model: Arc<ServedModel>,
+    /// The template, for clamped text.
+    pub template: Template,
+    /// Which frames to send.
+    pub frames: Frames,
+    /// Whether text goes on after the end of a document.
+    pub keep_after_end: bool,
+}
+
+/// The events of a request.
+///
+/// Dropping the stream drops the generation, which ends its canvases.
+pub fn events(accepted: v1::Accepted, mut generation: Generation, view: View) -> BoxStream<'static, Result<Event, Status>> {
+    let view = Arc::new(view);
+    let canvases: SelectAll<_> = std::mem::take(&mut generation.canvases)
+        .into_iter()
+        .enumerate()
+        .map(|(index, states)| canvas_events(Follower::new(index as u32, states, Arc::clone(&view))))
+        .collect();
+    let first = stream::once(async { Ok(Event::Accepted(accepted)) });
+    // The generation rides along, so that it lives as long as the stream.
+    let rest = stream::unfold((canvases, Some(generation)), |(mut canvases, generation)| async move {
+        let event = canvases.next().await?;
+        // After an error nothing more is sent: the whole request is over.
+        if event.is_err() {
+            return Some((event, (SelectAll::new(), None)));
+        }
+        Some((event, (canvases, generation)))
+    });
+    first.chain(rest).boxed()
+}
+
+fn canvas_events(follower: Follower) -> BoxStream<'static, Result<Event, Status>> {
+    stream::unfold(Some(follower), |follower| async move {
+        let mut follower = follower?;
+        match follower.next().await {
+            Ok(event @ Event::Result(_)) => Some((Ok(event), None)),
+            Ok(event) => Some((Ok(event), Some(follower))),
+            Err(status) => Some((Err(status), None)),
+        }
+    })
+    .boxed()
+}
+
+/// Follows one canvas.
+struct Follower {
+    canvas: u32,
+    states: watch::Receiver<State>,
+    view: Arc<View>,
+    sent: Option<Sent>,
+}
+
+/// The last frame that went out.
+struct Sent {
+    tokens: Arc<[Token]>,
+    step: u32,
+    at: Instant,
+    last: bool,
+}
+
+impl Follower {
+    fn new(canvas: u32, mut states: watch::Receiver<State>, view: Arc<View>) -> Self {
+        // The initial state is news to this reader.
+        states.mark_changed();
+        Self { canvas, states, view, sent: None }
+    }
+
+    async fn next(&mut self) -> Result<Event, Status> {
+        loop {
+            if self.sent.as_ref().is_none_or(|sent| !sent.last) {
+                self.wait().await;
+            }
+            let state = self.states.borrow_and_update().clone();
+            match &state.phase {
+                Phase::Failed(failure) => return Err(failure.clone().into()),
+                Phase::Done(outcome) => {
+                    let last_frame_is_out = self.sent.as_ref().is_some_and(|sent| sent.last);
+                    if last_frame_is_out || self.view.frames.when == When::Never {
+                        return Ok(Event::Result(self.result(&state, outcome)?));
+                    }
+                    return Ok(Event::Frame(self.frame(&state, Last::Yes)?));
+                }
+                Phase::Running if self.is_due(&state) => return Ok(Event::Frame(self.frame(&state, Last::No)?)),
+                Phase::Running => {}
+            }
+        }
+    }
+
+    /// Waits for a new state, and until the interval between two frames is over or the canvas has ended.
+    async fn wait(&mut self) {
+        // A closed channel is not an error: the last state stays, and it is final.
+        let _closed = self.states.changed().await.is_err();
+        let Some(sent) = &self.sent else { return };
+        let due = sent.at + self.view.frames.min_interval;
+        if self.view.frames.min_interval > Duration::ZERO {
+            let ended = self.states.wait_for(|state| !matches!(state.phase, Phase::Running));
+            let _in_time = tokio::time::timeout_at(due, ended).await.is_ok();
+        }
+    }
+
+    fn is_due(&self, state: &State) -> bool {
+        match (self.view.frames.when, &self.sent) {
+            (When::Never, _) => false,
+            (_, None) => true,
+            (When::OnChange, Some(sent)) => *sent.tokens != *state.tokens,
+            (When::EverySteps(steps), Some(sent)) => state.step - sent.step >= steps,
+        }
+    }
+
+    fn frame(&mut self, state: &State, last: Last) -> Result<v1::Frame, Status> {
+        let content = match &self.sent {
+            Some(sent) if last == Last::No && !self.view.frames.keyframes_only => {
+                v1::frame::Content::Delta(delta(&sent.tokens, &state.tokens))
+            }
+            _ => v1::frame::Content::Keyframe(v1::Keyframe {
+                tokens: state.tokens.to_vec(),
+                masked: bits(state.tokens.iter().map(|t| Some(*t) == self.view.model.graph().mask())),
+                clamped: bits(state.clamped.iter().copied()),
+            }),
+        };
+        let text = match self.view.model.tokenizer() {
+            Some(tokenizer) if !self.view.frames.omit_text => {
+                let mask = self.view.model.graph().mask();
+                Some(self.view.template.text(&state.tokens, tokenizer, mask, None).map_err(decoding)?)
+            }
+            _ => None,
+        };
+        self.sent = Some(Sent { tokens: Arc::clone(&state.tokens), step: state.step, at: Instant::now(), last: last == Last::Yes });
+        Ok(v1::Frame {
+            canvas: self.canvas,
+            step: state.step,
+            total: state.total,
+            t: state.t,
+            sigma: state.sigma,
+            nfe: state.nfe,
+            masked: state.masked,
+            text,
+            content: Some(content),
+        })
+    }
+
+    fn result(&self, state: &State, outcome: &Outcome) -> Result<v1::Result, Status> {
+        let end = self.view.model.manifest().end_of_document.filter(|_| !self.view.keep_after_end);
+        let text = match self.view.model.tokenizer() {
+            Some(tokenizer) => Some(self.view.template.text(&state.tokens, tokenizer, None, end).map_err(decoding)?),
+            None => None,
+        };
+        let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
+        let timings = &outcome.timings;
+        Ok(v1::Result {
+            canvas: self.canvas,
+            tokens: state.tokens.to_vec(),
+            text,
+            committed_at: outcome.committed_at.clone(),
+            nfe: state.nfe,
+            seed: outcome.seed,
+            timings: Some(v1::Timings {
+                queue_ms: ms(timings.queue),
+                network_ms: ms(timings.network),
+                sampling_ms: ms(timings.sampling),
+                total_ms: ms(timings.total),
+            }),
+            finish_reason: v1::FinishReason::Done.into(),
+        })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Last {
+    Yes,
+    No,
+}
+
+fn delta(before: &[Token], after: &[Token]) -> v1::Delta {
+    let changed = || before.iter().zip(after).enumerate().filter(|(_, (a, b))| a != b);
+    v1::Delta {
+        positions: changed().map(|(i, _)| i as u32).collect(),
+        tokens: changed().map(|(_, (_, b))| *b).collect(),
+    }
+}
+
+/// One bit an entry, least significant first.
+fn bits(flags: impl Iterator<Item = bool>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (i, flag) in flags.enumerate() {
+        if i % 8 == 0 {
+            bytes.push(0);
+        }
+        if let (true, Some(byte)) = (flag, bytes.last_mut()) {
+            *byte |= 1 << (i % 8);
+        }
+    }
+    bytes
+}
+
+fn decoding(error: crate::bundle::TokenizerError) -> Status {
+    tracing::error!(%error, "tokens could not be decoded");
+    Status::internal("the tokens could not be decoded; the server's log has the details")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_least_significant_first() {
+        let flags = [true, false, false, true, false, false, false, false, true];
+        assert_eq!(bits(flags.into_iter()), [0b0000_1001, 1]);
+    }
+
+    #[test]
+    fn deltas_list_what_changed() {
+        let delta = delta(&[9, 9, 3, 9], &[9, 1, 3, 2]);
+        assert_eq!((delta.positions, delta.tokens), (vec![1, 3], vec![1, 2]));
+    }
+}

@@ -1,0 +1,107 @@
+//! Templates: which positions are clamped, and how a canvas reads as text.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::bundle::{TextTokenizer, TokenizerError};
+use crate::diffusion::Token;
+
+/// How a masked position reads in a frame.
+pub const MASKED: char = '\u{2591}';
+
+/// One piece of a template, as it was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// Clamped text and its tokens.
+    Text(String, Vec<Token>),
+    /// Clamped tokens.
+    Tokens(Vec<Token>),
+    /// Positions to fill.
+    Gap(usize),
+}
+
+impl Piece {
+    fn len(&self) -> usize {
+        match self {
+            Self::Text(_, tokens) | Self::Tokens(tokens) => tokens.len(),
+            Self::Gap(positions) => *positions,
+        }
+    }
+}
+
+/// A canvas to fill.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Template {
+    /// The pieces from left to right, with the positions each one takes.
+    pieces: Vec<(Piece, Range<usize>)>,
+}
+
+impl Template {
+    /// Lays the pieces out from left to right.
+    pub fn new(pieces: impl IntoIterator<Item = Piece>) -> Self {
+        let mut end = 0;
+        let place = |piece: Piece| {
+            let start = end;
+            end += piece.len();
+            (piece, start..end)
+        };
+        Self { pieces: pieces.into_iter().map(place).collect() }
+    }
+
+    /// Positions of the canvas.
+    pub fn length(&self) -> usize {
+        self.pieces.last().map_or(0, |(_, range)| range.end)
+    }
+
+    /// Positions to fill.
+    pub fn gaps(&self) -> usize {
+        self.pieces.iter().map(|(piece, range)| if matches!(piece, Piece::Gap(_)) { range.len() } else { 0 }).sum()
+    }
+
+    /// The canvas: tokens where clamped, `None` where to fill.
+    pub fn canvas(&self) -> Arc<[Option<Token>]> {
+        self.pieces
+            .iter()
+            .flat_map(|(piece, _)| match piece {
+                Piece::Text(_, tokens) | Piece::Tokens(tokens) => tokens.iter().copied().map(Some).collect::<Vec<_>>(),
+                Piece::Gap(positions) => vec![None; *positions],
+            })
+            .collect()
+    }
+
+    /// The canvas as text: clamped text byte for byte, the tokens of gaps decoded between.
+    ///
+    /// With `mask`, masked positions read as [`MASKED`]. With `end`, text stops at that token where it
+    /// stands in a gap.
+    pub fn text(
+        &self,
+        tokens: &[Token],
+        tokenizer: &TextTokenizer,
+        mask: Option<Token>,
+        end: Option<Token>,
+    ) -> Result<String, TokenizerError> {
+        let mut text = String::new();
+        for (piece, range) in &self.pieces {
+            let drawn = match piece {
+                Piece::Text(clamped, _) => {
+                    text.push_str(clamped);
+                    continue;
+                }
+                Piece::Tokens(_) | Piece::Gap(_) => &tokens[range.clone()],
+            };
+            let ends = end.and_then(|end| drawn.iter().position(|t| *t == end)).filter(|_| matches!(piece, Piece::Gap(_)));
+            let drawn = &drawn[..ends.unwrap_or(drawn.len())];
+            for run in drawn.chunk_by(|a, b| (Some(*a) == mask) == (Some(*b) == mask)) {
+                if mask.is_some() && run.first().copied() == mask {
+                    text.extend(run.iter().map(|_| MASKED));
+                } else {
+                    text.push_str(&tokenizer.decode(run)?);
+                }
+            }
+            if ends.is_some() {
+                break;
+            }
+        }
+        Ok(text)
+    }
+}

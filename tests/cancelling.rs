@@ -1,0 +1,120 @@
+//! Cancelled and dropped streams end their canvases; shutdown is clean.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use denoised::diffusion::{Graph, GraphKind};
+use denoised::network::closed_form::ClosedForm;
+use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
+use denoised::proto::v1::{CancelRequest, GenerateRequest, Sampling};
+use tonic::Code;
+
+use crate::support::{Gate, TestServer, config, generate};
+
+/// Counts evaluations, and waits at a gate in the first one.
+struct Watched {
+    network: ClosedForm,
+    evaluations: Arc<AtomicUsize>,
+    gate: Gate,
+}
+
+impl ScoreNetwork for Watched {
+    fn log_score(&mut self, batch: &Batch<'_>, read: &mut dyn FnMut(ScoreRows<'_>)) -> Result<(), NetworkError> {
+        self.evaluations.fetch_add(1, Ordering::AcqRel);
+        self.gate.wait();
+        self.network.log_score(batch, read)
+    }
+}
+
+async fn watched() -> (TestServer, Arc<AtomicUsize>, Gate) {
+    let (evaluations, gate) = (Arc::new(AtomicUsize::new(0)), Gate::default());
+    let (count, door) = (Arc::clone(&evaluations), gate.clone());
+    let server = TestServer::with_network(
+        &config(),
+        Box::new(move || {
+            let graph = Graph::new(GraphKind::Absorbing, 6);
+            let network = ClosedForm::independent(graph, &[0.2; 5]);
+            Ok(Box::new(Watched { network, evaluations: Arc::clone(&count), gate: door.clone() }))
+        }),
+    )
+    .await;
+    (server, evaluations, gate)
+}
+
+fn long(id: &str) -> GenerateRequest {
+    let sampling = Some(Sampling { steps: Some(4000), ..Sampling::default() });
+    GenerateRequest { request_id: id.into(), sampling, ..GenerateRequest::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancel_ends_a_running_request() {
+    let (server, evaluations, gate) = watched().await;
+    let mut stream = server.client().generate(long("mine")).await.unwrap().into_inner();
+    let again = server.client().generate(long("mine")).await.unwrap_err();
+    assert_eq!(again.code(), Code::AlreadyExists);
+    server.client().cancel(CancelRequest { request_id: "mine".into() }).await.unwrap();
+    gate.open();
+    let status = loop {
+        match stream.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the request finished"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), Code::Cancelled);
+    assert!(evaluations.load(Ordering::Acquire) <= 1);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_stream_stops_the_work() {
+    let (server, evaluations, gate) = watched().await;
+    let stream = server.client().generate(long("dropped")).await.unwrap();
+    drop(stream);
+    // The id is free again once the server has noticed.
+    let mut client = server.client();
+    let freed = async {
+        while client.cancel(CancelRequest { request_id: "dropped".into() }).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), freed).await.expect("the server notices");
+    gate.open();
+    let answer = generate(&mut client, GenerateRequest::default()).await.unwrap();
+    assert_eq!(answer.results.len(), 1);
+    let spent = evaluations.load(Ordering::Acquire);
+    assert!(spent < 100, "{spent} evaluations: the dropped request was not carried on");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shutdown_lets_running_requests_finish_and_refuses_new_ones() {
+    let (server, _, gate) = watched().await;
+    let mut client = server.client();
+    let mut stream = client.generate(GenerateRequest::default()).await.unwrap().into_inner();
+    let stopping = tokio::spawn(server.stop());
+    let refused = async {
+        loop {
+            match client.generate(long("late")).await {
+                Err(status) if status.code() == Code::Unavailable => break,
+                Err(status) if status.code() == Code::AlreadyExists => {}
+                Err(status) => panic!("{status:?}"),
+                // Not draining yet: drop it and look again.
+                Ok(early) => drop(early),
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), refused).await.expect("admission stops");
+    gate.open();
+    let mut results = 0;
+    while let Some(message) = stream.message().await.unwrap() {
+        results += usize::from(matches!(
+            message.event,
+            Some(denoised::proto::v1::generate_response::Event::Result(_))
+        ));
+    }
+    assert_eq!(results, 1);
+    stopping.await.unwrap();
+}

@@ -1,0 +1,165 @@
+//! Servers for tests: in process on a free port, with the embedded demo model or a closed-form network.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use denoised::bundle::{FORMAT, MODEL, Manifest, Parameterization};
+use denoised::config::Config;
+use denoised::diffusion::{Graph, GraphKind, Schedule};
+use denoised::engine::{Models, NetworkSource, ServedModel};
+use denoised::network::closed_form::ClosedForm;
+use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
+use denoised::proto::v1::model_service_client::ModelServiceClient;
+use denoised::proto::v1::{
+    Accepted, Frame, GenerateRequest, InfillRequest, Result as CanvasResult, generate_response, infill_response,
+};
+use denoised::server::Server;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::Status;
+use tonic::transport::Channel;
+
+pub struct TestServer {
+    pub url: String,
+    pub channel: Channel,
+    stop: oneshot::Sender<()>,
+    serving: JoinHandle<()>,
+}
+
+pub fn config() -> Config {
+    let mut config = Config::default();
+    config.server.listen = "127.0.0.1:0".parse().unwrap();
+    config.engine.threads_per_worker = 1;
+    config
+}
+
+impl TestServer {
+    pub async fn demo() -> Self {
+        Self::demo_with(&config()).await
+    }
+
+    pub async fn demo_with(config: &Config) -> Self {
+        Self::start(Server::bind(config).await.expect("the demo model is served")).await
+    }
+
+    pub async fn with_network(config: &Config, network: NetworkSource) -> Self {
+        let mut models = Models::default();
+        models.insert(ServedModel::without_bundle(closed_form_manifest(), 1, network));
+        Self::start(Server::with_models(config, models).await.unwrap()).await
+    }
+
+    async fn start(server: Server) -> Self {
+        let url = format!("http://{}", server.address());
+        let (stop, stopped) = oneshot::channel::<()>();
+        let serving = tokio::spawn(async move {
+            let shutdown = async {
+                stopped.await.ok();
+            };
+            server.run(shutdown).await.unwrap();
+        });
+        let channel = Channel::from_shared(url.clone()).unwrap().connect().await.unwrap();
+        Self { url, channel, stop, serving }
+    }
+
+    pub fn client(&self) -> DiffusionServiceClient<Channel> {
+        DiffusionServiceClient::new(self.channel.clone())
+    }
+
+    pub fn models(&self) -> ModelServiceClient<Channel> {
+        ModelServiceClient::new(self.channel.clone())
+    }
+
+    pub async fn stop(self) {
+        drop(self.channel);
+        self.stop.send(()).ok();
+        tokio::time::timeout(Duration::from_secs(60), self.serving).await.expect("the server stops").unwrap();
+    }
+}
+
+pub const CLOSED_FORM_LENGTH: usize = 12;
+
+pub fn closed_form_manifest() -> Manifest {
+    Manifest {
+        format: FORMAT,
+        name: "closed-form".to_owned(),
+        graph: GraphKind::Absorbing,
+        schedule: Schedule::LogLinear { eps: 1e-3 },
+        parameterization: Parameterization::Score,
+        sigma_offset: false,
+        vocab_size: 6,
+        mask_token: Some(5),
+        end_of_document: None,
+        max_length: CLOSED_FORM_LENGTH,
+        time_conditioned: true,
+        two_stage: false,
+        sha256: [(MODEL.to_owned(), String::new())].into(),
+        provenance: serde_json::Value::Null,
+    }
+}
+
+/// A network whose tokens are independent of each other.
+pub fn closed_form() -> NetworkSource {
+    let graph = Graph::new(GraphKind::Absorbing, 6);
+    Box::new(move || Ok(Box::new(ClosedForm::independent(graph, &[0.3, 0.25, 0.2, 0.15, 0.1]))))
+}
+
+/// Everything one call answered.
+#[derive(Debug, Default)]
+pub struct Answer {
+    pub accepted: Option<Accepted>,
+    pub frames: Vec<Frame>,
+    pub results: Vec<CanvasResult>,
+}
+
+impl Answer {
+    pub fn tokens(&self) -> Vec<Vec<u32>> {
+        let mut results = self.results.clone();
+        results.sort_by_key(|result| result.canvas);
+        results.into_iter().map(|result| result.tokens).collect()
+    }
+}
+
+pub async fn generate(client: &mut DiffusionServiceClient<Channel>, request: GenerateRequest) -> Result<Answer, Status> {
+    let mut stream = client.generate(request).await?.into_inner();
+    let mut answer = Answer::default();
+    while let Some(message) = stream.message().await? {
+        match message.event.expect("every message holds an event") {
+            generate_response::Event::Accepted(accepted) => {
+                assert!(answer.accepted.replace(accepted).is_none(), "accepted comes once");
+                assert!(answer.frames.is_empty() && answer.results.is_empty(), "accepted comes first");
+            }
+            generate_response::Event::Frame(frame) => answer.frames.push(frame),
+            generate_response::Event::Result(result) => answer.results.push(result),
+        }
+    }
+    Ok(answer)
+}
+
+pub async fn infill(client: &mut DiffusionServiceClient<Channel>, request: InfillRequest) -> Result<Answer, Status> {
+    let mut stream = client.infill(request).await?.into_inner();
+    let mut answer = Answer::default();
+    while let Some(message) = stream.message().await? {
+        match message.event.expect("every message holds an event") {
+            infill_response::Event::Accepted(accepted) => answer.accepted = Some(accepted),
+            infill_response::Event::Frame(frame) => answer.frames.push(frame),
+            infill_response::Event::Result(result) => answer.results.push(result),
+        }
+    }
+    Ok(answer)
+}
+
+/// A gate that networks wait at in every evaluation, until it is opened.
+#[derive(Clone, Default)]
+pub struct Gate(Arc<(std::sync::Mutex<bool>, std::sync::Condvar)>);
+
+impl Gate {
+    pub fn open(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_all();
+    }
+
+    pub fn wait(&self) {
+        let open = self.0.0.lock().unwrap();
+        drop(self.0.1.wait_while(open, |open| !*open).unwrap());
+    }
+}
