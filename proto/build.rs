@@ -10,9 +10,15 @@ fn main() {
 
 #[cfg(feature = "serve")]
 fn compile() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["denoised/v1/diffusion_service.proto", "denoised/v1/model_service.proto"];
+    let files = [
+        "denoised/v1/diffusion_service.proto",
+        "denoised/v1/model_service.proto",
+    ];
     let mut compiler = protox::Compiler::new(["proto"])?;
-    compiler.include_source_info(true).include_imports(true).open_files(files)?;
+    compiler
+        .include_source_info(true)
+        .include_imports(true)
+        .open_files(files)?;
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     std::fs::write(out.join("descriptors.bin"), compiler.encode_file_descriptor_set())?;
     tonic_prost_build::configure()

@@ -71,7 +71,11 @@ pub struct ModelsConfig {
 
 impl Default for ModelsConfig {
     fn default() -> Self {
-        Self { repository: None, default: None, demo: true }
+        Self {
+            repository: None,
+            default: None,
+            demo: true,
+        }
     }
 }
 
@@ -94,7 +98,13 @@ pub struct EngineConfig {
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { workers: 1, threads_per_worker: 0, device: Device::Cpu, batch_tokens: 512, max_queued_rows: 65_536 }
+        Self {
+            workers: 1,
+            threads_per_worker: 0,
+            device: Device::Cpu,
+            batch_tokens: 512,
+            max_queued_rows: 65_536,
+        }
     }
 }
 
@@ -149,7 +159,10 @@ pub struct LogConfig {
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { format: LogFormat::Text, filter: "info".to_owned() }
+        Self {
+            format: LogFormat::Text,
+            filter: "info".to_owned(),
+        }
     }
 }
 
@@ -214,7 +227,10 @@ impl Config {
 
     fn check(&self) -> Result<(), ConfigError> {
         let at_least_one: [(&'static str, u64); 9] = [
-            ("server.max_concurrent_streams", self.server.max_concurrent_streams.into()),
+            (
+                "server.max_concurrent_streams",
+                self.server.max_concurrent_streams.into(),
+            ),
             ("server.max_message_bytes", self.server.max_message_bytes as u64),
             ("engine.batch_tokens", self.engine.batch_tokens as u64),
             ("engine.max_queued_rows", self.engine.max_queued_rows),
@@ -222,19 +238,37 @@ impl Config {
             ("limits.max_samples", self.limits.max_samples.into()),
             ("limits.max_template_parts", self.limits.max_template_parts as u64),
             ("limits.max_text_bytes", self.limits.max_text_bytes as u64),
-            ("limits.max_running_requests", self.limits.max_running_requests as u64),
+            (
+                "limits.max_running_requests",
+                self.limits.max_running_requests as u64,
+            ),
         ];
         if let Some((key, value)) = at_least_one.into_iter().find(|(_, value)| *value == 0) {
-            return Err(ConfigError::Range { key, value: value.to_string(), wanted: "at least 1" });
+            return Err(ConfigError::Range {
+                key,
+                value: value.to_string(),
+                wanted: "at least 1",
+            });
         }
-        for (key, value) in [("engine.workers", self.engine.workers), ("engine.threads_per_worker", self.engine.threads_per_worker)] {
+        for (key, value) in [
+            ("engine.workers", self.engine.workers),
+            ("engine.threads_per_worker", self.engine.threads_per_worker),
+        ] {
             if value > 1024 || (key == "engine.workers" && value == 0) {
-                return Err(ConfigError::Range { key, value: value.to_string(), wanted: "1 to 1024" });
+                return Err(ConfigError::Range {
+                    key,
+                    value: value.to_string(),
+                    wanted: "1 to 1024",
+                });
             }
         }
         if self.limits.max_steps > 1 << 20 {
             let value = self.limits.max_steps.to_string();
-            return Err(ConfigError::Range { key: "limits.max_steps", value, wanted: "at most 1048576" });
+            return Err(ConfigError::Range {
+                key: "limits.max_steps",
+                value,
+                wanted: "at most 1048576",
+            });
         }
         Ok(())
     }
@@ -250,7 +284,9 @@ where
 }
 
 fn device<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Device, D::Error> {
-    String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    String::deserialize(deserializer)?
+        .parse()
+        .map_err(serde::de::Error::custom)
 }
 
 #[cfg(test)]
@@ -262,7 +298,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("denoised.toml");
         std::fs::write(&path, toml).unwrap();
-        let environment = environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let environment = environment
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
         let flags: Vec<_> = flags.iter().map(|(k, v)| (*k, (*v).to_owned())).collect();
         Config::load_from(Some(&path), Some(environment), &flags)
     }
@@ -270,7 +309,10 @@ mod tests {
     #[test]
     fn flags_beat_the_environment_beats_the_file_beats_defaults() {
         let file = "[engine]\nworkers = 2\nbatch_tokens = 7\n[server]\nlisten = \"127.0.0.1:1\"";
-        let environment = [("DENOISED__ENGINE__WORKERS", "3"), ("DENOISED__SERVER__LISTEN", "127.0.0.1:2")];
+        let environment = [
+            ("DENOISED__ENGINE__WORKERS", "3"),
+            ("DENOISED__SERVER__LISTEN", "127.0.0.1:2"),
+        ];
         let config = load(file, &environment, &[("server.listen", "127.0.0.1:3")]).unwrap();
         assert_eq!(config.engine.batch_tokens, 7);
         assert_eq!(config.engine.workers, 3);
@@ -305,7 +347,10 @@ mod tests {
     #[test]
     fn the_example_documents_every_key() {
         let example: toml::Table = toml::from_str(EXAMPLE).unwrap();
-        let documented: usize = example.values().map(|section| section.as_table().unwrap().len()).sum();
+        let documented: usize = example
+            .values()
+            .map(|section| section.as_table().unwrap().len())
+            .sum();
         let fields = format!("{:?}", Config::default()).matches(": ").count() - example.len();
         assert_eq!(documented, fields);
         for (section, keys) in &example {

@@ -1,17 +1,17 @@
 //! `denoised`: a server for score-based discrete diffusion language models.
 pub mod bundle;
+#[cfg(feature = "serve")]
+pub mod cli;
+#[cfg(feature = "serve")]
+pub mod config;
 pub mod diffusion;
+#[cfg(feature = "serve")]
+pub mod engine;
 #[cfg(feature = "onnx")]
 pub mod network;
 #[cfg(feature = "serve")]
 pub mod proto;
 #[cfg(feature = "serve")]
-pub mod engine;
-#[cfg(feature = "serve")]
-pub mod config;
-#[cfg(feature = "serve")]
-pub mod telemetry;
-#[cfg(feature = "serve")]
 pub mod server;
 #[cfg(feature = "serve")]
-pub mod cli;
+pub mod telemetry;

@@ -11,7 +11,9 @@ use crate::config::{LogConfig, LogFormat};
 /// When the filter cannot be read.
 pub fn init(config: &LogConfig) -> Result<(), ParseError> {
     let filter = EnvFilter::builder().parse(&config.filter)?;
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     // A second subscriber is refused: the first one stays.
     let _already_set = match config.format {
         LogFormat::Text => lines.try_init(),

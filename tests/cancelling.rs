@@ -20,7 +20,11 @@ struct Watched {
 }
 
 impl ScoreNetwork for Watched {
-    fn log_score(&mut self, batch: &Batch<'_>, read: &mut dyn FnMut(ScoreRows<'_>)) -> Result<(), NetworkError> {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
         self.evaluations.fetch_add(1, Ordering::AcqRel);
         self.gate.wait();
         self.network.log_score(batch, read)
@@ -35,7 +39,11 @@ async fn watched() -> (TestServer, Arc<AtomicUsize>, Gate) {
         Box::new(move || {
             let graph = Graph::new(GraphKind::Absorbing, 6);
             let network = ClosedForm::independent(graph, &[0.2; 5]);
-            Ok(Box::new(Watched { network, evaluations: Arc::clone(&count), gate: door.clone() }))
+            Ok(Box::new(Watched {
+                network,
+                evaluations: Arc::clone(&count),
+                gate: door.clone(),
+            }))
         }),
     )
     .await;
@@ -43,8 +51,15 @@ async fn watched() -> (TestServer, Arc<AtomicUsize>, Gate) {
 }
 
 fn long(id: &str) -> GenerateRequest {
-    let sampling = Some(Sampling { steps: Some(4000), ..Sampling::default() });
-    GenerateRequest { request_id: id.into(), sampling, ..GenerateRequest::default() }
+    let sampling = Some(Sampling {
+        steps: Some(4000),
+        ..Sampling::default()
+    });
+    GenerateRequest {
+        request_id: id.into(),
+        sampling,
+        ..GenerateRequest::default()
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -53,7 +68,13 @@ async fn cancel_ends_a_running_request() {
     let mut stream = server.client().generate(long("mine")).await.unwrap().into_inner();
     let again = server.client().generate(long("mine")).await.unwrap_err();
     assert_eq!(again.code(), Code::AlreadyExists);
-    server.client().cancel(CancelRequest { request_id: "mine".into() }).await.unwrap();
+    server
+        .client()
+        .cancel(CancelRequest {
+            request_id: "mine".into(),
+        })
+        .await
+        .unwrap();
     gate.open();
     let status = loop {
         match stream.message().await {
@@ -75,16 +96,27 @@ async fn a_dropped_stream_stops_the_work() {
     // The id is free again once the server has noticed.
     let mut client = server.client();
     let freed = async {
-        while client.cancel(CancelRequest { request_id: "dropped".into() }).await.is_ok() {
+        while client
+            .cancel(CancelRequest {
+                request_id: "dropped".into(),
+            })
+            .await
+            .is_ok()
+        {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(30), freed).await.expect("the server notices");
+    tokio::time::timeout(Duration::from_secs(30), freed)
+        .await
+        .expect("the server notices");
     gate.open();
     let answer = generate(&mut client, GenerateRequest::default()).await.unwrap();
     assert_eq!(answer.results.len(), 1);
     let spent = evaluations.load(Ordering::Acquire);
-    assert!(spent < 100, "{spent} evaluations: the dropped request was not carried on");
+    assert!(
+        spent < 100,
+        "{spent} evaluations: the dropped request was not carried on"
+    );
     server.stop().await;
 }
 
@@ -92,7 +124,11 @@ async fn a_dropped_stream_stops_the_work() {
 async fn shutdown_lets_running_requests_finish_and_refuses_new_ones() {
     let (server, _, gate) = watched().await;
     let mut client = server.client();
-    let mut stream = client.generate(GenerateRequest::default()).await.unwrap().into_inner();
+    let mut stream = client
+        .generate(GenerateRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
     let stopping = tokio::spawn(server.stop());
     let refused = async {
         loop {
@@ -106,7 +142,9 @@ async fn shutdown_lets_running_requests_finish_and_refuses_new_ones() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(30), refused).await.expect("admission stops");
+    tokio::time::timeout(Duration::from_secs(30), refused)
+        .await
+        .expect("admission stops");
     gate.open();
     let mut results = 0;
     while let Some(message) = stream.message().await.unwrap() {

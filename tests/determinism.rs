@@ -10,13 +10,21 @@ fn request(number: u32, length: u32) -> GenerateRequest {
         length: Some(length),
         sampling: Some(Sampling {
             steps: Some(4 + number % 5),
-            sampler: if number % 2 == 0 { Sampler::Tweedie } else { Sampler::Euler }.into(),
+            sampler: if number.is_multiple_of(2) {
+                Sampler::Tweedie
+            } else {
+                Sampler::Euler
+            }
+            .into(),
             seed: Some(1000 + u64::from(number)),
             temperature: Some(0.6 + 0.2 * f64::from(number % 3)),
             num_samples: Some(1 + number % 2),
             ..Sampling::default()
         }),
-        frames: Some(FramePolicy { when: frame_policy::When::Never.into(), ..FramePolicy::default() }),
+        frames: Some(FramePolicy {
+            when: frame_policy::When::Never.into(),
+            ..FramePolicy::default()
+        }),
         ..GenerateRequest::default()
     }
 }
@@ -27,7 +35,12 @@ async fn company_and_workers_change_nothing() {
     let server = TestServer::with_network(&config(), closed_form()).await;
     let mut alone = Vec::new();
     for number in 0..16 {
-        alone.push(generate(&mut server.client(), request(number, 12)).await.unwrap().tokens());
+        alone.push(
+            generate(&mut server.client(), request(number, 12))
+                .await
+                .unwrap()
+                .tokens(),
+        );
     }
     server.stop().await;
     for workers in [1, 3] {
@@ -52,7 +65,12 @@ async fn demo_model_at_the_same_batch_shape() {
     let server = TestServer::demo_with(&config).await;
     let mut alone = Vec::new();
     for number in 0..16 {
-        alone.push(generate(&mut server.client(), request(number, 24)).await.unwrap().tokens());
+        alone.push(
+            generate(&mut server.client(), request(number, 24))
+                .await
+                .unwrap()
+                .tokens(),
+        );
     }
     server.stop().await;
     config.engine.workers = 3;
@@ -69,11 +87,24 @@ async fn demo_model_at_the_same_batch_shape() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drawn_seed_repeats_the_answer() {
     let server = TestServer::with_network(&config(), closed_form()).await;
-    let first = generate(&mut server.client(), GenerateRequest::default()).await.unwrap();
+    let first = generate(&mut server.client(), GenerateRequest::default())
+        .await
+        .unwrap();
     let accepted = first.accepted.as_ref().unwrap();
     assert_eq!(accepted.seed, first.results[0].seed);
-    let sampling = Sampling { seed: Some(accepted.seed), steps: Some(accepted.steps), ..Sampling::default() };
-    let again = GenerateRequest { sampling: Some(sampling), length: Some(accepted.length), ..GenerateRequest::default() };
-    assert_eq!(generate(&mut server.client(), again).await.unwrap().tokens(), first.tokens());
+    let sampling = Sampling {
+        seed: Some(accepted.seed),
+        steps: Some(accepted.steps),
+        ..Sampling::default()
+    };
+    let again = GenerateRequest {
+        sampling: Some(sampling),
+        length: Some(accepted.length),
+        ..GenerateRequest::default()
+    };
+    assert_eq!(
+        generate(&mut server.client(), again).await.unwrap().tokens(),
+        first.tokens()
+    );
     server.stop().await;
 }

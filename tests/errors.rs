@@ -3,8 +3,8 @@
 use bytes::{Buf, BufMut};
 use denoised::proto::v1::template_part::Part;
 use denoised::proto::v1::{
-    CancelRequest, DetokenizeRequest, FramePolicy, GenerateRequest, InfillRequest, ModelReference,
-    Sampling, TemplatePart, TokenList, TokenizeRequest,
+    CancelRequest, DetokenizeRequest, FramePolicy, GenerateRequest, InfillRequest, ModelReference, Sampling,
+    TemplatePart, TokenList, TokenizeRequest,
 };
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::{Code, Status};
@@ -15,7 +15,10 @@ use crate::support::{Gate, TestServer, closed_form, config, generate, infill};
 fn sampling(change: impl FnOnce(&mut Sampling)) -> GenerateRequest {
     let mut sampling = Sampling::default();
     change(&mut sampling);
-    GenerateRequest { sampling: Some(sampling), ..GenerateRequest::default() }
+    GenerateRequest {
+        sampling: Some(sampling),
+        ..GenerateRequest::default()
+    }
 }
 
 #[track_caller]
@@ -35,31 +38,121 @@ async fn every_field_of_generate_is_checked() {
     let cases = [
         ("sampling.steps", sampling(|s| s.steps = Some(0))),
         ("sampling.steps", sampling(|s| s.steps = Some(u32::MAX))),
-        ("sampling.temperature", sampling(|s| s.temperature = Some(f64::NAN))),
+        (
+            "sampling.temperature",
+            sampling(|s| s.temperature = Some(f64::NAN)),
+        ),
         ("sampling.temperature", sampling(|s| s.temperature = Some(-1.0))),
-        ("sampling.temperature", sampling(|s| s.temperature = Some(f64::INFINITY))),
+        (
+            "sampling.temperature",
+            sampling(|s| s.temperature = Some(f64::INFINITY)),
+        ),
         ("sampling.top_k", sampling(|s| s.top_k = Some(0))),
         ("sampling.top_p", sampling(|s| s.top_p = Some(0.0))),
         ("sampling.top_p", sampling(|s| s.top_p = Some(f64::NAN))),
         ("sampling.num_samples", sampling(|s| s.num_samples = Some(0))),
-        ("sampling.num_samples", sampling(|s| s.num_samples = Some(1_000_000))),
-        ("sampling.num_samples", sampling(|s| (s.num_samples, s.steps) = (Some(64), Some(4096)))),
+        (
+            "sampling.num_samples",
+            sampling(|s| s.num_samples = Some(1_000_000)),
+        ),
+        (
+            "sampling.num_samples",
+            sampling(|s| (s.num_samples, s.steps) = (Some(64), Some(4096))),
+        ),
         ("sampling.sampler", sampling(|s| s.sampler = 99)),
-        ("length", GenerateRequest { length: Some(0), ..default() }),
-        ("length", GenerateRequest { length: Some(1_000_000), ..default() }),
-        ("prompt", GenerateRequest { prompt: "word ".repeat(200), ..default() }),
-        ("prompt", GenerateRequest { prompt: "In the beginning".into(), length: Some(1), ..default() }),
-        ("frames.when", GenerateRequest { frames: Some(FramePolicy { when: 77, ..FramePolicy::default() }), ..default() }),
-        ("frames.every_steps", GenerateRequest { frames: Some(FramePolicy { when: 3, every_steps: Some(0), ..FramePolicy::default() }), ..default() }),
-        ("request_id", GenerateRequest { request_id: "with space".into(), ..default() }),
-        ("request_id", GenerateRequest { request_id: "x".repeat(200), ..default() }),
-        ("model.name", GenerateRequest { model: Some(ModelReference { version: 1, ..ModelReference::default() }), ..default() }),
+        (
+            "length",
+            GenerateRequest {
+                length: Some(0),
+                ..default()
+            },
+        ),
+        (
+            "length",
+            GenerateRequest {
+                length: Some(1_000_000),
+                ..default()
+            },
+        ),
+        (
+            "prompt",
+            GenerateRequest {
+                prompt: "word ".repeat(200),
+                ..default()
+            },
+        ),
+        (
+            "prompt",
+            GenerateRequest {
+                prompt: "In the beginning".into(),
+                length: Some(1),
+                ..default()
+            },
+        ),
+        (
+            "frames.when",
+            GenerateRequest {
+                frames: Some(FramePolicy {
+                    when: 77,
+                    ..FramePolicy::default()
+                }),
+                ..default()
+            },
+        ),
+        (
+            "frames.every_steps",
+            GenerateRequest {
+                frames: Some(FramePolicy {
+                    when: 3,
+                    every_steps: Some(0),
+                    ..FramePolicy::default()
+                }),
+                ..default()
+            },
+        ),
+        (
+            "request_id",
+            GenerateRequest {
+                request_id: "with space".into(),
+                ..default()
+            },
+        ),
+        (
+            "request_id",
+            GenerateRequest {
+                request_id: "x".repeat(200),
+                ..default()
+            },
+        ),
+        (
+            "model.name",
+            GenerateRequest {
+                model: Some(ModelReference {
+                    version: 1,
+                    ..ModelReference::default()
+                }),
+                ..default()
+            },
+        ),
     ];
     for (field, request) in cases {
         names_field(&generate(&mut client, request).await.unwrap_err(), field);
     }
     // Nobody was harmed.
-    assert_eq!(generate(&mut client, GenerateRequest { length: Some(8), ..default() }).await.unwrap().results.len(), 1);
+    assert_eq!(
+        generate(
+            &mut client,
+            GenerateRequest {
+                length: Some(8),
+                ..default()
+            }
+        )
+        .await
+        .unwrap()
+        .results
+        .len(),
+        1
+    );
     server.stop().await;
 }
 
@@ -76,10 +169,21 @@ async fn every_field_of_infill_is_checked() {
         ("template", ask(vec![Some(Part::Text("no gap".into()))])),
         ("template", ask(vec![gap(u32::MAX), gap(u32::MAX)])),
         ("template", ask(vec![gap(1); 2000])),
-        ("template", ask(vec![Some(Part::Text("x".repeat(2_000_000))), gap(1)])),
+        (
+            "template",
+            ask(vec![Some(Part::Text("x".repeat(2_000_000))), gap(1)]),
+        ),
         ("template[1].gap", ask(vec![gap(1), gap(0)])),
         ("template[1]", ask(vec![gap(1), None])),
-        ("template[0].tokens.ids[1]", ask(vec![Some(Part::Tokens(TokenList { ids: vec![3, 4_000_000] })), gap(1)])),
+        (
+            "template[0].tokens.ids[1]",
+            ask(vec![
+                Some(Part::Tokens(TokenList {
+                    ids: vec![3, 4_000_000],
+                })),
+                gap(1),
+            ]),
+        ),
     ];
     for (field, request) in cases {
         names_field(&infill(&mut server.client(), request).await.unwrap_err(), field);
@@ -90,31 +194,79 @@ async fn every_field_of_infill_is_checked() {
 #[tokio::test(flavor = "multi_thread")]
 async fn unknown_things_are_not_found() {
     let server = TestServer::demo().await;
-    let model = |name: &str, version| Some(ModelReference { name: name.into(), version });
+    let model = |name: &str, version| {
+        Some(ModelReference {
+            name: name.into(),
+            version,
+        })
+    };
     for (name, version) in [("gpt-17", 0), ("world-english", 999)] {
-        let request = GenerateRequest { model: model(name, version), ..GenerateRequest::default() };
+        let request = GenerateRequest {
+            model: model(name, version),
+            ..GenerateRequest::default()
+        };
         let status = generate(&mut server.client(), request).await.unwrap_err();
         assert_eq!(status.code(), Code::NotFound);
-        assert!(status.get_details_resource_info().unwrap().resource_name.starts_with(name));
+        assert!(
+            status
+                .get_details_resource_info()
+                .unwrap()
+                .resource_name
+                .starts_with(name)
+        );
     }
-    let status = server.client().cancel(CancelRequest { request_id: "nobody".into() }).await.unwrap_err();
+    let status = server
+        .client()
+        .cancel(CancelRequest {
+            request_id: "nobody".into(),
+        })
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
-    let empty = server.client().cancel(CancelRequest::default()).await.unwrap_err();
+    let empty = server
+        .client()
+        .cancel(CancelRequest::default())
+        .await
+        .unwrap_err();
     names_field(&empty, "request_id");
-    let tokens = DetokenizeRequest { tokens: vec![u32::MAX], model: None };
-    names_field(&server.client().detokenize(tokens).await.unwrap_err(), "tokens[0]");
+    let tokens = DetokenizeRequest {
+        tokens: vec![u32::MAX],
+        model: None,
+    };
+    names_field(
+        &server.client().detokenize(tokens).await.unwrap_err(),
+        "tokens[0]",
+    );
     server.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn text_of_a_model_without_tokenizer_is_refused_and_tokens_work() {
     let server = TestServer::with_network(&config(), closed_form()).await;
-    let status = server.client().tokenize(TokenizeRequest { text: "hello".into(), model: None }).await.unwrap_err();
+    let status = server
+        .client()
+        .tokenize(TokenizeRequest {
+            text: "hello".into(),
+            model: None,
+        })
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition);
-    let request = GenerateRequest { prompt: "hello".into(), ..GenerateRequest::default() };
-    assert_eq!(generate(&mut server.client(), request).await.unwrap_err().code(), Code::FailedPrecondition);
-    let answer = generate(&mut server.client(), GenerateRequest::default()).await.unwrap();
-    assert_eq!((answer.results[0].text.as_ref(), answer.results[0].tokens.len()), (None, 12));
+    let request = GenerateRequest {
+        prompt: "hello".into(),
+        ..GenerateRequest::default()
+    };
+    assert_eq!(
+        generate(&mut server.client(), request).await.unwrap_err().code(),
+        Code::FailedPrecondition
+    );
+    let answer = generate(&mut server.client(), GenerateRequest::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        (answer.results[0].text.as_ref(), answer.results[0].tokens.len()),
+        (None, 12)
+    );
     server.stop().await;
 }
 
@@ -137,7 +289,15 @@ async fn a_full_queue_says_when_to_come_back() {
     let mut first = client.generate(request.clone()).await.unwrap().into_inner();
     let status = client.generate(request.clone()).await.unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted);
-    assert!(status.get_details_retry_info().unwrap().retry_delay.unwrap().as_millis() > 0);
+    assert!(
+        status
+            .get_details_retry_info()
+            .unwrap()
+            .retry_delay
+            .unwrap()
+            .as_millis()
+            > 0
+    );
     assert_eq!(status.get_details_error_info().unwrap().reason, "QUEUE_FULL");
     gate.open();
     while first.message().await.unwrap().is_some() {}
@@ -152,7 +312,10 @@ async fn a_network_that_cannot_be_loaded_is_an_internal_error_with_an_id() {
         Box::new(|| Err(denoised::network::NetworkError::Load("secret path".into()))),
     )
     .await;
-    let request = GenerateRequest { request_id: "find-me".into(), ..GenerateRequest::default() };
+    let request = GenerateRequest {
+        request_id: "find-me".into(),
+        ..GenerateRequest::default()
+    };
     let status = generate(&mut server.client(), request).await.unwrap_err();
     assert_eq!(status.code(), Code::Internal);
     assert!(status.message().contains("find-me") && !status.message().contains("secret"));
@@ -201,7 +364,11 @@ async fn invalid_utf8_and_garbage_are_the_callers_fault() {
         let mut raw = tonic::client::Grpc::new(server.channel.clone());
         raw.ready().await.unwrap();
         let path = "/denoised.v1.DiffusionService/Generate".parse().unwrap();
-        let status = raw.server_streaming(tonic::Request::new(bytes), path, Raw).await.map(|_| ()).unwrap_err();
+        let status = raw
+            .server_streaming(tonic::Request::new(bytes), path, Raw)
+            .await
+            .map(|_| ())
+            .unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
         assert!(status.message().contains(says), "{}", status.message());
     }

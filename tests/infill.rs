@@ -1,36 +1,64 @@
 //! Infill: any number of gaps anywhere, and clamped text comes back byte for byte.
 
 use denoised::proto::v1::template_part::Part;
-use denoised::proto::v1::{DetokenizeRequest, InfillRequest, Sampling, TemplatePart, TokenList, TokenizeRequest};
+use denoised::proto::v1::{
+    DetokenizeRequest, InfillRequest, Sampling, TemplatePart, TokenList, TokenizeRequest,
+};
 
 use crate::support::{TestServer, infill};
 
 fn parts(parts: impl IntoIterator<Item = Part>) -> Vec<TemplatePart> {
-    parts.into_iter().map(|part| TemplatePart { part: Some(part) }).collect()
+    parts
+        .into_iter()
+        .map(|part| TemplatePart { part: Some(part) })
+        .collect()
 }
 
 fn request(template: Vec<TemplatePart>) -> InfillRequest {
-    let sampling = Some(Sampling { steps: Some(8), seed: Some(3), ..Sampling::default() });
-    InfillRequest { template, sampling, ..InfillRequest::default() }
+    let sampling = Some(Sampling {
+        steps: Some(8),
+        seed: Some(3),
+        ..Sampling::default()
+    });
+    InfillRequest {
+        template,
+        sampling,
+        ..InfillRequest::default()
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clamped_text_comes_back_byte_for_byte() {
     let server = TestServer::demo().await;
-    let texts = ["  Caf\u{e9} \u{1F408}\u{200D}\u{2B1B} said,\r\n\t", "e\u{301} <|endoftext|> and \u{FFFD}", " the end.\0"];
+    let texts = [
+        "  Caf\u{e9} \u{1F408}\u{200D}\u{2B1B} said,\r\n\t",
+        "e\u{301} <|endoftext|> and \u{FFFD}",
+        " the end.\0",
+    ];
     let templates = [
         vec![Part::Text(texts[0].into()), Part::Gap(5)],
         vec![Part::Gap(4), Part::Text(texts[1].into())],
-        vec![Part::Gap(2), Part::Text(texts[0].into()), Part::Gap(3), Part::Text(texts[1].into()), Part::Gap(1), Part::Text(texts[2].into())],
+        vec![
+            Part::Gap(2),
+            Part::Text(texts[0].into()),
+            Part::Gap(3),
+            Part::Text(texts[1].into()),
+            Part::Gap(1),
+            Part::Text(texts[2].into()),
+        ],
         vec![Part::Gap(3), Part::Gap(4)],
     ];
     for template in templates {
-        let answer = infill(&mut server.client(), request(parts(template.clone()))).await.unwrap();
+        let answer = infill(&mut server.client(), request(parts(template.clone())))
+            .await
+            .unwrap();
         let result = &answer.results[0];
         let mut rest = result.text.as_deref().unwrap();
         for part in &template {
             if let Part::Text(clamped) = part {
-                let at = rest.find(clamped.as_str()).unwrap_or_else(|| panic!("{clamped:?} is not in {rest:?}"));
+                let at = rest
+                    .find(clamped.as_str())
+                    .unwrap_or_else(|| panic!("{clamped:?} is not in {rest:?}"));
                 rest = &rest[at + clamped.len()..];
             }
         }
@@ -41,8 +69,14 @@ async fn clamped_text_comes_back_byte_for_byte() {
         if let Some(Part::Text(_)) = template.last() {
             assert_eq!(rest, "", "text ends with the last clamped part");
         }
-        let gaps: u32 = template.iter().map(|part| if let Part::Gap(n) = part { *n } else { 0 }).sum();
-        assert_eq!(result.committed_at.iter().filter(|step| **step > 0).count() as u32, gaps);
+        let gaps: u32 = template
+            .iter()
+            .map(|part| if let Part::Gap(n) = part { *n } else { 0 })
+            .sum();
+        assert_eq!(
+            result.committed_at.iter().filter(|step| **step > 0).count() as u32,
+            gaps
+        );
     }
     server.stop().await;
 }
@@ -51,12 +85,30 @@ async fn clamped_text_comes_back_byte_for_byte() {
 async fn clamped_tokens_stay_where_they_are() {
     let server = TestServer::demo().await;
     let text = "And God said";
-    let tokenized = server.client().tokenize(TokenizeRequest { text: text.into(), model: None }).await;
+    let tokenized = server
+        .client()
+        .tokenize(TokenizeRequest {
+            text: text.into(),
+            model: None,
+        })
+        .await;
     let tokens = tokenized.unwrap().into_inner().tokens;
-    let detokenized = server.client().detokenize(DetokenizeRequest { tokens: tokens.clone(), model: None }).await;
+    let detokenized = server
+        .client()
+        .detokenize(DetokenizeRequest {
+            tokens: tokens.clone(),
+            model: None,
+        })
+        .await;
     assert_eq!(detokenized.unwrap().into_inner().text, text);
-    let template = vec![Part::Gap(3), Part::Tokens(TokenList { ids: tokens.clone() }), Part::Gap(2)];
-    let answer = infill(&mut server.client(), request(parts(template))).await.unwrap();
+    let template = vec![
+        Part::Gap(3),
+        Part::Tokens(TokenList { ids: tokens.clone() }),
+        Part::Gap(2),
+    ];
+    let answer = infill(&mut server.client(), request(parts(template)))
+        .await
+        .unwrap();
     assert_eq!(answer.tokens()[0][3..3 + tokens.len()], tokens);
     assert!(answer.results[0].text.as_ref().unwrap().contains(text));
     server.stop().await;

@@ -4,6 +4,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::wildcard_enum_match_arm,
+    unreachable_pub,
     reason = "tests"
 )]
 

@@ -11,7 +11,8 @@ use denoised::network::closed_form::ClosedForm;
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use denoised::proto::v1::model_service_client::ModelServiceClient;
 use denoised::proto::v1::{
-    Accepted, Frame, GenerateRequest, InfillRequest, Result as CanvasResult, generate_response, infill_response,
+    Accepted, Frame, GenerateRequest, InfillRequest, Result as CanvasResult, generate_response,
+    infill_response,
 };
 use denoised::server::Server;
 use tokio::sync::oneshot;
@@ -20,7 +21,6 @@ use tonic::Status;
 use tonic::transport::Channel;
 
 pub struct TestServer {
-    pub url: String,
     pub channel: Channel,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<()>,
@@ -57,8 +57,17 @@ impl TestServer {
             };
             server.run(shutdown).await.unwrap();
         });
-        let channel = Channel::from_shared(url.clone()).unwrap().connect().await.unwrap();
-        Self { url, channel, stop, serving }
+        let channel = Channel::from_shared(url)
+            .unwrap()
+            .connect()
+            .await
+            .unwrap();
+        Self {
+            url,
+            channel,
+            stop,
+            serving,
+        }
     }
 
     pub fn client(&self) -> DiffusionServiceClient<Channel> {
@@ -72,7 +81,10 @@ impl TestServer {
     pub async fn stop(self) {
         drop(self.channel);
         self.stop.send(()).ok();
-        tokio::time::timeout(Duration::from_secs(60), self.serving).await.expect("the server stops").unwrap();
+        tokio::time::timeout(Duration::from_secs(60), self.serving)
+            .await
+            .expect("the server stops")
+            .unwrap();
     }
 }
 
@@ -100,7 +112,12 @@ pub fn closed_form_manifest() -> Manifest {
 /// A network whose tokens are independent of each other.
 pub fn closed_form() -> NetworkSource {
     let graph = Graph::new(GraphKind::Absorbing, 6);
-    Box::new(move || Ok(Box::new(ClosedForm::independent(graph, &[0.3, 0.25, 0.2, 0.15, 0.1]))))
+    Box::new(move || {
+        Ok(Box::new(ClosedForm::independent(
+            graph,
+            &[0.3, 0.25, 0.2, 0.15, 0.1],
+        )))
+    })
 }
 
 /// Everything one call answered.
@@ -119,14 +136,20 @@ impl Answer {
     }
 }
 
-pub async fn generate(client: &mut DiffusionServiceClient<Channel>, request: GenerateRequest) -> Result<Answer, Status> {
+pub async fn generate(
+    client: &mut DiffusionServiceClient<Channel>,
+    request: GenerateRequest,
+) -> Result<Answer, Status> {
     let mut stream = client.generate(request).await?.into_inner();
     let mut answer = Answer::default();
     while let Some(message) = stream.message().await? {
         match message.event.expect("every message holds an event") {
             generate_response::Event::Accepted(accepted) => {
                 assert!(answer.accepted.replace(accepted).is_none(), "accepted comes once");
-                assert!(answer.frames.is_empty() && answer.results.is_empty(), "accepted comes first");
+                assert!(
+                    answer.frames.is_empty() && answer.results.is_empty(),
+                    "accepted comes first"
+                );
             }
             generate_response::Event::Frame(frame) => answer.frames.push(frame),
             generate_response::Event::Result(result) => answer.results.push(result),
@@ -135,7 +158,10 @@ pub async fn generate(client: &mut DiffusionServiceClient<Channel>, request: Gen
     Ok(answer)
 }
 
-pub async fn infill(client: &mut DiffusionServiceClient<Channel>, request: InfillRequest) -> Result<Answer, Status> {
+pub async fn infill(
+    client: &mut DiffusionServiceClient<Channel>,
+    request: InfillRequest,
+) -> Result<Answer, Status> {
     let mut stream = client.infill(request).await?.into_inner();
     let mut answer = Answer::default();
     while let Some(message) = stream.message().await? {

@@ -75,14 +75,23 @@ impl Manifest {
             return wrong(format!("format is {}, this program reads {FORMAT}", self.format));
         }
         if !is_name(&self.name) {
-            return wrong(format!("name {:?} must be of a-z, 0-9, '.', '_' and '-'", self.name));
+            return wrong(format!(
+                "name {:?} must be of a-z, 0-9, '.', '_' and '-'",
+                self.name
+            ));
         }
         self.schedule.check()?;
         if !(2..=MOST_STATES).contains(&self.vocab_size) {
-            return wrong(format!("vocab_size is {}, allowed are 2 to {MOST_STATES}", self.vocab_size));
+            return wrong(format!(
+                "vocab_size is {}, allowed are 2 to {MOST_STATES}",
+                self.vocab_size
+            ));
         }
         if !(1..=MOST_LENGTH).contains(&self.max_length) {
-            return wrong(format!("max_length is {}, allowed are 1 to {MOST_LENGTH}", self.max_length));
+            return wrong(format!(
+                "max_length is {}, allowed are 1 to {MOST_LENGTH}",
+                self.max_length
+            ));
         }
         if self.mask_token != self.graph().mask() {
             return wrong(format!(
@@ -93,7 +102,10 @@ impl Manifest {
                 self.graph().mask()
             ));
         }
-        if self.end_of_document.is_some_and(|token| token as usize >= self.vocab_size) {
+        if self
+            .end_of_document
+            .is_some_and(|token| token as usize >= self.vocab_size)
+        {
             return wrong("end_of_document must be below vocab_size".to_owned());
         }
         if self.graph == GraphKind::Uniform && self.parameterization == Parameterization::Mean {
@@ -124,15 +136,20 @@ impl Manifest {
 }
 
 /// Whether `name` can name a model: safe in paths, URLs and metrics.
-pub fn is_name(name: &str) -> bool {
+pub(super) fn is_name(name: &str) -> bool {
     name.len() <= 128
         && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
-        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c))
+        && name
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c))
 }
 
 /// A name without directories, so that no entry can point out of its bundle.
 fn is_file_name(name: &str) -> bool {
-    !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\', '\0', ':']) && name != super::MANIFEST
+    !name.is_empty()
+        && !name.starts_with('.')
+        && !name.contains(['/', '\\', '\0', ':'])
+        && name != super::MANIFEST
 }
 
 #[cfg(test)]
@@ -173,7 +190,11 @@ pub(super) mod tests {
             ("graph", "cyclic".into(), "cyclic"),
             ("parameterization", "epsilon".into(), "epsilon"),
             ("schedule", serde_json::json!({"type": "cosine"}), "cosine"),
-            ("schedule", serde_json::json!({"type": "loglinear", "eps": 2.0}), "eps"),
+            (
+                "schedule",
+                serde_json::json!({"type": "loglinear", "eps": 2.0}),
+                "eps",
+            ),
             ("name", "../up".into(), "name"),
             ("vocab_size", 1.into(), "vocab_size"),
             ("max_length", 0.into(), "max_length"),
@@ -181,7 +202,11 @@ pub(super) mod tests {
             ("end_of_document", 9.into(), "end_of_document"),
             ("two_stage", true.into(), "two_stage"),
             ("sha256", serde_json::json!({}), "model.onnx"),
-            ("sha256", serde_json::json!({"model.onnx": "", "../../etc/passwd": ""}), "plain file name"),
+            (
+                "sha256",
+                serde_json::json!({"model.onnx": "", "../../etc/passwd": ""}),
+                "plain file name",
+            ),
         ] {
             let mut json = serde_json::to_value(tiny()).unwrap();
             json[key] = value;

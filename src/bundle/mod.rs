@@ -98,27 +98,48 @@ impl Bundle {
         let bytes = read(&directory.join(MANIFEST))?;
         let manifest = Manifest::from_json(&bytes).map_err(BundleError::Manifest)?;
         for entry in fs::read_dir(directory).map_err(|e| io_error(directory, e))? {
-            let name = entry.map_err(|e| io_error(directory, e))?.file_name().to_string_lossy().into_owned();
+            let name = entry
+                .map_err(|e| io_error(directory, e))?
+                .file_name()
+                .to_string_lossy()
+                .into_owned();
             if name != MANIFEST && !manifest.sha256.contains_key(&name) {
-                return Err(BundleError::File { file: name, problem: "lies in the bundle but not in its manifest" });
+                return Err(BundleError::File {
+                    file: name,
+                    problem: "lies in the bundle but not in its manifest",
+                });
             }
         }
         for (name, expected) in &manifest.sha256 {
             check_hash(name, expected, &read(&directory.join(name))?)?;
         }
-        Ok(Self { manifest, files: Files::Directory(directory.to_owned()) })
+        Ok(Self {
+            manifest,
+            files: Files::Directory(directory.to_owned()),
+        })
     }
 
     /// A bundle compiled into the binary: manifest and files by name.
     pub fn embedded(files: &'static [(&'static str, &'static [u8])]) -> Result<Self, BundleError> {
-        let find = |wanted: &str| files.iter().find(|(name, _)| *name == wanted).map(|(_, bytes)| *bytes);
-        let missing = |file: &str| BundleError::File { file: file.to_owned(), problem: "is missing" };
+        let find = |wanted: &str| {
+            files
+                .iter()
+                .find(|(name, _)| *name == wanted)
+                .map(|(_, bytes)| *bytes)
+        };
+        let missing = |file: &str| BundleError::File {
+            file: file.to_owned(),
+            problem: "is missing",
+        };
         let manifest = Manifest::from_json(find(MANIFEST).ok_or_else(|| missing(MANIFEST))?)
             .map_err(BundleError::Manifest)?;
         for (name, expected) in &manifest.sha256 {
             check_hash(name, expected, find(name).ok_or_else(|| missing(name))?)?;
         }
-        Ok(Self { manifest, files: Files::Embedded(files) })
+        Ok(Self {
+            manifest,
+            files: Files::Embedded(files),
+        })
     }
 
     /// What the manifest says.
@@ -130,9 +151,12 @@ impl Bundle {
     pub fn model(&self) -> ModelSource<'static> {
         match &self.files {
             Files::Directory(directory) => ModelSource::Path(directory.join(MODEL)),
-            Files::Embedded(files) => {
-                ModelSource::Bytes(files.iter().find(|(name, _)| *name == MODEL).map_or(&[], |(_, b)| *b))
-            }
+            Files::Embedded(files) => ModelSource::Bytes(
+                files
+                    .iter()
+                    .find(|(name, _)| *name == MODEL)
+                    .map_or(&[], |(_, b)| *b),
+            ),
         }
     }
 
@@ -143,9 +167,10 @@ impl Bundle {
         }
         let bytes = match &self.files {
             Files::Directory(directory) => read(&directory.join(TOKENIZER))?,
-            Files::Embedded(files) => {
-                files.iter().find(|(name, _)| *name == TOKENIZER).map_or_else(Vec::new, |(_, b)| b.to_vec())
-            }
+            Files::Embedded(files) => files
+                .iter()
+                .find(|(name, _)| *name == TOKENIZER)
+                .map_or_else(Vec::new, |(_, b)| b.to_vec()),
         };
         Ok(Some(TextTokenizer::from_json(&bytes, &self.manifest)?))
     }
@@ -155,8 +180,10 @@ impl Bundle {
 ///
 /// `files` are [`MODEL`] and, if there is one, [`TOKENIZER`]; their hashes are filled into `manifest`.
 pub fn write(directory: &Path, manifest: &mut Manifest, files: &[(&str, &[u8])]) -> Result<(), BundleError> {
-    manifest.sha256 =
-        files.iter().map(|(name, bytes)| ((*name).to_owned(), sha256(bytes))).collect::<BTreeMap<_, _>>();
+    manifest.sha256 = files
+        .iter()
+        .map(|(name, bytes)| ((*name).to_owned(), sha256(bytes)))
+        .collect::<BTreeMap<_, _>>();
     manifest.check().map_err(BundleError::Manifest)?;
     if directory.exists() {
         let source = io::Error::new(io::ErrorKind::AlreadyExists, "exists already");
@@ -183,12 +210,19 @@ fn check_hash(file: &str, expected: &str, bytes: &[u8]) -> Result<(), BundleErro
     if found == expected {
         return Ok(());
     }
-    Err(BundleError::Hash { file: file.to_owned(), expected: expected.to_owned(), found })
+    Err(BundleError::Hash {
+        file: file.to_owned(),
+        expected: expected.to_owned(),
+        found,
+    })
 }
 
 /// Lower-case hexadecimal sha256.
 pub fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
@@ -196,7 +230,10 @@ fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
 }
 
 fn io_error(path: &Path, source: io::Error) -> BundleError {
-    BundleError::Io { path: path.to_owned(), source }
+    BundleError::Io {
+        path: path.to_owned(),
+        source,
+    }
 }
 
 #[cfg(test)]

@@ -29,7 +29,11 @@ pub fn scan(root: &Path) -> Result<Vec<Entry>, BundleError> {
         }
         for (version, path) in directories(&model)? {
             if let Some(version) = version.parse::<u64>().ok().filter(|v| *v > 0) {
-                entries.push(Entry { name: name.clone(), version, path });
+                entries.push(Entry {
+                    name: name.clone(),
+                    version,
+                    path,
+                });
             }
         }
     }
@@ -56,12 +60,24 @@ mod tests {
     #[test]
     fn finds_models_by_name_and_version_and_nothing_else() {
         let root = tempfile::tempdir().unwrap();
-        for place in ["b/2", "b/10", "a/1", "a/1.partial", "a/0", "a/latest", ".hidden/1", "Upper/1"] {
+        for place in [
+            "b/2",
+            "b/10",
+            "a/1",
+            "a/1.partial",
+            "a/0",
+            "a/latest",
+            ".hidden/1",
+            "Upper/1",
+        ] {
             fs::create_dir_all(root.path().join(place)).unwrap();
         }
         fs::write(root.path().join("README"), "not a model").unwrap();
-        let found: Vec<(String, u64)> =
-            scan(root.path()).unwrap().into_iter().map(|e| (e.name, e.version)).collect();
+        let found: Vec<(String, u64)> = scan(root.path())
+            .unwrap()
+            .into_iter()
+            .map(|e| (e.name, e.version))
+            .collect();
         assert_eq!(found, [("a".into(), 1), ("b".into(), 2), ("b".into(), 10)]);
     }
 }

@@ -45,13 +45,17 @@ impl TextTokenizer {
 
     /// Tokens of `text`, without anything added around it.
     pub fn encode(&self, text: &str) -> Result<Vec<Token>, TokenizerError> {
-        let encoding =
-            self.0.encode_fast(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        let encoding = self
+            .0
+            .encode_fast(text, false)
+            .map_err(|e| TokenizerError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Text of `tokens`, special tokens left out. Bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, tokens: &[Token]) -> Result<String, TokenizerError> {
-        self.0.decode(tokens, true).map_err(|e| TokenizerError::Decode(e.to_string()))
+        self.0
+            .decode(tokens, true)
+            .map_err(|e| TokenizerError::Decode(e.to_string()))
     }
 }

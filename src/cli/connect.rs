@@ -43,7 +43,8 @@ impl Target {
                 (url, Some(own))
             }
         };
-        let endpoint = Endpoint::from_shared(url.clone()).map_err(|e| Failed::usage(format!("--server {url}: {e}")))?;
+        let endpoint =
+            Endpoint::from_shared(url.clone()).map_err(|e| Failed::usage(format!("--server {url}: {e}")))?;
         let channel = endpoint
             .connect()
             .await
@@ -52,10 +53,20 @@ impl Target {
     }
 
     async fn start(&self) -> Result<(String, Own), Failed> {
-        let mut flags = vec![("server.listen", "127.0.0.1:0".to_owned()), ("server.drain_grace_seconds", "0".to_owned())];
-        flags.extend(self.repository.iter().map(|path| ("models.repository", path.clone())));
+        let mut flags = vec![
+            ("server.listen", "127.0.0.1:0".to_owned()),
+            ("server.drain_grace_seconds", "0".to_owned()),
+        ];
+        flags.extend(
+            self.repository
+                .iter()
+                .map(|path| ("models.repository", path.clone())),
+        );
         let config = Config::load(None, &flags).map_err(Failed::usage)?;
-        let quiet = LogConfig { filter: "warn".to_owned(), ..config.log.clone() };
+        let quiet = LogConfig {
+            filter: "warn".to_owned(),
+            ..config.log.clone()
+        };
         telemetry::init(&quiet).map_err(|e| Failed::usage(format!("log.filter: {e}")))?;
         let server = Server::bind(&config).await.map_err(Failed::software)?;
         let url = format!("http://{}", server.address());
@@ -73,7 +84,10 @@ impl Connection {
         drop(self.channel);
         let Some(own) = self.own else { return Ok(()) };
         let _already_over = own.stop.send(()).is_err();
-        own.serving.await.map_err(Failed::software)?.map_err(Failed::software)
+        own.serving
+            .await
+            .map_err(Failed::software)?
+            .map_err(Failed::software)
     }
 }
 

@@ -11,8 +11,8 @@ use super::view::View;
 use super::{Failed, INTERRUPTED, json, template};
 use crate::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use crate::proto::v1::{
-    FramePolicy, GenerateRequest, InfillRequest, ModelReference, Sampler, Sampling, frame_policy, generate_response,
-    infill_response,
+    FramePolicy, GenerateRequest, InfillRequest, ModelReference, Sampler, Sampling, frame_policy,
+    generate_response, infill_response,
 };
 
 /// Options of both commands.
@@ -104,7 +104,10 @@ impl Generate {
                 generate_response::Event::Frame(frame) => Some(Event::Frame(frame)),
                 generate_response::Event::Result(result) => Some(Event::Result(result)),
             };
-            response.into_inner().map(move |message| Ok(event(message?))).boxed()
+            response
+                .into_inner()
+                .map(move |message| Ok(event(message?)))
+                .boxed()
         });
         drop(client);
         self.finish(connection, events).await
@@ -114,7 +117,10 @@ impl Generate {
         let Some(text) = &self.model else { return Ok(None) };
         let (name, version) = crate::server::models::parse_reference(text)
             .ok_or_else(|| Failed::usage(format!("--model {text}: must be NAME or NAME@VERSION")))?;
-        Ok(Some(ModelReference { name: name.to_owned(), version: version.unwrap_or(0) }))
+        Ok(Some(ModelReference {
+            name: name.to_owned(),
+            version: version.unwrap_or(0),
+        }))
     }
 
     fn sampling(&self) -> Sampling {
@@ -130,9 +136,17 @@ impl Generate {
     }
 
     fn frames(&self) -> FramePolicy {
-        let wanted = self.json || self.live == Live::Always || (self.live == Live::Auto && io::stdout().is_terminal());
-        let when = if wanted { frame_policy::When::OnChange } else { frame_policy::When::Never };
-        FramePolicy { when: when.into(), ..FramePolicy::default() }
+        let wanted =
+            self.json || self.live == Live::Always || (self.live == Live::Auto && io::stdout().is_terminal());
+        let when = if wanted {
+            frame_policy::When::OnChange
+        } else {
+            frame_policy::When::Never
+        };
+        FramePolicy {
+            when: when.into(),
+            ..FramePolicy::default()
+        }
     }
 
     fn view(&self) -> View {
@@ -166,7 +180,9 @@ impl Generate {
         let many = self.num_samples.unwrap_or(1) > 1;
         while let Some(event) = events.next().await {
             let shown = match event? {
-                Some(Event::Accepted(accepted)) if self.json => writeln!(out, "{}", json::accepted(&accepted)),
+                Some(Event::Accepted(accepted)) if self.json => {
+                    writeln!(out, "{}", json::accepted(&accepted))
+                }
                 Some(Event::Frame(frame)) if self.json => writeln!(out, "{}", json::frame(&frame)),
                 Some(Event::Result(result)) if self.json => writeln!(out, "{}", json::result(&result)),
                 Some(Event::Frame(frame)) => view.show(&frame, &mut out),
@@ -191,7 +207,9 @@ impl Infill {
     pub(super) async fn run(self) -> Result<(), Failed> {
         let options = self.options;
         if options.length.is_some() {
-            return Err(Failed::usage("--length: a template's length follows from its text and gaps"));
+            return Err(Failed::usage(
+                "--length: a template's length follows from its text and gaps",
+            ));
         }
         let parts = template::parse(&options.text).map_err(|e| Failed::usage(format!("template: {e}")))?;
         let model = options.model_reference()?;
@@ -210,7 +228,10 @@ impl Infill {
                 infill_response::Event::Frame(frame) => Some(Event::Frame(frame)),
                 infill_response::Event::Result(result) => Some(Event::Result(result)),
             };
-            response.into_inner().map(move |message| Ok(event(message?))).boxed()
+            response
+                .into_inner()
+                .map(move |message| Ok(event(message?)))
+                .boxed()
         });
         drop(client);
         options.finish(connection, events).await

@@ -11,6 +11,7 @@ mod serve;
 mod template;
 mod view;
 
+use std::fmt::Display;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -57,16 +58,25 @@ struct Failed {
 }
 
 impl Failed {
-    fn usage(message: impl ToString) -> Self {
-        Self { code: USAGE, message: message.to_string() }
+    fn usage(message: impl Display) -> Self {
+        Self {
+            code: USAGE,
+            message: message.to_string(),
+        }
     }
 
-    fn unavailable(message: impl ToString) -> Self {
-        Self { code: UNAVAILABLE, message: message.to_string() }
+    fn unavailable(message: impl Display) -> Self {
+        Self {
+            code: UNAVAILABLE,
+            message: message.to_string(),
+        }
     }
 
-    fn software(message: impl ToString) -> Self {
-        Self { code: SOFTWARE, message: message.to_string() }
+    fn software(message: impl Display) -> Self {
+        Self {
+            code: SOFTWARE,
+            message: message.to_string(),
+        }
     }
 }
 
@@ -77,10 +87,12 @@ impl From<Status> for Failed {
         if let Some(delay) = status.get_details_retry_info().and_then(|info| info.retry_delay) {
             message = format!("{message} (try again in {:.1} s)", delay.as_secs_f64());
         }
-        match status.code() {
-            tonic::Code::Unavailable => Self::unavailable(message),
-            tonic::Code::InvalidArgument => Self::usage(message),
-            _ => Self::software(message),
+        if status.code() == tonic::Code::Unavailable {
+            Self::unavailable(message)
+        } else if status.code() == tonic::Code::InvalidArgument {
+            Self::usage(message)
+        } else {
+            Self::software(message)
         }
     }
 }
@@ -92,12 +104,20 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // --help and --version arrive here too.
             let code = if error.use_stderr() { USAGE } else { 0 };
-            return if error.print().is_ok() { code.into() } else { SOFTWARE.into() };
+            return if error.print().is_ok() {
+                code.into()
+            } else {
+                SOFTWARE.into()
+            };
         }
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return report(&Failed::software(format!("cannot start the async runtime: {error}"))),
+        Err(error) => {
+            return report(&Failed::software(format!(
+                "cannot start the async runtime: {error}"
+            )));
+        }
     };
     let result = runtime.block_on(async {
         match arguments.command {

@@ -21,10 +21,17 @@ impl ListModels {
     pub(super) async fn run(self) -> Result<(), Failed> {
         let connection = self.target.connect().await?;
         let mut client = ModelServiceClient::new(connection.channel.clone());
-        let models = client.list_models(ListModelsRequest {}).await?.into_inner().models;
+        let models = client
+            .list_models(ListModelsRequest {})
+            .await?
+            .into_inner()
+            .models;
         drop(client);
         if !self.json {
-            println!("{:<28} {:<10} {:>10} {:>10}", "MODEL", "GRAPH", "VOCABULARY", "MAX LENGTH");
+            println!(
+                "{:<28} {:<10} {:>10} {:>10}",
+                "MODEL", "GRAPH", "VOCABULARY", "MAX LENGTH"
+            );
         }
         for model in &models {
             let value = json::model(model);
@@ -32,9 +39,23 @@ impl ListModels {
                 println!("{value}");
                 continue;
             }
-            let name = format!("{}@{}{}", model.name, model.version, if model.is_default { " (default)" } else { "" });
-            let text = |key: &str| value[key].as_str().map_or_else(|| value[key].to_string(), str::to_owned);
-            println!("{name:<28} {:<10} {:>10} {:>10}", text("graph"), text("vocab_size"), text("max_length"));
+            let name = format!(
+                "{}@{}{}",
+                model.name,
+                model.version,
+                if model.is_default { " (default)" } else { "" }
+            );
+            let text = |key: &str| {
+                value[key]
+                    .as_str()
+                    .map_or_else(|| value[key].to_string(), str::to_owned)
+            };
+            println!(
+                "{name:<28} {:<10} {:>10} {:>10}",
+                text("graph"),
+                text("vocab_size"),
+                text("max_length")
+            );
         }
         connection.close().await
     }

@@ -36,7 +36,10 @@ pub(super) struct Serve {
 impl Serve {
     pub(super) async fn run(self) -> Result<(), Failed> {
         let flags = [
-            ("models.repository", self.repository.map(|path| path.display().to_string())),
+            (
+                "models.repository",
+                self.repository.map(|path| path.display().to_string()),
+            ),
             ("server.listen", self.listen.map(|address| address.to_string())),
             ("engine.workers", self.workers.map(|workers| workers.to_string())),
             ("engine.device", self.device.map(|device| device.to_string())),
@@ -50,7 +53,9 @@ impl Serve {
         let address = server.address();
         tracing::info!("serving on http://{address}: {}", server.summary());
         let mut out = std::io::stdout();
-        writeln!(out, "listening on http://{address}").and_then(|()| out.flush()).map_err(Failed::software)?;
+        writeln!(out, "listening on http://{address}")
+            .and_then(|()| out.flush())
+            .map_err(Failed::software)?;
         server.run(shutdown).await.map_err(Failed::software)?;
         tracing::info!("bye");
         Ok(())

@@ -22,15 +22,12 @@ pub(super) fn parse(template: &str) -> Result<Vec<TemplatePart>, String> {
             continue;
         }
         text.push_str(before);
-        let (inside, after) = opened[2..]
-            .split_once("]]")
-            .ok_or_else(|| format!("the gap at {opened:.20?} is not closed; write [[N]], or \\[[ for brackets"))?;
-        let positions: u32 = inside
-            .trim()
-            .parse()
-            .ok()
-            .filter(|n| *n > 0)
-            .ok_or_else(|| format!("the gap [[{inside}]] must hold a number of tokens, at least 1; write \\[[ for brackets"))?;
+        let (inside, after) = opened[2..].split_once("]]").ok_or_else(|| {
+            format!("the gap at {opened:.20?} is not closed; write [[N]], or \\[[ for brackets")
+        })?;
+        let positions: u32 = inside.trim().parse().ok().filter(|n| *n > 0).ok_or_else(|| {
+            format!("the gap [[{inside}]] must hold a number of tokens, at least 1; write \\[[ for brackets")
+        })?;
         if !text.is_empty() {
             parts.push(Part::Text(std::mem::take(&mut text)));
         }
@@ -41,7 +38,10 @@ pub(super) fn parse(template: &str) -> Result<Vec<TemplatePart>, String> {
     if !text.is_empty() {
         parts.push(Part::Text(text));
     }
-    Ok(parts.into_iter().map(|part| TemplatePart { part: Some(part) }).collect())
+    Ok(parts
+        .into_iter()
+        .map(|part| TemplatePart { part: Some(part) })
+        .collect())
 }
 
 #[cfg(test)]
@@ -62,9 +62,17 @@ mod tests {
     #[test]
     fn gaps_and_text_alternate() {
         let parts = parse("Hi, my name is [[20]] and that's why I'm late[[3]]").unwrap();
-        let gaps: Vec<_> = parts.iter().map(|p| matches!(p.part, Some(Part::Gap(_)))).collect();
+        let gaps: Vec<_> = parts
+            .iter()
+            .map(|p| matches!(p.part, Some(Part::Gap(_))))
+            .collect();
         assert_eq!(gaps, [false, true, false, true]);
-        assert_eq!(parse(r"a \[[ b").unwrap(), [TemplatePart { part: Some(Part::Text("a [[ b".into())) }]);
+        assert_eq!(
+            parse(r"a \[[ b").unwrap(),
+            [TemplatePart {
+                part: Some(Part::Text("a [[ b".into()))
+            }]
+        );
     }
 
     #[test]

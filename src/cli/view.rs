@@ -36,7 +36,12 @@ impl View {
 
     pub(super) fn terminal() -> Self {
         let colour = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-        Self::Terminal(Terminal { colour, lines: 0, canvases: Vec::new(), started: Instant::now() })
+        Self::Terminal(Terminal {
+            colour,
+            lines: 0,
+            canvases: Vec::new(),
+            started: Instant::now(),
+        })
     }
 
     pub(super) fn show(&mut self, frame: &Frame, out: &mut impl Write) -> io::Result<()> {
@@ -49,7 +54,11 @@ impl View {
                 if shown[canvas].replace(block) == Some(block) {
                     return Ok(());
                 }
-                writeln!(out, "--- step {}/{}  masked {}", frame.step, frame.total, frame.masked)?;
+                writeln!(
+                    out,
+                    "--- step {}/{}  masked {}",
+                    frame.step, frame.total, frame.masked
+                )?;
                 writeln!(out, "{}", frame.text.as_deref().unwrap_or_default())
             }
             Self::Terminal(terminal) => terminal.show(frame, out),
@@ -88,7 +97,10 @@ impl Terminal {
         // The last row stays free: the status line ends with a line break.
         let room = usize::from(rows).saturating_sub(2).max(1);
         let lines = self.canvases.iter().filter_map(|frame| frame.text.as_deref());
-        let lines: Vec<Vec<char>> = lines.flat_map(|text| wrap(text, usize::from(columns).max(8))).take(room).collect();
+        let lines: Vec<Vec<char>> = lines
+            .flat_map(|text| wrap(text, usize::from(columns).max(8)))
+            .take(room)
+            .collect();
         for line in &lines {
             self.line(line, out)?;
         }
@@ -102,7 +114,13 @@ impl Terminal {
             self.started.elapsed().as_secs_f64()
         );
         if self.colour {
-            queue!(out, SetForegroundColor(Color::Cyan), Print(&status), ResetColor, Print("\n"))?;
+            queue!(
+                out,
+                SetForegroundColor(Color::Cyan),
+                Print(&status),
+                ResetColor,
+                Print("\n")
+            )?;
         } else {
             queue!(out, Print(&status), Print("\n"))?;
         }
@@ -114,7 +132,12 @@ impl Terminal {
         for run in line.chunk_by(|a, b| (*a == MASKED) == (*b == MASKED)) {
             let text: String = run.iter().collect();
             if self.colour && run.first() == Some(&MASKED) {
-                queue!(out, SetAttribute(Attribute::Dim), Print(text), SetAttribute(Attribute::Reset))?;
+                queue!(
+                    out,
+                    SetAttribute(Attribute::Dim),
+                    Print(text),
+                    SetAttribute(Attribute::Reset)
+                )?;
             } else {
                 queue!(out, Print(text))?;
             }
@@ -145,8 +168,15 @@ impl Terminal {
 fn wrap(text: &str, columns: usize) -> Vec<Vec<char>> {
     text.split('\n')
         .flat_map(|line| {
-            let line: Vec<char> = line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-            if line.is_empty() { vec![line] } else { line.chunks(columns).map(<[char]>::to_vec).collect() }
+            let line: Vec<char> = line
+                .chars()
+                .map(|c| if c.is_control() { ' ' } else { c })
+                .collect();
+            if line.is_empty() {
+                vec![line]
+            } else {
+                line.chunks(columns).map(<[char]>::to_vec).collect()
+            }
         })
         .collect()
 }
@@ -157,7 +187,13 @@ mod tests {
     use super::*;
 
     fn frame(step: u32, text: &str) -> Frame {
-        Frame { step, total: 64, masked: 64 - step, text: Some(text.to_owned()), ..Frame::default() }
+        Frame {
+            step,
+            total: 64,
+            masked: 64 - step,
+            text: Some(text.to_owned()),
+            ..Frame::default()
+        }
     }
 
     #[test]
@@ -173,7 +209,12 @@ mod tests {
 
     #[test]
     fn a_redraw_goes_back_over_every_line_it_drew() {
-        let mut terminal = Terminal { colour: false, lines: 0, canvases: Vec::new(), started: Instant::now() };
+        let mut terminal = Terminal {
+            colour: false,
+            lines: 0,
+            canvases: Vec::new(),
+            started: Instant::now(),
+        };
         let mut out = Vec::new();
         terminal.show(&frame(1, "one\ntwo"), &mut out).unwrap();
         assert_eq!(terminal.lines, 3);
@@ -184,7 +225,10 @@ mod tests {
 
     #[test]
     fn long_lines_wrap_and_control_characters_cannot_escape() {
-        let wrapped: Vec<String> = wrap("abcdefghij\u{1b}[2J\n\nk", 8).iter().map(|l| l.iter().collect()).collect();
+        let wrapped: Vec<String> = wrap("abcdefghij\u{1b}[2J\n\nk", 8)
+            .iter()
+            .map(|l| l.iter().collect())
+            .collect();
         assert_eq!(wrapped, ["abcdefgh", "ij [2J", "", "k"]);
     }
 }

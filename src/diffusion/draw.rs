@@ -41,7 +41,10 @@ impl Draws {
     pub fn at(&mut self, step: u32, position: usize) -> Uniforms {
         let block = (u128::from(step) << POSITION_BITS) | position as u128;
         self.stream.set_word_pos(block * BLOCK_WORDS);
-        Uniforms { leave: unit(self.stream.next_u64()), token: unit(self.stream.next_u64()) }
+        Uniforms {
+            leave: unit(self.stream.next_u64()),
+            token: unit(self.stream.next_u64()),
+        }
     }
 
     /// The uniform that draws `position` of the initial canvas from the limit law.

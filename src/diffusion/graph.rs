@@ -188,7 +188,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn graphs() -> impl Strategy<Value = Graph> {
-        (prop_oneof![Just(GraphKind::Absorbing), Just(GraphKind::Uniform)], 2usize..40)
+        (
+            prop_oneof![Just(GraphKind::Absorbing), Just(GraphKind::Uniform)],
+            2usize..40,
+        )
             .prop_map(|(kind, states)| Graph::new(kind, states))
     }
 

@@ -63,8 +63,13 @@ fn schedules_agree() {
     for case in noise {
         let parameter = |name: &str| case.params[name].as_f64().unwrap();
         let schedule = match case.schedule.as_str() {
-            "loglinear" => Schedule::LogLinear { eps: parameter("eps") },
-            _ => Schedule::Geometric { sigma_min: parameter("sigma_min"), sigma_max: parameter("sigma_max") },
+            "loglinear" => Schedule::LogLinear {
+                eps: parameter("eps"),
+            },
+            _ => Schedule::Geometric {
+                sigma_min: parameter("sigma_min"),
+                sigma_max: parameter("sigma_max"),
+            },
         };
         for (i, &t) in case.t.iter().enumerate() {
             close(schedule.total_noise(t), case.total_noise[i]);
@@ -78,7 +83,11 @@ fn graphs_tweedie_weights_and_score_entropy_agree() {
     let cases = fixture().graph;
     assert_eq!(cases.len(), 40);
     for case in &cases {
-        let kind = if case.graph == "absorb" { GraphKind::Absorbing } else { GraphKind::Uniform };
+        let kind = if case.graph == "absorb" {
+            GraphKind::Absorbing
+        } else {
+            GraphKind::Uniform
+        };
         let graph = Graph::new(kind, case.dim);
         let mut row = vec![0.0; case.dim];
         for (i, &x) in case.x.iter().enumerate() {
@@ -91,8 +100,14 @@ fn graphs_tweedie_weights_and_score_entropy_agree() {
             rows_close(&row, &case.transp_transition_dsigma[i]);
             graph.staggered_score(&score, case.dsigma, &mut row);
             rows_close(&row, &case.staggered_score_dsigma[i]);
-            rows_close(&tweedie_weights(&graph, x, &score, case.dsigma), &case.tweedie_step_weights[i]);
-            close(score_entropy::denoising(&graph, &case.log_score[i], x, case.x0[i], case.sigma), case.score_entropy[i]);
+            rows_close(
+                &tweedie_weights(&graph, x, &score, case.dsigma),
+                &case.tweedie_step_weights[i],
+            );
+            close(
+                score_entropy::denoising(&graph, &case.log_score[i], x, case.x0[i], case.sigma),
+                case.score_entropy[i],
+            );
         }
     }
 }
@@ -104,7 +119,12 @@ fn tweedie_weights(graph: &Graph, x: Token, score: &[f64], dsigma: f64) -> Vec<f
         return (0..score.len()).map(|y| f64::from(u8::from(y == at))).collect();
     }
     let law = step_over(graph, dsigma);
-    let total: f64 = score.iter().enumerate().filter(|&(y, _)| y != at).map(|(_, s)| s).sum();
+    let total: f64 = score
+        .iter()
+        .enumerate()
+        .filter(|&(y, _)| y != at)
+        .map(|(_, s)| s)
+        .sum();
     let mut weights: Vec<f64> = score.iter().map(|&s| law.move_weight(s, total)).collect();
     weights[at] = law.stay_weight(total);
     weights

@@ -43,14 +43,18 @@ impl Schedule {
     pub fn time(&self, sigma: f64) -> f64 {
         match *self {
             Self::LogLinear { eps } => -(-sigma).exp_m1() / (1.0 - eps),
-            Self::Geometric { sigma_min, sigma_max } => (sigma / sigma_min).ln() / (sigma_max / sigma_min).ln(),
+            Self::Geometric { sigma_min, sigma_max } => {
+                (sigma / sigma_min).ln() / (sigma_max / sigma_min).ln()
+            }
         }
     }
 
     /// Says what is wrong with the parameters, if anything is.
     pub fn check(&self) -> Result<(), &'static str> {
         match *self {
-            Self::LogLinear { eps } if !(eps > 0.0 && eps < 1.0) => Err("schedule.eps must be between 0 and 1"),
+            Self::LogLinear { eps } if !(eps > 0.0 && eps < 1.0) => {
+                Err("schedule.eps must be between 0 and 1")
+            }
             Self::Geometric { sigma_min, sigma_max }
                 if !(sigma_min > 0.0 && sigma_max > sigma_min && sigma_max.is_finite()) =>
             {
@@ -100,7 +104,14 @@ mod tests {
     fn parameters_out_of_range_are_named() {
         assert!(Schedule::LogLinear { eps: 0.0 }.check().is_err());
         assert!(Schedule::LogLinear { eps: f64::NAN }.check().is_err());
-        assert!(Schedule::Geometric { sigma_min: 1.0, sigma_max: 0.5 }.check().is_err());
+        assert!(
+            Schedule::Geometric {
+                sigma_min: 1.0,
+                sigma_max: 0.5
+            }
+            .check()
+            .is_err()
+        );
         assert!(Schedule::LogLinear { eps: 1e-3 }.check().is_ok());
     }
 }

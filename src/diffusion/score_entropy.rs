@@ -25,7 +25,9 @@ fn term(log_score: f64, ratio: f64) -> f64 {
 ///
 /// `rate[y] = Q(y, x)`, `log_score[y]` and `ratio[y]` over tokens y (length V); entries at `x` are not read.
 pub fn explicit(x: Token, rate: &[f64], log_score: &[f64], ratio: &[f64]) -> f64 {
-    others(x, rate.len()).map(|y| rate[y] * term(log_score[y], ratio[y])).sum()
+    others(x, rate.len())
+        .map(|y| rate[y] * term(log_score[y], ratio[y]))
+        .sum()
 }
 
 /// Implicit score entropy at `x`: `sum_{y != x} Q(y, x) s(x)_y - Q(x, y) ln s(y)_x`.
@@ -33,7 +35,13 @@ pub fn explicit(x: Token, rate: &[f64], log_score: &[f64], ratio: &[f64]) -> f64
 /// `rate_in[y] = Q(y, x)`, `rate_out[y] = Q(x, y)`, `log_score[y] = ln s(x)_y`, and
 /// `log_score_back[y] = ln s(y)_x`, over tokens y (length V). Its mean over x drawn from the data
 /// differs from the mean of [`explicit`] by a constant.
-pub fn implicit(x: Token, rate_in: &[f64], rate_out: &[f64], log_score: &[f64], log_score_back: &[f64]) -> f64 {
+pub fn implicit(
+    x: Token,
+    rate_in: &[f64],
+    rate_out: &[f64],
+    log_score: &[f64],
+    log_score_back: &[f64],
+) -> f64 {
     others(x, rate_in.len())
         .map(|y| rate_in[y] * log_score[y].exp() - rate_out[y] * log_score_back[y])
         .sum()
@@ -144,11 +152,17 @@ mod tests {
             let u = (k as f64 + 0.5) / steps as f64;
             let (t, weight) = (u * u, 2.0 * u / steps as f64);
             let sigma = schedule.total_noise(t);
-            let log_score: Vec<f64> =
-                law.iter().map(|p| (p / sigma.exp_m1()).ln()).chain([0.0]).collect();
+            let log_score: Vec<f64> = law
+                .iter()
+                .map(|p| (p / sigma.exp_m1()).ln())
+                .chain([0.0])
+                .collect();
             for (x0, p) in law.iter().enumerate() {
                 let masked = -(-sigma).exp_m1();
-                bound += weight * p * masked * diffusion_weighted(&graph, &schedule, &log_score, 3, x0 as Token, t);
+                bound += weight
+                    * p
+                    * masked
+                    * diffusion_weighted(&graph, &schedule, &log_score, 3, x0 as Token, t);
             }
         }
         let entropy: f64 = -law.iter().map(|p| p * p.ln()).sum::<f64>();

@@ -28,7 +28,12 @@ pub(super) struct Admission {
 
 impl Admission {
     pub(super) fn new(limit: u64, workers: usize) -> Self {
-        Self { queued: AtomicU64::new(0), limit, workers: workers.max(1) as u64, nanos_per_row: AtomicU64::new(0) }
+        Self {
+            queued: AtomicU64::new(0),
+            limit,
+            workers: workers.max(1) as u64,
+            nanos_per_row: AtomicU64::new(0),
+        }
     }
 
     /// Evaluations that wait or run.
@@ -44,7 +49,12 @@ impl Admission {
                 queued.checked_add(wanted).filter(|sum| *sum <= self.limit)
             })
             .map_err(|_| self.full())?;
-        Ok((0..canvases).map(|_| Permit { admission: Arc::clone(self), rows: evaluations }).collect())
+        Ok((0..canvases)
+            .map(|_| Permit {
+                admission: Arc::clone(self),
+                rows: evaluations,
+            })
+            .collect())
     }
 
     /// What to tell those who find no room.
@@ -54,7 +64,11 @@ impl Admission {
         // Half of the queue gone is a good time to come back.
         let wait = Duration::from_nanos((queued / 2).saturating_mul(nanos) / self.workers);
         let retry_after = wait.clamp(Duration::from_millis(50), Duration::from_secs(60));
-        Full { queued, limit: self.limit, retry_after }
+        Full {
+            queued,
+            limit: self.limit,
+            retry_after,
+        }
     }
 
     /// Takes note of a step of `rows` canvases.

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::ServedModel;
 use crate::bundle::Parameterization;
-use crate::diffusion::sampler::row::{self, BadScores};
 use crate::diffusion::sampler::TimeGrid;
+use crate::diffusion::sampler::row::{self, BadScores};
 use crate::diffusion::{Draws, GraphKind, SamplerKind, Token, TokenChoice, sigma_offset};
 
 /// How a canvas is denoised.
@@ -36,11 +36,19 @@ pub struct Canvas {
 
 impl Canvas {
     /// The initial canvas: clamped tokens from the template, the limit law everywhere else.
-    pub fn new(model: &Arc<ServedModel>, template: &[Option<Token>], plan: Plan, seed: u64, index: u64) -> Self {
+    pub fn new(
+        model: &Arc<ServedModel>,
+        template: &[Option<Token>],
+        plan: Plan,
+        seed: u64,
+        index: u64,
+    ) -> Self {
         let mut draws = Draws::new(seed, index);
         let graph = model.graph();
-        let tokens =
-            template.iter().enumerate().map(|(i, token)| token.unwrap_or_else(|| graph.sample_limit(draws.prior(i))));
+        let tokens = template
+            .iter()
+            .enumerate()
+            .map(|(i, token)| token.unwrap_or_else(|| graph.sample_limit(draws.prior(i))));
         Self {
             tokens: tokens.collect(),
             clamped: template.iter().map(Option::is_some).collect(),
@@ -96,12 +104,20 @@ impl Canvas {
 
     /// Time of the present state, from 1 down to 0.
     pub fn time(&self) -> f64 {
-        if self.is_done() { 0.0 } else { self.plan.grid.time(self.step) }
+        if self.is_done() {
+            0.0
+        } else {
+            self.plan.grid.time(self.step)
+        }
     }
 
     /// Total noise of the present state; 0 when done.
     pub fn sigma(&self) -> f64 {
-        if self.is_done() { 0.0 } else { self.model.manifest().schedule.total_noise(self.time()) }
+        if self.is_done() {
+            0.0
+        } else {
+            self.model.manifest().schedule.total_noise(self.time())
+        }
     }
 
     /// Whether every step is taken.
@@ -111,7 +127,10 @@ impl Canvas {
 
     /// Positions that are masked.
     pub fn masked(&self) -> usize {
-        self.model.graph().mask().map_or(0, |mask| self.tokens.iter().filter(|t| **t == mask).count())
+        self.model
+            .graph()
+            .mask()
+            .map_or(0, |mask| self.tokens.iter().filter(|t| **t == mask).count())
     }
 
     /// Positions whose scores the next evaluation needs, ascending.
@@ -132,7 +151,10 @@ impl Canvas {
         weights: &mut Vec<f64>,
     ) -> Result<usize, BadScores> {
         let (graph, schedule) = (self.model.graph(), &self.model.manifest().schedule);
-        let law = self.plan.grid.law(self.plan.sampler.sampler(), &graph, schedule, self.step);
+        let law = self
+            .plan
+            .grid
+            .law(self.plan.sampler.sampler(), &graph, schedule, self.step);
         let offset = self.offset();
         let mut moves = Vec::new();
         for (k, &position) in positions.iter().enumerate() {

@@ -30,8 +30,8 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::diffusion::Token;
-pub use admission::Full;
 use admission::Admission;
+pub use admission::Full;
 use canvas::{Canvas, Plan};
 pub use models::{Models, NetworkSource, ServedModel};
 pub use progress::{Failure, Outcome, Phase, State, Timings};
@@ -153,7 +153,10 @@ impl Engine {
                     .spawn(move || worker::run(&shared, index))
             })
             .collect::<std::io::Result<Vec<_>>>()?;
-        Ok(Self { shared, workers: Mutex::new(workers) })
+        Ok(Self {
+            shared,
+            workers: Mutex::new(workers),
+        })
     }
 
     /// Queues a request's canvases.
@@ -169,7 +172,10 @@ impl Engine {
             Entry::Occupied(_) => return Err(AdmitError::Exists(request.id)),
             Entry::Vacant(place) => place.insert(Arc::clone(&cancelled)),
         };
-        let running = Running { id: request.id.clone(), shared: Arc::clone(&self.shared) };
+        let running = Running {
+            id: request.id.clone(),
+            shared: Arc::clone(&self.shared),
+        };
         let evaluations = u64::from(request.plan.grid.evaluations());
         let permits = self.shared.admission.admit(request.canvases, evaluations)?;
         let now = Instant::now();
@@ -177,7 +183,13 @@ impl Engine {
             .into_iter()
             .enumerate()
             .map(|(index, permit)| {
-                let canvas = Canvas::new(&request.model, &request.template, request.plan, request.seed, index as u64);
+                let canvas = Canvas::new(
+                    &request.model,
+                    &request.template,
+                    request.plan,
+                    request.seed,
+                    index as u64,
+                );
                 let (progress, receiver) = watch::channel(State::running(&canvas));
                 let work = Work {
                     canvas,
@@ -195,12 +207,19 @@ impl Engine {
             })
             .unzip();
         self.shared.queue.put(work);
-        Ok(Generation { canvases, _running: running })
+        Ok(Generation {
+            canvases,
+            _running: running,
+        })
     }
 
     /// Ends a running request at its next step; `false` when none has this id.
     pub fn cancel(&self, id: &str) -> bool {
-        self.shared.running.get(id).map(|flag| flag.store(true, Ordering::Release)).is_some()
+        self.shared
+            .running
+            .get(id)
+            .map(|flag| flag.store(true, Ordering::Release))
+            .is_some()
     }
 
     /// Stops admission; what runs goes on.

@@ -23,12 +23,22 @@ impl ServedModel {
     /// Serves `bundle` as `version`, with networks from `network`.
     pub fn new(bundle: &Bundle, version: u64, network: NetworkSource) -> Result<Self, BundleError> {
         let tokenizer = bundle.tokenizer()?;
-        Ok(Self { version, manifest: bundle.manifest().clone(), tokenizer, network })
+        Ok(Self {
+            version,
+            manifest: bundle.manifest().clone(),
+            tokenizer,
+            network,
+        })
     }
 
     /// Serves a network that has no bundle, for tests of everything around it.
     pub fn without_bundle(manifest: Manifest, version: u64, network: NetworkSource) -> Self {
-        Self { version, manifest, tokenizer: None, network }
+        Self {
+            version,
+            manifest,
+            tokenizer: None,
+            network,
+        }
     }
 
     /// Name of the model.
@@ -64,7 +74,10 @@ impl ServedModel {
 
 impl fmt::Debug for ServedModel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ServedModel").field("name", &self.name()).field("version", &self.version).finish_non_exhaustive()
+        f.debug_struct("ServedModel")
+            .field("name", &self.name())
+            .field("version", &self.version)
+            .finish_non_exhaustive()
     }
 }
 
@@ -85,7 +98,10 @@ impl Models {
     /// Adds a model; the first one becomes the default.
     pub fn insert(&mut self, model: ServedModel) -> Arc<ServedModel> {
         let model = Arc::new(model);
-        self.by_name.entry(model.name().to_owned()).or_default().insert(model.version, Arc::clone(&model));
+        self.by_name
+            .entry(model.name().to_owned())
+            .or_default()
+            .insert(model.version, Arc::clone(&model));
         self.default.get_or_insert_with(|| Arc::clone(&model));
         model
     }

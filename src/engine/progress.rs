@@ -100,7 +100,14 @@ impl State {
     /// The state of a finished canvas.
     pub(super) fn done(canvas: &Canvas, timings: Timings) -> Self {
         let committed_at = canvas.committed_at().to_vec();
-        let phase = Phase::Done(Arc::new(Outcome { committed_at, seed: canvas.seed(), timings }));
-        Self { phase, ..Self::running(canvas) }
+        let phase = Phase::Done(Arc::new(Outcome {
+            committed_at,
+            seed: canvas.seed(),
+            timings,
+        }));
+        Self {
+            phase,
+            ..Self::running(canvas)
+        }
     }
 }

@@ -43,7 +43,8 @@ impl Work {
 
     /// Ends the canvas.
     pub(super) fn fail(&self, failure: Failure) {
-        self.progress.send_modify(|state| state.phase = Phase::Failed(failure));
+        self.progress
+            .send_modify(|state| state.phase = Phase::Failed(failure));
     }
 
     fn shares_a_pass_with(&self, other: &Self) -> bool {
@@ -68,7 +69,10 @@ pub(super) struct Queue {
 
 impl Queue {
     pub(super) fn new() -> Self {
-        Self { ready: Mutex::new(Ready::default()), arrived: Condvar::new() }
+        Self {
+            ready: Mutex::new(Ready::default()),
+            arrived: Condvar::new(),
+        }
     }
 
     /// Queues work; after [`Self::close`] it is ended instead.

@@ -13,7 +13,12 @@ use crate::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 const LENGTH: usize = 6;
 
 fn options(workers: usize) -> EngineOptions {
-    EngineOptions { workers, batch_tokens: 8 * LENGTH, max_queued_rows: 100_000, max_running_requests: 64 }
+    EngineOptions {
+        workers,
+        batch_tokens: 8 * LENGTH,
+        max_queued_rows: 100_000,
+        max_running_requests: 64,
+    }
 }
 
 fn manifest(graph: GraphKind) -> Manifest {
@@ -24,7 +29,10 @@ fn manifest(graph: GraphKind) -> Manifest {
         graph,
         schedule: match graph {
             GraphKind::Absorbing => Schedule::LogLinear { eps: 1e-3 },
-            GraphKind::Uniform => Schedule::Geometric { sigma_min: 1e-4, sigma_max: 8.0 },
+            GraphKind::Uniform => Schedule::Geometric {
+                sigma_min: 1e-4,
+                sigma_max: 8.0,
+            },
         },
         parameterization: Parameterization::Score,
         sigma_offset: false,
@@ -41,7 +49,11 @@ fn manifest(graph: GraphKind) -> Manifest {
 
 /// Three sentences that share tokens, so that positions depend on each other.
 fn sentences() -> Vec<(Vec<Token>, f64)> {
-    vec![(vec![0, 1, 2, 3, 0, 1], 0.5), (vec![3, 2, 1, 0, 3, 2], 0.3), (vec![0, 0, 2, 2, 1, 1], 0.2)]
+    vec![
+        (vec![0, 1, 2, 3, 0, 1], 0.5),
+        (vec![3, 2, 1, 0, 3, 2], 0.3),
+        (vec![0, 0, 2, 2, 1, 1], 0.2),
+    ]
 }
 
 fn model_with(graph: GraphKind, network: NetworkSource) -> Arc<ServedModel> {
@@ -50,7 +62,10 @@ fn model_with(graph: GraphKind, network: NetworkSource) -> Arc<ServedModel> {
 
 fn model(graph: GraphKind) -> Arc<ServedModel> {
     let noise = manifest(graph).graph();
-    model_with(graph, Box::new(move || Ok(Box::new(ClosedForm::new(noise, sentences())))))
+    model_with(
+        graph,
+        Box::new(move || Ok(Box::new(ClosedForm::new(noise, sentences())))),
+    )
 }
 
 fn request(model: &Arc<ServedModel>, number: u32) -> Request {
@@ -59,9 +74,18 @@ fn request(model: &Arc<ServedModel>, number: u32) -> Request {
         model: Arc::clone(model),
         template: vec![None; LENGTH].into(),
         plan: Plan {
-            grid: TimeGrid { steps: 5 + 3 * (number % 7) },
-            sampler: if number.is_multiple_of(2) { SamplerKind::Tweedie } else { SamplerKind::Euler },
-            choice: TokenChoice { temperature: 0.5 + f64::from(number % 3) * 0.5, ..TokenChoice::default() },
+            grid: TimeGrid {
+                steps: 5 + 3 * (number % 7),
+            },
+            sampler: if number.is_multiple_of(2) {
+                SamplerKind::Tweedie
+            } else {
+                SamplerKind::Euler
+            },
+            choice: TokenChoice {
+                temperature: 0.5 + f64::from(number % 3) * 0.5,
+                ..TokenChoice::default()
+            },
         },
         seed: u64::from(number) * 17,
         canvases: 1 + number % 2,
@@ -77,7 +101,11 @@ fn end(receiver: &mut watch::Receiver<State>) -> State {
         .unwrap()
         .block_on(async {
             let ended = receiver.wait_for(|state| !matches!(state.phase, Phase::Running));
-            tokio::time::timeout(Duration::from_secs(60), ended).await.unwrap().unwrap().clone()
+            tokio::time::timeout(Duration::from_secs(60), ended)
+                .await
+                .unwrap()
+                .unwrap()
+                .clone()
         })
 }
 
@@ -98,16 +126,28 @@ fn tokens_do_not_depend_on_company_or_workers() {
     for graph in [GraphKind::Absorbing, GraphKind::Uniform] {
         let model = model(graph);
         let alone: Vec<_> = (0..16)
-            .map(|n| tokens(&mut Engine::start(options(1)).unwrap().admit(request(&model, n)).unwrap()))
+            .map(|n| {
+                tokens(
+                    &mut Engine::start(options(1))
+                        .unwrap()
+                        .admit(request(&model, n))
+                        .unwrap(),
+                )
+            })
             .collect();
         for workers in [1, 3] {
             let engine = Engine::start(options(workers)).unwrap();
-            let mut together: Vec<_> = (0..16).map(|n| engine.admit(request(&model, n)).unwrap()).collect();
+            let mut together: Vec<_> = (0..16)
+                .map(|n| engine.admit(request(&model, n)).unwrap())
+                .collect();
             for (generation, alone) in together.iter_mut().zip(&alone) {
                 assert_eq!(&tokens(generation), alone, "{graph:?} with {workers} workers");
             }
         }
-        assert!(alone.iter().any(|t| t != &alone[0]), "different seeds give different tokens");
+        assert!(
+            alone.iter().any(|t| t != &alone[0]),
+            "different seeds give different tokens"
+        );
     }
 }
 
@@ -118,7 +158,11 @@ struct Counting<N> {
 }
 
 impl<N: ScoreNetwork> ScoreNetwork for Counting<N> {
-    fn log_score(&mut self, batch: &Batch<'_>, read: &mut dyn FnMut(ScoreRows<'_>)) -> Result<(), NetworkError> {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
         self.largest.fetch_max(batch.sigma.len(), Ordering::AcqRel);
         self.network.log_score(batch, read)
     }
@@ -134,12 +178,17 @@ fn different_requests_share_a_forward_pass() {
         Box::new(move || {
             // Loading waits until all requests are queued.
             drop(door.lock());
-            Ok(Box::new(Counting { network: ClosedForm::new(noise, sentences()), largest: Arc::clone(&seen) }))
+            Ok(Box::new(Counting {
+                network: ClosedForm::new(noise, sentences()),
+                largest: Arc::clone(&seen),
+            }))
         }),
     );
     let engine = Engine::start(options(1)).unwrap();
     let closed = gate.lock();
-    let mut generations: Vec<_> = (0..8).map(|n| engine.admit(request(&model, n)).unwrap()).collect();
+    let mut generations: Vec<_> = (0..8)
+        .map(|n| engine.admit(request(&model, n)).unwrap())
+        .collect();
     drop(closed);
     generations.iter_mut().for_each(|g| drop(tokens(g)));
     assert_eq!(largest.load(Ordering::Acquire), 8, "the batch's room is used");
@@ -150,11 +199,18 @@ fn clamped_positions_never_change() {
     let engine = Engine::start(options(1)).unwrap();
     let model = model(GraphKind::Absorbing);
     let template: Arc<[Option<Token>]> = [Some(3), None, None, Some(0), None, None].into();
-    let mut generation = engine.admit(Request { template, ..request(&model, 2) }).unwrap();
+    let mut generation = engine
+        .admit(Request {
+            template,
+            ..request(&model, 2)
+        })
+        .unwrap();
     // Only one sentence fits these clamps.
     assert_eq!(tokens(&mut generation), [[3, 2, 1, 0, 3, 2]]);
     let state = generation.canvases[0].borrow().clone();
-    let Phase::Done(outcome) = state.phase else { panic!("not done") };
+    let Phase::Done(outcome) = state.phase else {
+        panic!("not done")
+    };
     for (clamped, committed) in state.clamped.iter().zip(&outcome.committed_at) {
         assert_eq!(*clamped, *committed == 0);
     }
@@ -165,7 +221,11 @@ fn clamped_positions_never_change() {
 struct Gated(ClosedForm, Arc<Mutex<()>>);
 
 impl ScoreNetwork for Gated {
-    fn log_score(&mut self, batch: &Batch<'_>, read: &mut dyn FnMut(ScoreRows<'_>)) -> Result<(), NetworkError> {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
         drop(self.1.lock());
         self.0.log_score(batch, read)
     }
@@ -174,25 +234,54 @@ impl ScoreNetwork for Gated {
 fn gated() -> (Arc<Mutex<()>>, Arc<ServedModel>) {
     let gate = Arc::new(Mutex::new(()));
     let (noise, door) = (manifest(GraphKind::Absorbing).graph(), Arc::clone(&gate));
-    let network: NetworkSource =
-        Box::new(move || Ok(Box::new(Gated(ClosedForm::new(noise, sentences()), Arc::clone(&door)))));
+    let network: NetworkSource = Box::new(move || {
+        Ok(Box::new(Gated(
+            ClosedForm::new(noise, sentences()),
+            Arc::clone(&door),
+        )))
+    });
     (gate, model_with(GraphKind::Absorbing, network))
 }
 
 #[test]
 fn admission_is_bounded_and_room_comes_back() {
-    let engine = Engine::start(EngineOptions { max_queued_rows: 40, ..options(1) }).unwrap();
+    let engine = Engine::start(EngineOptions {
+        max_queued_rows: 40,
+        ..options(1)
+    })
+    .unwrap();
     let (gate, model) = gated();
     let closed = gate.lock();
-    let plan = Plan { grid: TimeGrid { steps: 29 }, ..request(&model, 0).plan };
-    let mut first = engine.admit(Request { plan, ..request(&model, 0) }).unwrap();
-    let refused = engine.admit(Request { plan, ..request(&model, 2) });
+    let plan = Plan {
+        grid: TimeGrid { steps: 29 },
+        ..request(&model, 0).plan
+    };
+    let mut first = engine
+        .admit(Request {
+            plan,
+            ..request(&model, 0)
+        })
+        .unwrap();
+    let refused = engine.admit(Request {
+        plan,
+        ..request(&model, 2)
+    });
     assert!(matches!(refused, Err(AdmitError::Full(full)) if full.queued == 30 && full.limit == 40));
-    let again = engine.admit(Request { id: "request-0".to_owned(), ..request(&model, 2) });
+    let again = engine.admit(Request {
+        id: "request-0".to_owned(),
+        ..request(&model, 2)
+    });
     assert!(matches!(again, Err(AdmitError::Exists(_))), "{again:?}");
     drop(closed);
     tokens(&mut first);
-    assert!(engine.admit(Request { plan, ..request(&model, 2) }).is_ok());
+    assert!(
+        engine
+            .admit(Request {
+                plan,
+                ..request(&model, 2)
+            })
+            .is_ok()
+    );
 }
 
 #[test]
@@ -207,7 +296,10 @@ fn cancelled_and_abandoned_canvases_stop_and_free_their_room() {
     drop(abandoned);
     drop(closed);
     for receiver in &mut cancelled.canvases {
-        assert!(matches!(end(receiver).phase, Phase::Failed(Failure::Cancelled) | Phase::Done(_)));
+        assert!(matches!(
+            end(receiver).phase,
+            Phase::Failed(Failure::Cancelled) | Phase::Done(_)
+        ));
     }
     // Both have given back their room once the queue has passed over them.
     let mut after = engine.admit(request(&model, 4)).unwrap();
@@ -227,13 +319,19 @@ fn shutting_down_ends_what_waits() {
     let closed = gate.lock();
     let mut generation = engine.admit(request(&model, 1)).unwrap();
     engine.drain();
-    assert!(matches!(engine.admit(request(&model, 2)), Err(AdmitError::Draining)));
+    assert!(matches!(
+        engine.admit(request(&model, 2)),
+        Err(AdmitError::Draining)
+    ));
     std::thread::scope(|scope| {
         scope.spawn(|| engine.shut_down());
         drop(closed);
     });
     for receiver in &mut generation.canvases {
-        assert!(matches!(end(receiver).phase, Phase::Failed(Failure::ShutDown) | Phase::Done(_)));
+        assert!(matches!(
+            end(receiver).phase,
+            Phase::Failed(Failure::ShutDown) | Phase::Done(_)
+        ));
     }
 }
 
@@ -244,8 +342,14 @@ struct Faulty {
 }
 
 impl ScoreNetwork for Faulty {
-    fn log_score(&mut self, batch: &Batch<'_>, read: &mut dyn FnMut(ScoreRows<'_>)) -> Result<(), NetworkError> {
-        let left = self.faults.try_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
+        let left = self
+            .faults
+            .try_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
         match left {
             Ok(n) if n.is_multiple_of(2) => panic!("injected"),
             Ok(_) => Err(NetworkError::Run("injected".to_owned())),
@@ -255,27 +359,48 @@ impl ScoreNetwork for Faulty {
 }
 
 fn faulty(faults: usize) -> Arc<ServedModel> {
-    let (noise, left) = (manifest(GraphKind::Absorbing).graph(), Arc::new(AtomicUsize::new(faults)));
+    let (noise, left) = (
+        manifest(GraphKind::Absorbing).graph(),
+        Arc::new(AtomicUsize::new(faults)),
+    );
     model_with(
         GraphKind::Absorbing,
         Box::new(move || {
             let network = ClosedForm::new(noise, sentences());
-            Ok(Box::new(Faulty { network, faults: Arc::clone(&left) }))
+            Ok(Box::new(Faulty {
+                network,
+                faults: Arc::clone(&left),
+            }))
         }),
     )
 }
 
 #[test]
 fn failed_steps_are_tried_again_with_the_same_outcome() {
-    let sound = tokens(&mut Engine::start(options(1)).unwrap().admit(request(&model(GraphKind::Absorbing), 5)).unwrap());
+    let sound = tokens(
+        &mut Engine::start(options(1))
+            .unwrap()
+            .admit(request(&model(GraphKind::Absorbing), 5))
+            .unwrap(),
+    );
     let engine = Engine::start(options(1)).unwrap();
     assert_eq!(tokens(&mut engine.admit(request(&faulty(2), 5)).unwrap()), sound);
     // One fault too many ends the canvas, names the request and leaves the worker alive.
-    let mut lost = engine.admit(Request { canvases: 1, ..request(&faulty(3), 5) }).unwrap();
-    let Phase::Failed(Failure::Worker { request: named }) = end(&mut lost.canvases[0]).phase else { panic!() };
+    let mut lost = engine
+        .admit(Request {
+            canvases: 1,
+            ..request(&faulty(3), 5)
+        })
+        .unwrap();
+    let Phase::Failed(Failure::Worker { request: named }) = end(&mut lost.canvases[0]).phase else {
+        panic!()
+    };
     assert_eq!(named, "request-5");
     drop(lost);
-    assert_eq!(tokens(&mut engine.admit(request(&model(GraphKind::Absorbing), 5)).unwrap()), sound);
+    assert_eq!(
+        tokens(&mut engine.admit(request(&model(GraphKind::Absorbing), 5)).unwrap()),
+        sound
+    );
 }
 
 /// Null: sentences come out with the data's probabilities. Chi-square, 2 degrees of freedom,
@@ -284,8 +409,18 @@ fn failed_steps_are_tried_again_with_the_same_outcome() {
 fn outputs_follow_the_data_law() {
     let engine = Engine::start(options(1)).unwrap();
     let model = model(GraphKind::Absorbing);
-    let plan = Plan { grid: TimeGrid { steps: 64 }, sampler: SamplerKind::Tweedie, choice: TokenChoice::default() };
-    let mut generation = engine.admit(Request { plan, canvases: 900, ..request(&model, 0) }).unwrap();
+    let plan = Plan {
+        grid: TimeGrid { steps: 64 },
+        sampler: SamplerKind::Tweedie,
+        choice: TokenChoice::default(),
+    };
+    let mut generation = engine
+        .admit(Request {
+            plan,
+            canvases: 900,
+            ..request(&model, 0)
+        })
+        .unwrap();
     let (mut counts, mut other) = ([0.0; 3], 0);
     for canvas in tokens(&mut generation) {
         match sentences().iter().position(|(sentence, _)| *sentence == canvas) {
@@ -295,7 +430,10 @@ fn outputs_follow_the_data_law() {
     }
     let total: f64 = counts.iter().sum();
     assert!(f64::from(other) < 0.1 * total, "{other} canvases are no sentence");
-    let chi: f64 =
-        sentences().iter().zip(counts).map(|((_, p), c)| (c - p * total).powi(2) / (p * total)).sum();
+    let chi: f64 = sentences()
+        .iter()
+        .zip(counts)
+        .map(|((_, p), c)| (c - p * total).powi(2) / (p * total))
+        .sum();
     assert!(chi < 13.8, "{counts:?}: {chi}");
 }

@@ -54,7 +54,8 @@ fn publish(mut work: Work) -> Option<Work> {
     work.permit.spend();
     if work.canvas.is_done() {
         work.timings.total = work.admitted.elapsed();
-        work.progress.send_replace(State::done(&work.canvas, work.timings));
+        work.progress
+            .send_replace(State::done(&work.canvas, work.timings));
         return None;
     }
     if work.publish == Publish::Steps {
@@ -74,7 +75,9 @@ fn retry(mut work: Work) -> Option<Work> {
         return Some(work);
     }
     tracing::error!(request = %work.request, "a canvas failed {MOST_ATTEMPTS} times and is given up");
-    work.fail(Failure::Worker { request: work.request.clone() });
+    work.fail(Failure::Worker {
+        request: work.request.clone(),
+    });
     None
 }
 
@@ -98,8 +101,12 @@ impl Step {
         let network = network_of(networks, batch)?;
         self.gather(batch);
         let length = batch.first().map_or(0, |work| work.canvas.tokens().len());
-        let inputs =
-            Batch { tokens: &self.tokens, length, sigma: &self.sigma, positions: &self.positions };
+        let inputs = Batch {
+            tokens: &self.tokens,
+            length,
+            sigma: &self.sigma,
+            positions: &self.positions,
+        };
         let (wanted, weights) = (&self.wanted, &mut self.weights);
         let mut outcomes: Vec<Result<usize, BadScores>> = Vec::with_capacity(batch.len());
         let mut evaluated = started;
@@ -121,7 +128,9 @@ impl Step {
                 Some(Ok(_)) => true,
                 Some(Err(error)) => {
                     tracing::error!(request = %work.request, %error, "a canvas is given up");
-                    work.fail(Failure::Worker { request: work.request.clone() });
+                    work.fail(Failure::Worker {
+                        request: work.request.clone(),
+                    });
                     false
                 }
                 None => true,
@@ -140,14 +149,18 @@ impl Step {
             wanted.clear();
             wanted.extend(work.canvas.wanted());
             self.positions.extend(wanted.iter().map(|&i| first + i as i64));
-            self.tokens.extend(work.canvas.tokens().iter().map(|&t| i64::from(t)));
+            self.tokens
+                .extend(work.canvas.tokens().iter().map(|&t| i64::from(t)));
             self.sigma.push(work.canvas.sigma() as f32);
         }
     }
 }
 
 /// This worker's network for the batch's model, loaded on first use.
-fn network_of<'a>(networks: &'a mut Networks, batch: &[Work]) -> Result<&'a mut dyn ScoreNetwork, NetworkError> {
+fn network_of<'a>(
+    networks: &'a mut Networks,
+    batch: &[Work],
+) -> Result<&'a mut dyn ScoreNetwork, NetworkError> {
     let Some(first) = batch.first() else {
         return Err(NetworkError::Run("the batch is empty".to_owned()));
     };

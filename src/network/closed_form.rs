@@ -22,14 +22,25 @@ pub struct ClosedForm {
 impl ClosedForm {
     /// Scores of `law` noised on `graph`. Canvases must share one length.
     pub fn new(graph: Graph, law: Vec<(Vec<Token>, f64)>) -> Self {
-        Self { graph, law, rows: Vec::new() }
+        Self {
+            graph,
+            law,
+            rows: Vec::new(),
+        }
     }
 
     /// Every position drawn independently from `token_law`, for canvases of `length`.
     ///
     /// Such a law is the same at every position and length, so it is kept as canvases of length 1.
     pub fn independent(graph: Graph, token_law: &[f64]) -> Self {
-        Self::new(graph, token_law.iter().enumerate().map(|(y, p)| (vec![y as Token], *p)).collect())
+        Self::new(
+            graph,
+            token_law
+                .iter()
+                .enumerate()
+                .map(|(y, p)| (vec![y as Token], *p))
+                .collect(),
+        )
     }
 
     /// Appends the row `ln p_sigma(y, rest of canvas) - ln p_sigma(canvas)` over y.
@@ -37,8 +48,10 @@ impl ClosedForm {
         let states = self.graph.states();
         let kernel = Kernel::new(&self.graph, sigma);
         let mut weights = vec![0.0; states];
-        let elsewhere: f64 =
-            (0..canvas.len()).filter(|&i| i != position).map(|i| kernel.background(canvas[i] as Token)).product();
+        let elsewhere: f64 = (0..canvas.len())
+            .filter(|&i| i != position)
+            .map(|i| kernel.background(canvas[i] as Token))
+            .product();
         for (y, weight) in weights.iter_mut().enumerate() {
             *weight = BACKGROUND * elsewhere * kernel.background(y as Token);
         }
@@ -58,7 +71,8 @@ impl ClosedForm {
             }
         }
         let current = weights[canvas[position] as usize];
-        self.rows.extend(weights.iter().map(|w| (w / current).ln() as f32));
+        self.rows
+            .extend(weights.iter().map(|w| (w / current).ln() as f32));
     }
 }
 
@@ -72,7 +86,12 @@ struct Kernel {
 
 impl Kernel {
     fn new(graph: &Graph, sigma: f64) -> Self {
-        Self { stay: (-sigma).exp(), moved: -(-sigma).exp_m1(), mask: graph.mask(), states: graph.states() as f64 }
+        Self {
+            stay: (-sigma).exp(),
+            moved: -(-sigma).exp_m1(),
+            mask: graph.mask(),
+            states: graph.states() as f64,
+        }
     }
 
     /// `p(y)` after noise sigma when every token was equally likely.
@@ -95,7 +114,11 @@ impl Kernel {
 }
 
 impl ScoreNetwork for ClosedForm {
-    fn log_score(&mut self, batch: &Batch<'_>, read: &mut dyn FnMut(ScoreRows<'_>)) -> Result<(), NetworkError> {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
         self.rows.clear();
         for &flat in batch.positions {
             let (canvas, position) = (flat as usize / batch.length, flat as usize % batch.length);

@@ -31,12 +31,20 @@ pub struct ScoreRows<'a> {
 impl<'a> ScoreRows<'a> {
     /// `data` holds exactly the wanted rows: shape `[rows, vocab]`.
     pub fn packed(data: &'a [f32], vocab: usize) -> Self {
-        Self { data, vocab, gather: None }
+        Self {
+            data,
+            vocab,
+            gather: None,
+        }
     }
 
     /// `data` holds all positions, shape `[batch, length, vocab]`, of which `positions` are wanted.
     pub fn gathered(data: &'a [f32], vocab: usize, positions: &'a [i64]) -> Self {
-        Self { data, vocab, gather: Some(positions) }
+        Self {
+            data,
+            vocab,
+            gather: Some(positions),
+        }
     }
 
     /// Log-scores of wanted row `index` over target tokens, length V.
@@ -68,5 +76,9 @@ pub trait ScoreNetwork: Send {
     /// Evaluates `batch` and hands the wanted rows to `read`.
     ///
     /// Rows are lent, not returned, because they can be hundreds of megabytes that the runtime owns.
-    fn log_score(&mut self, batch: &Batch<'_>, read: &mut dyn FnMut(ScoreRows<'_>)) -> Result<(), NetworkError>;
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError>;
 }

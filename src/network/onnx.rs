@@ -60,7 +60,10 @@ pub struct OnnxOptions {
 
 impl Default for OnnxOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, threads: 1 }
+        Self {
+            device: Device::Cpu,
+            threads: 1,
+        }
     }
 }
 
@@ -89,7 +92,10 @@ impl OnnxNetwork {
                 other => return Err(contract(format!("it has an unknown input {other:?}"))),
             };
             if element_type(input.dtype()) != Some(wanted) {
-                return Err(contract(format!("input {:?} must be a tensor of {wanted:?}", input.name())));
+                return Err(contract(format!(
+                    "input {:?} must be a tensor of {wanted:?}",
+                    input.name()
+                )));
             }
         }
         let has = |name: &str| session.inputs().iter().any(|input| input.name() == name);
@@ -103,21 +109,40 @@ impl OnnxNetwork {
                 if has("sigma") { "has" } else { "has not" }
             )));
         }
-        let Some(output) = session.outputs().iter().find(|output| output.name() == "log_score") else {
+        let Some(output) = session
+            .outputs()
+            .iter()
+            .find(|output| output.name() == "log_score")
+        else {
             return Err(contract("it has no output \"log_score\"".to_owned()));
         };
         let half = match element_type(output.dtype()) {
             Some(TensorElementType::Float32) => false,
             Some(TensorElementType::Float16) => true,
-            other => return Err(contract(format!("output \"log_score\" is {other:?}, must be float32 or float16"))),
+            other => {
+                return Err(contract(format!(
+                    "output \"log_score\" is {other:?}, must be float32 or float16"
+                )));
+            }
         };
         let (takes_sigma, takes_positions) = (has("sigma"), has("positions"));
-        Ok(Self { session, vocab: manifest.vocab_size, takes_sigma, takes_positions, half, converted: Vec::new() })
+        Ok(Self {
+            session,
+            vocab: manifest.vocab_size,
+            takes_sigma,
+            takes_positions,
+            half,
+            converted: Vec::new(),
+        })
     }
 }
 
 impl ScoreNetwork for OnnxNetwork {
-    fn log_score(&mut self, batch: &Batch<'_>, read: &mut dyn FnMut(ScoreRows<'_>)) -> Result<(), NetworkError> {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
         let run = |e: ort::Error| NetworkError::Run(e.to_string());
         let count = batch.sigma.len();
         let tokens = TensorRef::from_array_view(([count, batch.length], batch.tokens)).map_err(run)?;
@@ -127,12 +152,15 @@ impl ScoreNetwork for OnnxNetwork {
             inputs.push(("sigma".into(), sigma.into()));
         }
         if self.takes_positions {
-            let positions = TensorRef::from_array_view(([batch.positions.len()], batch.positions)).map_err(run)?;
+            let positions =
+                TensorRef::from_array_view(([batch.positions.len()], batch.positions)).map_err(run)?;
             inputs.push(("positions".into(), positions.into()));
         }
         let outputs = self.session.run(inputs).map_err(run)?;
         let Some(output) = outputs.get("log_score") else {
-            return Err(NetworkError::Run("the output \"log_score\" is missing".to_owned()));
+            return Err(NetworkError::Run(
+                "the output \"log_score\" is missing".to_owned(),
+            ));
         };
         let data = if self.half {
             let (_, data) = output.try_extract_tensor::<f16>().map_err(run)?;
@@ -142,7 +170,11 @@ impl ScoreNetwork for OnnxNetwork {
         } else {
             output.try_extract_tensor::<f32>().map_err(run)?.1
         };
-        let rows = if self.takes_positions { batch.positions.len() } else { count * batch.length };
+        let rows = if self.takes_positions {
+            batch.positions.len()
+        } else {
+            count * batch.length
+        };
         if data.len() != rows * self.vocab {
             let shape = shape_of(output);
             return Err(NetworkError::Contract(format!(
@@ -160,16 +192,18 @@ impl ScoreNetwork for OnnxNetwork {
 }
 
 fn shape_of(value: &DynValue) -> String {
-    match value.dtype() {
-        ValueType::Tensor { shape, .. } => format!("{:?}", &shape[..]),
-        other => format!("{other:?}"),
+    if let ValueType::Tensor { shape, .. } = value.dtype() {
+        format!("{:?}", &shape[..])
+    } else {
+        "none".to_owned()
     }
 }
 
 fn element_type(value: &ValueType) -> Option<TensorElementType> {
-    match value {
-        ValueType::Tensor { ty, .. } => Some(*ty),
-        _ => None,
+    if let ValueType::Tensor { ty, .. } = value {
+        Some(*ty)
+    } else {
+        None
     }
 }
 
@@ -190,7 +224,10 @@ fn open_session(bundle: &Bundle, options: &OnnxOptions) -> Result<Session, Netwo
         Device::Cpu => {}
         #[cfg(feature = "cuda")]
         Device::Cuda(id) => {
-            let provider = ort::ep::CUDA::default().with_device_id(id).build().error_on_failure();
+            let provider = ort::ep::CUDA::default()
+                .with_device_id(id)
+                .build()
+                .error_on_failure();
             builder = builder.with_execution_providers([provider]).map_err(load)?;
         }
         #[cfg(not(feature = "cuda"))]
@@ -229,13 +266,21 @@ fn first_line(text: &str) -> &str {
 
 /// `ORT_DYLIB_PATH`, or the library beside the executable, or the one that `make tools` fetched.
 fn library_path() -> Result<PathBuf, String> {
-    const LIBRARY: &str = if cfg!(target_os = "macos") { "libonnxruntime.dylib" } else { "libonnxruntime.so" };
+    const LIBRARY: &str = if cfg!(target_os = "macos") {
+        "libonnxruntime.dylib"
+    } else {
+        "libonnxruntime.so"
+    };
     if let Some(path) = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()) {
-        let path = std::path::absolute(&path).map_err(|e| format!("ORT_DYLIB_PATH {}: {e}", path.display()))?;
+        let path =
+            std::path::absolute(&path).map_err(|e| format!("ORT_DYLIB_PATH {}: {e}", path.display()))?;
         return if path.exists() {
             Ok(path)
         } else {
-            Err(format!("ORT_DYLIB_PATH is set to {}, which does not exist; run `make tools` and unset it", path.display()))
+            Err(format!(
+                "ORT_DYLIB_PATH is set to {}, which does not exist; run `make tools` and unset it",
+                path.display()
+            ))
         };
     }
     // Never the working directory: whoever can write there could have their library loaded.

@@ -47,6 +47,8 @@ impl<U: Message + Default> Decoder for ProtoDecoder<U> {
 
     fn decode(&mut self, source: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
         // prost names the message and field, as in "GenerateRequest.prompt: invalid string value".
-        U::decode(source).map(Some).map_err(|e| Status::invalid_argument(e.to_string()))
+        U::decode(source)
+            .map(Some)
+            .map_err(|e| Status::invalid_argument(e.to_string()))
     }
 }

@@ -28,11 +28,19 @@ struct Asked {
 impl Service {
     /// One path for both calls: a prompt is a template with one gap at its end.
     fn start(&self, asked: Asked) -> Result<BoxStream<'static, Result<Event, Status>>, Status> {
-        let sampling = request::sampling(asked.sampling, asked.template.gaps(), &self.limits, self.max_queued_rows)?;
+        let sampling = request::sampling(
+            asked.sampling,
+            asked.template.gaps(),
+            &self.limits,
+            self.max_queued_rows,
+        )?;
         let frames = request::frames(asked.frames)?;
         let accepted = v1::Accepted {
             request_id: asked.id.clone(),
-            model: Some(v1::ModelReference { name: asked.model.name().to_owned(), version: asked.model.version() }),
+            model: Some(v1::ModelReference {
+                name: asked.model.name().to_owned(),
+                version: asked.model.version(),
+            }),
             seed: sampling.seed,
             sampler: match sampling.plan.sampler {
                 SamplerKind::Tweedie => v1::Sampler::Tweedie,
@@ -50,10 +58,19 @@ impl Service {
             plan: sampling.plan,
             seed: sampling.seed,
             canvases: sampling.samples,
-            publish: if frames.when == request::When::Never { Publish::End } else { Publish::Steps },
+            publish: if frames.when == request::When::Never {
+                Publish::End
+            } else {
+                Publish::Steps
+            },
         })?;
         tracing::debug!(request = %asked.id, model = %asked.model, length = accepted.length, steps = accepted.steps, samples = accepted.num_samples, "admitted");
-        let view = View { model: asked.model, template: asked.template, frames, keep_after_end: asked.keep_after_end };
+        let view = View {
+            model: asked.model,
+            template: asked.template,
+            frames,
+            keep_after_end: asked.keep_after_end,
+        };
         Ok(events(accepted, generation, view))
     }
 }
@@ -63,7 +80,10 @@ impl DiffusionService for Service {
     type GenerateStream = BoxStream<'static, Result<v1::GenerateResponse, Status>>;
     type InfillStream = BoxStream<'static, Result<v1::InfillResponse, Status>>;
 
-    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
         use v1::generate_response::Event as Out;
         let asked = request.into_inner();
         let model = self.model(asked.model)?;
@@ -87,7 +107,10 @@ impl DiffusionService for Service {
         Ok(Response::new(out.boxed()))
     }
 
-    async fn infill(&self, request: Request<v1::InfillRequest>) -> Result<Response<Self::InfillStream>, Status> {
+    async fn infill(
+        &self,
+        request: Request<v1::InfillRequest>,
+    ) -> Result<Response<Self::InfillStream>, Status> {
         use v1::infill_response::Event as Out;
         let asked = request.into_inner();
         let model = self.model(asked.model)?;
@@ -112,7 +135,10 @@ impl DiffusionService for Service {
         Ok(Response::new(out.boxed()))
     }
 
-    async fn cancel(&self, request: Request<v1::CancelRequest>) -> Result<Response<v1::CancelResponse>, Status> {
+    async fn cancel(
+        &self,
+        request: Request<v1::CancelRequest>,
+    ) -> Result<Response<v1::CancelResponse>, Status> {
         let id = request.into_inner().request_id;
         if id.is_empty() {
             return Err(FieldError::new("request_id", "is empty").into());
@@ -124,17 +150,27 @@ impl DiffusionService for Service {
         }
     }
 
-    async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
+    async fn tokenize(
+        &self,
+        request: Request<v1::TokenizeRequest>,
+    ) -> Result<Response<v1::TokenizeResponse>, Status> {
         let asked = request.into_inner();
         let model = self.model(asked.model)?;
         let tokens = request::encode("text", &asked.text, &model, &self.limits)?;
         Ok(Response::new(v1::TokenizeResponse { tokens }))
     }
 
-    async fn detokenize(&self, request: Request<v1::DetokenizeRequest>) -> Result<Response<v1::DetokenizeResponse>, Status> {
+    async fn detokenize(
+        &self,
+        request: Request<v1::DetokenizeRequest>,
+    ) -> Result<Response<v1::DetokenizeResponse>, Status> {
         let asked = request.into_inner();
         let model = self.model(asked.model)?;
-        let tokens: Vec<u32> = asked.tokens.into_iter().filter(|t| Some(*t) != model.manifest().mask_token).collect();
+        let tokens: Vec<u32> = asked
+            .tokens
+            .into_iter()
+            .filter(|t| Some(*t) != model.manifest().mask_token)
+            .collect();
         let tokens = request::tokens("tokens", tokens, &model)?;
         let text = request::tokenizer(&model)?
             .decode(&tokens)

@@ -79,7 +79,9 @@ impl Service {
         let version = (version > 0).then_some(version);
         let found = match (name.is_empty(), version) {
             (true, None) => self.models.default_model(),
-            (true, Some(_)) => return Err(status::FieldError::new("model.name", "is empty, but a version is given").into()),
+            (true, Some(_)) => {
+                return Err(status::FieldError::new("model.name", "is empty, but a version is given").into());
+            }
             (false, version) => self.models.find(&name, version),
         };
         found.ok_or_else(|| {
@@ -113,8 +115,12 @@ impl Server {
     pub async fn with_models(config: &Config, models: Models) -> Result<Self, StartError> {
         let system = |what: String| move |source| StartError::System { what, source };
         let listen = config.server.listen;
-        let listener = TcpListener::bind(listen).await.map_err(system(format!("cannot listen on {listen}")))?;
-        let address = listener.local_addr().map_err(system("the socket has no address".to_owned()))?;
+        let listener = TcpListener::bind(listen)
+            .await
+            .map_err(system(format!("cannot listen on {listen}")))?;
+        let address = listener
+            .local_addr()
+            .map_err(system("the socket has no address".to_owned()))?;
         let engine = Engine::start(EngineOptions {
             workers: config.engine.workers,
             batch_tokens: config.engine.batch_tokens,
@@ -128,7 +134,12 @@ impl Server {
             limits: config.limits.clone(),
             max_queued_rows: config.engine.max_queued_rows,
         };
-        Ok(Self { listener, address, service, config: config.clone() })
+        Ok(Self {
+            listener,
+            address,
+            service,
+            config: config.clone(),
+        })
     }
 
     /// The bound address.
@@ -144,7 +155,11 @@ impl Server {
             .models
             .iter()
             .map(|model| {
-                let mark = if default.as_ref().is_some_and(|d| Arc::ptr_eq(d, model)) { " (default)" } else { "" };
+                let mark = if default.as_ref().is_some_and(|d| Arc::ptr_eq(d, model)) {
+                    " (default)"
+                } else {
+                    ""
+                };
                 format!("{model}{mark}")
             })
             .collect();
@@ -174,16 +189,28 @@ impl Server {
         });
         let draining = async {
             shutdown.await;
-            tracing::info!("draining: no new requests, {} s for running ones", grace.as_secs());
+            tracing::info!(
+                "draining: no new requests, {} s for running ones",
+                grace.as_secs()
+            );
             engine.drain();
-            for name in ["", v1::diffusion_service_server::SERVICE_NAME, v1::model_service_server::SERVICE_NAME] {
-                health.set_service_status(name, tonic_health::ServingStatus::NotServing).await;
+            for name in [
+                "",
+                v1::diffusion_service_server::SERVICE_NAME,
+                v1::model_service_server::SERVICE_NAME,
+            ] {
+                health
+                    .set_service_status(name, tonic_health::ServingStatus::NotServing)
+                    .await;
             }
             if !engine.idle_within(grace).await {
                 tracing::warn!("the grace period is over, ending what still runs");
             }
             let ending = Arc::clone(&engine);
-            if tokio::task::spawn_blocking(move || ending.shut_down()).await.is_err() {
+            if tokio::task::spawn_blocking(move || ending.shut_down())
+                .await
+                .is_err()
+            {
                 tracing::error!("shutting the engine down failed");
             }
             // The receiver is gone only when serving has ended by itself.
@@ -205,10 +232,12 @@ impl Server {
             .max_concurrent_streams(server.max_concurrent_streams)
             .http2_keepalive_interval(Some(Duration::from_secs(30)))
             .add_service(
-                DiffusionServiceServer::new(self.service.clone()).max_decoding_message_size(server.max_message_bytes),
+                DiffusionServiceServer::new(self.service.clone())
+                    .max_decoding_message_size(server.max_message_bytes),
             )
             .add_service(
-                ModelServiceServer::new(self.service.clone()).max_decoding_message_size(server.max_message_bytes),
+                ModelServiceServer::new(self.service.clone())
+                    .max_decoding_message_size(server.max_message_bytes),
             );
         if server.reflection {
             let builder = || {

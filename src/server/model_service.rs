@@ -27,7 +27,9 @@ impl Service {
             version: model.version(),
             is_default: default.is_some_and(|d| std::ptr::eq(&raw const *d, model)),
             graph: graph.into(),
-            schedule: Some(v1::Schedule { schedule: Some(schedule) }),
+            schedule: Some(v1::Schedule {
+                schedule: Some(schedule),
+            }),
             vocab_size: manifest.vocab_size as u32,
             mask_token: manifest.mask_token,
             end_of_document: manifest.end_of_document,
@@ -45,13 +47,21 @@ impl Service {
 
 #[tonic::async_trait]
 impl ModelService for Service {
-    async fn list_models(&self, _: Request<v1::ListModelsRequest>) -> Result<Response<v1::ListModelsResponse>, Status> {
+    async fn list_models(
+        &self,
+        _: Request<v1::ListModelsRequest>,
+    ) -> Result<Response<v1::ListModelsResponse>, Status> {
         let models = self.models.iter().map(|model| self.describe(model)).collect();
         Ok(Response::new(v1::ListModelsResponse { models }))
     }
 
-    async fn get_model(&self, request: Request<v1::GetModelRequest>) -> Result<Response<v1::GetModelResponse>, Status> {
+    async fn get_model(
+        &self,
+        request: Request<v1::GetModelRequest>,
+    ) -> Result<Response<v1::GetModelResponse>, Status> {
         let model = self.model(request.into_inner().model)?;
-        Ok(Response::new(v1::GetModelResponse { model: Some(self.describe(&model)) }))
+        Ok(Response::new(v1::GetModelResponse {
+            model: Some(self.describe(&model)),
+        }))
     }
 }

@@ -17,13 +17,19 @@ const DEMO_VERSION: u64 = 1;
 pub fn load(config: &Config) -> Result<Models, StartError> {
     // First, so that a missing runtime is told before anything is hashed.
     onnx::runtime()?;
-    let options = OnnxOptions { device: config.engine.device, threads: config.engine.threads() };
+    let options = OnnxOptions {
+        device: config.engine.device,
+        threads: config.engine.threads(),
+    };
     let mut models = Models::default();
     if let Some(root) = &config.models.repository {
         from_repository(&mut models, root, options)?;
     }
     if let Some(bundle) = demo().filter(|_| config.models.demo) {
-        let failed = |source| StartError::Bundle { model: "(embedded)".to_owned(), source };
+        let failed = |source| StartError::Bundle {
+            model: "(embedded)".to_owned(),
+            source,
+        };
         let bundle = bundle.map_err(failed)?;
         // A repository may hold a version of its own.
         if models.find(&bundle.manifest().name, Some(DEMO_VERSION)).is_none() {
@@ -31,14 +37,21 @@ pub fn load(config: &Config) -> Result<Models, StartError> {
         }
     }
     if let Some(wanted) = &config.models.default {
-        let (name, version) = parse_reference(wanted)
-            .ok_or_else(|| StartError::Models(format!("models.default is {wanted:?}, must be name or name@version")))?;
+        let (name, version) = parse_reference(wanted).ok_or_else(|| {
+            StartError::Models(format!(
+                "models.default is {wanted:?}, must be name or name@version"
+            ))
+        })?;
         if !models.set_default(name, version) {
-            return Err(StartError::Models(format!("models.default is {wanted:?}, which is not served")));
+            return Err(StartError::Models(format!(
+                "models.default is {wanted:?}, which is not served"
+            )));
         }
     }
     let Some(default) = models.default_model() else {
-        return Err(StartError::Models("there is no model to serve: set models.repository".to_owned()));
+        return Err(StartError::Models(
+            "there is no model to serve: set models.repository".to_owned(),
+        ));
     };
     // What cannot be loaded is told at the start, not to the first caller.
     default.network()?;
@@ -46,7 +59,10 @@ pub fn load(config: &Config) -> Result<Models, StartError> {
 }
 
 fn from_repository(models: &mut Models, root: &Path, options: OnnxOptions) -> Result<(), StartError> {
-    let entries = repository::scan(root).map_err(|source| StartError::Bundle { model: root.display().to_string(), source })?;
+    let entries = repository::scan(root).map_err(|source| StartError::Bundle {
+        model: root.display().to_string(),
+        source,
+    })?;
     let mut first = None;
     for entry in entries {
         let name = format!("{}@{}", entry.name, entry.version);
@@ -54,7 +70,11 @@ fn from_repository(models: &mut Models, root: &Path, options: OnnxOptions) -> Re
             if bundle.manifest().name == entry.name {
                 served(bundle, entry.version, options)
             } else {
-                Err(BundleError::Manifest(format!("name is {:?}, its folder says {:?}", bundle.manifest().name, entry.name)))
+                Err(BundleError::Manifest(format!(
+                    "name is {:?}, its folder says {:?}",
+                    bundle.manifest().name,
+                    entry.name
+                )))
             }
         });
         match opened {

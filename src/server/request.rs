@@ -23,7 +23,7 @@ const MOST_ID: usize = 128;
 
 /// How to denoise, with every default resolved.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sampling {
+pub(super) struct Sampling {
     /// Steps, sampler and choice of tokens.
     pub plan: Plan,
     /// Given, or drawn.
@@ -33,32 +33,72 @@ pub struct Sampling {
 }
 
 /// Checks `sampling` for a canvas with `gaps` positions to fill.
-pub fn sampling(sampling: Option<v1::Sampling>, gaps: usize, limits: &LimitsConfig, max_rows: u64) -> Result<Sampling, FieldError> {
+pub(super) fn sampling(
+    sampling: Option<v1::Sampling>,
+    gaps: usize,
+    limits: &LimitsConfig,
+    max_rows: u64,
+) -> Result<Sampling, FieldError> {
     let asked = sampling.unwrap_or_default();
-    let steps = within("sampling.steps", asked.steps.unwrap_or((gaps as u32).clamp(1, DEFAULT_STEPS.min(limits.max_steps))), limits.max_steps)?;
-    let samples = within("sampling.num_samples", asked.num_samples.unwrap_or(1), limits.max_samples)?;
+    let steps = within(
+        "sampling.steps",
+        asked
+            .steps
+            .unwrap_or((gaps as u32).clamp(1, DEFAULT_STEPS.min(limits.max_steps))),
+        limits.max_steps,
+    )?;
+    let samples = within(
+        "sampling.num_samples",
+        asked.num_samples.unwrap_or(1),
+        limits.max_samples,
+    )?;
     if u64::from(samples) * (u64::from(steps) + 1) > max_rows {
-        let problem = format!("{samples} canvases of {steps} steps are more than the server queues ({max_rows} evaluations)");
+        let problem = format!(
+            "{samples} canvases of {steps} steps are more than the server queues ({max_rows} evaluations)"
+        );
         return Err(FieldError::new("sampling.num_samples", problem));
     }
     let sampler = match v1::Sampler::try_from(asked.sampler) {
         Ok(v1::Sampler::Unspecified | v1::Sampler::Tweedie) => SamplerKind::Tweedie,
         Ok(v1::Sampler::Euler) => SamplerKind::Euler,
-        Err(_) => return Err(FieldError::new("sampling.sampler", format!("{} is no sampler this server knows", asked.sampler))),
+        Err(_) => {
+            return Err(FieldError::new(
+                "sampling.sampler",
+                format!("{} is no sampler this server knows", asked.sampler),
+            ));
+        }
     };
     let temperature = asked.temperature.unwrap_or(1.0);
     if !(0.0..=MOST_TEMPERATURE).contains(&temperature) {
-        return Err(FieldError::new("sampling.temperature", format!("is {temperature}, must be 0 to {MOST_TEMPERATURE}")));
+        return Err(FieldError::new(
+            "sampling.temperature",
+            format!("is {temperature}, must be 0 to {MOST_TEMPERATURE}"),
+        ));
     }
     if asked.top_k == Some(0) {
         return Err(FieldError::new("sampling.top_k", "is 0, must be at least 1"));
     }
     if let Some(top_p) = asked.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
-        return Err(FieldError::new("sampling.top_p", format!("is {top_p}, must be above 0 and at most 1")));
+        return Err(FieldError::new(
+            "sampling.top_p",
+            format!("is {top_p}, must be above 0 and at most 1"),
+        ));
     }
-    let choice = TokenChoice { temperature, top_k: asked.top_k, top_p: asked.top_p };
-    let plan = Plan { grid: TimeGrid { steps }, sampler, choice };
-    Ok(Sampling { plan, seed: asked.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0), samples })
+    let choice = TokenChoice {
+        temperature,
+        top_k: asked.top_k,
+        top_p: asked.top_p,
+    };
+    let plan = Plan {
+        grid: TimeGrid { steps },
+        sampler,
+        choice,
+    };
+    Ok(Sampling {
+        plan,
+        seed: asked.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0),
+        samples,
+    })
 }
 
 fn within(field: &str, value: u32, most: u32) -> Result<u32, FieldError> {
@@ -69,44 +109,83 @@ fn within(field: &str, value: u32, most: u32) -> Result<u32, FieldError> {
 }
 
 /// The name of a request: given, or drawn.
-pub fn id(asked: String) -> Result<String, FieldError> {
+pub(super) fn id(asked: String) -> Result<String, FieldError> {
     if asked.is_empty() {
         return Ok(uuid::Uuid::new_v4().to_string());
     }
     if asked.len() > MOST_ID || !asked.chars().all(|c| c.is_ascii_graphic()) {
-        return Err(FieldError::new("request_id", format!("must be up to {MOST_ID} printable ASCII characters")));
+        return Err(FieldError::new(
+            "request_id",
+            format!("must be up to {MOST_ID} printable ASCII characters"),
+        ));
     }
     Ok(asked)
 }
 
 /// The template of `Generate`: a prompt and one gap.
-pub fn prompt(prompt: String, length: Option<u32>, model: &ServedModel, limits: &LimitsConfig) -> Result<Template, Status> {
+pub(super) fn prompt(
+    prompt: String,
+    length: Option<u32>,
+    model: &ServedModel,
+    limits: &LimitsConfig,
+) -> Result<Template, Status> {
     let max = model.manifest().max_length;
     let length = length.map_or(max, |l| l as usize);
     if !(1..=max).contains(&length) {
-        return Err(FieldError::new("length", format!("is {length}, must be 1 to {max} (the model's max_length)")).into());
+        return Err(FieldError::new(
+            "length",
+            format!("is {length}, must be 1 to {max} (the model's max_length)"),
+        )
+        .into());
     }
-    let tokens = if prompt.is_empty() { Vec::new() } else { encode("prompt", &prompt, model, limits)? };
+    let tokens = if prompt.is_empty() {
+        Vec::new()
+    } else {
+        encode("prompt", &prompt, model, limits)?
+    };
     let Some(gap) = length.checked_sub(tokens.len()).filter(|gap| *gap > 0) else {
-        let problem = format!("takes {} positions, which leaves none of the canvas's {length} to fill", tokens.len());
+        let problem = format!(
+            "takes {} positions, which leaves none of the canvas's {length} to fill",
+            tokens.len()
+        );
         return Err(FieldError::new("prompt", problem).into());
     };
     Ok(Template::new([Piece::Text(prompt, tokens), Piece::Gap(gap)]))
 }
 
 /// The template of `Infill`.
-pub fn template(parts: Vec<v1::TemplatePart>, model: &ServedModel, limits: &LimitsConfig) -> Result<Template, Status> {
+pub(super) fn template(
+    parts: Vec<v1::TemplatePart>,
+    model: &ServedModel,
+    limits: &LimitsConfig,
+) -> Result<Template, Status> {
     let max = model.manifest().max_length;
     if parts.is_empty() {
         return Err(FieldError::new("template", "is empty, at least one gap is needed").into());
     }
     if parts.len() > limits.max_template_parts {
-        let problem = format!("has {} parts, at most {} are allowed", parts.len(), limits.max_template_parts);
+        let problem = format!(
+            "has {} parts, at most {} are allowed",
+            parts.len(),
+            limits.max_template_parts
+        );
         return Err(FieldError::new("template", problem).into());
     }
-    let text_bytes: usize = parts.iter().map(|p| if let Some(v1::template_part::Part::Text(t)) = &p.part { t.len() } else { 0 }).sum();
+    let text_bytes: usize = parts
+        .iter()
+        .map(|p| {
+            if let Some(v1::template_part::Part::Text(t)) = &p.part {
+                t.len()
+            } else {
+                0
+            }
+        })
+        .sum();
     if text_bytes > limits.max_text_bytes {
-        let problem = format!("has {text_bytes} bytes of text, at most {} are allowed", limits.max_text_bytes);
+        let problem = format!(
+            "has {text_bytes} bytes of text, at most {} are allowed",
+            limits.max_text_bytes
+        );
         return Err(FieldError::new("template", problem).into());
     }
     let (mut pieces, mut length) = (Vec::with_capacity(parts.len()), 0usize);
@@ -122,7 +201,9 @@ pub fn template(parts: Vec<v1::TemplatePart>, model: &ServedModel, limits: &Limi
                 length += list.ids.len();
                 Piece::Tokens(tokens(&format!("{field}.tokens.ids"), list.ids, model)?)
             }
-            Some(v1::template_part::Part::Gap(0)) => return Err(FieldError::new(format!("{field}.gap"), "is 0, must be at least 1").into()),
+            Some(v1::template_part::Part::Gap(0)) => {
+                return Err(FieldError::new(format!("{field}.gap"), "is 0, must be at least 1").into());
+            }
             Some(v1::template_part::Part::Gap(gap)) => {
                 length += gap as usize;
                 Piece::Gap(gap as usize)
@@ -144,32 +225,49 @@ pub fn template(parts: Vec<v1::TemplatePart>, model: &ServedModel, limits: &Limi
 }
 
 /// Tokens of a text field.
-pub fn encode(field: &str, text: &str, model: &ServedModel, limits: &LimitsConfig) -> Result<Vec<Token>, Status> {
+pub(super) fn encode(
+    field: &str,
+    text: &str,
+    model: &ServedModel,
+    limits: &LimitsConfig,
+) -> Result<Vec<Token>, Status> {
     if text.len() > limits.max_text_bytes {
-        let problem = format!("has {} bytes, at most {} are allowed", text.len(), limits.max_text_bytes);
+        let problem = format!(
+            "has {} bytes, at most {} are allowed",
+            text.len(),
+            limits.max_text_bytes
+        );
         return Err(FieldError::new(field, problem).into());
     }
     let tokenizer = tokenizer(model)?;
-    tokenizer.encode(text).map_err(|e| FieldError::new(field, e.to_string()).into())
+    tokenizer
+        .encode(text)
+        .map_err(|e| FieldError::new(field, e.to_string()).into())
 }
 
 /// The model's tokenizer, or why there is none.
-pub fn tokenizer(model: &ServedModel) -> Result<&TextTokenizer, Status> {
+pub(super) fn tokenizer(model: &ServedModel) -> Result<&TextTokenizer, Status> {
     model.tokenizer().ok_or_else(|| no_tokenizer(&model.to_string()))
 }
 
 /// Checks tokens that a caller sent; masks cannot be clamped.
-pub fn tokens(field: &str, ids: Vec<u32>, model: &ServedModel) -> Result<Vec<Token>, FieldError> {
-    let bound = model.manifest().mask_token.map_or(model.manifest().vocab_size, |mask| mask as usize);
+pub(super) fn tokens(field: &str, ids: Vec<u32>, model: &ServedModel) -> Result<Vec<Token>, FieldError> {
+    let bound = model
+        .manifest()
+        .mask_token
+        .map_or(model.manifest().vocab_size, |mask| mask as usize);
     match ids.iter().position(|id| *id as usize >= bound) {
-        Some(at) => Err(FieldError::new(format!("{field}[{at}]"), format!("is {}, must be below {bound}", ids[at]))),
+        Some(at) => Err(FieldError::new(
+            format!("{field}[{at}]"),
+            format!("is {}, must be below {bound}", ids[at]),
+        )),
         None => Ok(ids),
     }
 }
 
 /// Which frames to send, with every default resolved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Frames {
+pub(super) struct Frames {
     /// When a frame is due.
     pub when: When,
     /// Time between two frames, at least.
@@ -182,7 +280,7 @@ pub struct Frames {
 
 /// When a frame is due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum When {
+pub(super) enum When {
     /// Never.
     Never,
     /// After a token changed.
@@ -192,7 +290,7 @@ pub enum When {
 }
 
 /// Checks a frame policy.
-pub fn frames(policy: Option<v1::FramePolicy>) -> Result<Frames, FieldError> {
+pub(super) fn frames(policy: Option<v1::FramePolicy>) -> Result<Frames, FieldError> {
     use v1::frame_policy::When as Asked;
     let policy = policy.unwrap_or_default();
     let when = match Asked::try_from(policy.when) {
@@ -202,7 +300,12 @@ pub fn frames(policy: Option<v1::FramePolicy>) -> Result<Frames, FieldError> {
             0 => return Err(FieldError::new("frames.every_steps", "is 0, must be at least 1")),
             steps => When::EverySteps(steps),
         },
-        Err(_) => return Err(FieldError::new("frames.when", format!("{} is no policy this server knows", policy.when))),
+        Err(_) => {
+            return Err(FieldError::new(
+                "frames.when",
+                format!("{} is no policy this server knows", policy.when),
+            ));
+        }
     };
     Ok(Frames {
         when,

@@ -23,7 +23,10 @@ pub struct FieldError {
 impl FieldError {
     /// An error about `field`.
     pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
-        Self { field: field.into(), problem: problem.into() }
+        Self {
+            field: field.into(),
+            problem: problem.into(),
+        }
     }
 }
 
@@ -41,13 +44,16 @@ impl From<AdmitError> for Status {
         match error {
             AdmitError::Full(full) => {
                 let mut details = ErrorDetails::with_retry_info(Some(full.retry_after));
-                let numbers =
-                    [("queued".to_owned(), full.queued.to_string()), ("limit".to_owned(), full.limit.to_string())];
+                let numbers = [
+                    ("queued".to_owned(), full.queued.to_string()),
+                    ("limit".to_owned(), full.limit.to_string()),
+                ];
                 details.set_error_info("QUEUE_FULL", DOMAIN, numbers);
                 Self::with_error_details(Code::ResourceExhausted, message, details)
             }
             AdmitError::Exists(id) => {
-                let details = ErrorDetails::with_resource_info("request", id, "", "choose another request_id");
+                let details =
+                    ErrorDetails::with_resource_info("request", id, "", "choose another request_id");
                 Self::with_error_details(Code::AlreadyExists, message, details)
             }
             AdmitError::Draining => unavailable(message),
@@ -62,7 +68,8 @@ impl From<Failure> for Status {
             Failure::Cancelled => Self::cancelled(message),
             Failure::ShutDown => unavailable(message),
             Failure::Worker { request } => {
-                let details = ErrorDetails::with_error_info("WORKER_FAILED", DOMAIN, [("request".to_owned(), request)]);
+                let details =
+                    ErrorDetails::with_error_info("WORKER_FAILED", DOMAIN, [("request".to_owned(), request)]);
                 Self::with_error_details(Code::Internal, message, details)
             }
         }
@@ -77,13 +84,17 @@ fn unavailable(message: String) -> Status {
 }
 
 /// Something that was named does not exist.
-pub fn not_found(kind: &str, name: &str, hint: &str) -> Status {
+pub(super) fn not_found(kind: &str, name: &str, hint: &str) -> Status {
     let details = ErrorDetails::with_resource_info(kind, name, "", hint);
-    Status::with_error_details(Code::NotFound, format!("{kind} {name:?} is not known; {hint}"), details)
+    Status::with_error_details(
+        Code::NotFound,
+        format!("{kind} {name:?} is not known; {hint}"),
+        details,
+    )
 }
 
 /// Text was asked of a model that has no tokenizer.
-pub fn no_tokenizer(model: &str) -> Status {
+pub(super) fn no_tokenizer(model: &str) -> Status {
     let info = [("model".to_owned(), model.to_owned())];
     let details = ErrorDetails::with_error_info("NO_TOKENIZER", DOMAIN, info);
     let message = format!("model {model} has no tokenizer: send and read tokens instead of text");

@@ -20,7 +20,7 @@ use super::template::Template;
 
 /// An event of either call.
 #[derive(Clone, Debug)]
-pub enum Event {
+pub(super) enum Event {
     /// First of all.
     Accepted(v1::Accepted),
     /// An intermediate state.
@@ -31,7 +31,7 @@ pub enum Event {
 
 /// What all canvases of a request share on their way out.
 #[derive(Debug)]
-pub struct View {
+pub(super) struct View {
     /// The model, for its tokenizer and mask.
     pub model: Arc<ServedModel>,
     /// The template, for clamped text.
@@ -45,7 +45,11 @@ pub struct View {
 /// The events of a request.
 ///
 /// Dropping the stream drops the generation, which ends its canvases.
-pub fn events(accepted: v1::Accepted, mut generation: Generation, view: View) -> BoxStream<'static, Result<Event, Status>> {
+pub(super) fn events(
+    accepted: v1::Accepted,
+    mut generation: Generation,
+    view: View,
+) -> BoxStream<'static, Result<Event, Status>> {
     let view = Arc::new(view);
     let canvases: SelectAll<_> = std::mem::take(&mut generation.canvases)
         .into_iter()
@@ -54,14 +58,17 @@ pub fn events(accepted: v1::Accepted, mut generation: Generation, view: View) ->
         .collect();
     let first = stream::once(async { Ok(Event::Accepted(accepted)) });
     // The generation rides along, so that it lives as long as the stream.
-    let rest = stream::unfold((canvases, Some(generation)), |(mut canvases, generation)| async move {
-        let event = canvases.next().await?;
-        // After an error nothing more is sent: the whole request is over.
-        if event.is_err() {
-            return Some((event, (SelectAll::new(), None)));
-        }
-        Some((event, (canvases, generation)))
-    });
+    let rest = stream::unfold(
+        (canvases, Some(generation)),
+        |(mut canvases, generation)| async move {
+            let event = canvases.next().await?;
+            // After an error nothing more is sent: the whole request is over.
+            if event.is_err() {
+                return Some((event, (SelectAll::new(), None)));
+            }
+            Some((event, (canvases, generation)))
+        },
+    );
     first.chain(rest).boxed()
 }
 
@@ -97,7 +104,12 @@ impl Follower {
     fn new(canvas: u32, mut states: watch::Receiver<State>, view: Arc<View>) -> Self {
         // The initial state is news to this reader.
         states.mark_changed();
-        Self { canvas, states, view, sent: None }
+        Self {
+            canvas,
+            states,
+            view,
+            sent: None,
+        }
     }
 
     async fn next(&mut self) -> Result<Event, Status> {
@@ -115,7 +127,9 @@ impl Follower {
                     }
                     return Ok(Event::Frame(self.frame(&state, Last::Yes)?));
                 }
-                Phase::Running if self.is_due(&state) => return Ok(Event::Frame(self.frame(&state, Last::No)?)),
+                Phase::Running if self.is_due(&state) => {
+                    return Ok(Event::Frame(self.frame(&state, Last::No)?));
+                }
                 Phase::Running => {}
             }
         }
@@ -128,7 +142,9 @@ impl Follower {
         let Some(sent) = &self.sent else { return };
         let due = sent.at + self.view.frames.min_interval;
         if self.view.frames.min_interval > Duration::ZERO {
-            let ended = self.states.wait_for(|state| !matches!(state.phase, Phase::Running));
+            let ended = self
+                .states
+                .wait_for(|state| !matches!(state.phase, Phase::Running));
             let _in_time = tokio::time::timeout_at(due, ended).await.is_ok();
         }
     }
@@ -149,18 +165,33 @@ impl Follower {
             }
             _ => v1::frame::Content::Keyframe(v1::Keyframe {
                 tokens: state.tokens.to_vec(),
-                masked: bits(state.tokens.iter().map(|t| Some(*t) == self.view.model.graph().mask())),
+                masked: bits(
+                    state
+                        .tokens
+                        .iter()
+                        .map(|t| Some(*t) == self.view.model.graph().mask()),
+                ),
                 clamped: bits(state.clamped.iter().copied()),
             }),
         };
         let text = match self.view.model.tokenizer() {
             Some(tokenizer) if !self.view.frames.omit_text => {
                 let mask = self.view.model.graph().mask();
-                Some(self.view.template.text(&state.tokens, tokenizer, mask, None).map_err(decoding)?)
+                Some(
+                    self.view
+                        .template
+                        .text(&state.tokens, tokenizer, mask, None)
+                        .map_err(decoding)?,
+                )
             }
             _ => None,
         };
-        self.sent = Some(Sent { tokens: Arc::clone(&state.tokens), step: state.step, at: Instant::now(), last: last == Last::Yes });
+        self.sent = Some(Sent {
+            tokens: Arc::clone(&state.tokens),
+            step: state.step,
+            at: Instant::now(),
+            last: last == Last::Yes,
+        });
         Ok(v1::Frame {
             canvas: self.canvas,
             step: state.step,
@@ -175,9 +206,19 @@ impl Follower {
     }
 
     fn result(&self, state: &State, outcome: &Outcome) -> Result<v1::Result, Status> {
-        let end = self.view.model.manifest().end_of_document.filter(|_| !self.view.keep_after_end);
+        let end = self
+            .view
+            .model
+            .manifest()
+            .end_of_document
+            .filter(|_| !self.view.keep_after_end);
         let text = match self.view.model.tokenizer() {
-            Some(tokenizer) => Some(self.view.template.text(&state.tokens, tokenizer, None, end).map_err(decoding)?),
+            Some(tokenizer) => Some(
+                self.view
+                    .template
+                    .text(&state.tokens, tokenizer, None, end)
+                    .map_err(decoding)?,
+            ),
             None => None,
         };
         let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
@@ -228,6 +269,7 @@ fn bits(flags: impl Iterator<Item = bool>) -> Vec<u8> {
     bytes
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "made to be handed to map_err")]
 fn decoding(error: crate::bundle::TokenizerError) -> Status {
     tracing::error!(%error, "tokens could not be decoded");
     Status::internal("the tokens could not be decoded; the server's log has the details")

@@ -11,7 +11,7 @@ pub const MASKED: char = '\u{2591}';
 
 /// One piece of a template, as it was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Piece {
+pub(super) enum Piece {
     /// Clamped text and its tokens.
     Text(String, Vec<Token>),
     /// Clamped tokens.
@@ -31,39 +31,52 @@ impl Piece {
 
 /// A canvas to fill.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Template {
+pub(super) struct Template {
     /// The pieces from left to right, with the positions each one takes.
     pieces: Vec<(Piece, Range<usize>)>,
 }
 
 impl Template {
     /// Lays the pieces out from left to right.
-    pub fn new(pieces: impl IntoIterator<Item = Piece>) -> Self {
+    pub(super) fn new(pieces: impl IntoIterator<Item = Piece>) -> Self {
         let mut end = 0;
         let place = |piece: Piece| {
             let start = end;
             end += piece.len();
             (piece, start..end)
         };
-        Self { pieces: pieces.into_iter().map(place).collect() }
+        Self {
+            pieces: pieces.into_iter().map(place).collect(),
+        }
     }
 
     /// Positions of the canvas.
-    pub fn length(&self) -> usize {
+    pub(super) fn length(&self) -> usize {
         self.pieces.last().map_or(0, |(_, range)| range.end)
     }
 
     /// Positions to fill.
-    pub fn gaps(&self) -> usize {
-        self.pieces.iter().map(|(piece, range)| if matches!(piece, Piece::Gap(_)) { range.len() } else { 0 }).sum()
+    pub(super) fn gaps(&self) -> usize {
+        self.pieces
+            .iter()
+            .map(|(piece, range)| {
+                if matches!(piece, Piece::Gap(_)) {
+                    range.len()
+                } else {
+                    0
+                }
+            })
+            .sum()
     }
 
     /// The canvas: tokens where clamped, `None` where to fill.
-    pub fn canvas(&self) -> Arc<[Option<Token>]> {
+    pub(super) fn canvas(&self) -> Arc<[Option<Token>]> {
         self.pieces
             .iter()
             .flat_map(|(piece, _)| match piece {
-                Piece::Text(_, tokens) | Piece::Tokens(tokens) => tokens.iter().copied().map(Some).collect::<Vec<_>>(),
+                Piece::Text(_, tokens) | Piece::Tokens(tokens) => {
+                    tokens.iter().copied().map(Some).collect::<Vec<_>>()
+                }
                 Piece::Gap(positions) => vec![None; *positions],
             })
             .collect()
@@ -73,7 +86,7 @@ impl Template {
     ///
     /// With `mask`, masked positions read as [`MASKED`]. With `end`, text stops at that token where it
     /// stands in a gap.
-    pub fn text(
+    pub(super) fn text(
         &self,
         tokens: &[Token],
         tokenizer: &TextTokenizer,
@@ -89,7 +102,9 @@ impl Template {
                 }
                 Piece::Tokens(_) | Piece::Gap(_) => &tokens[range.clone()],
             };
-            let ends = end.and_then(|end| drawn.iter().position(|t| *t == end)).filter(|_| matches!(piece, Piece::Gap(_)));
+            let ends = end
+                .and_then(|end| drawn.iter().position(|t| *t == end))
+                .filter(|_| matches!(piece, Piece::Gap(_)));
             let drawn = &drawn[..ends.unwrap_or(drawn.len())];
             for run in drawn.chunk_by(|a, b| (Some(*a) == mask) == (Some(*b) == mask)) {
                 if mask.is_some() && run.first().copied() == mask {

@@ -16,6 +16,11 @@ impl Sampler for Euler {
             GraphKind::Absorbing => rate,
             GraphKind::Uniform => rate / graph.states() as f64,
         };
-        RowLaw { gain, spread: 0.0, stay: 1.0, stay_slope: gain }
+        RowLaw {
+            gain,
+            spread: 0.0,
+            stay: 1.0,
+            stay_slope: gain,
+        }
     }
 }

@@ -33,14 +33,24 @@ impl Chain {
         let states = TOKENS + usize::from(kind == GraphKind::Absorbing);
         let schedule = match kind {
             GraphKind::Absorbing => Schedule::LogLinear { eps: 1e-3 },
-            GraphKind::Uniform => Schedule::Geometric { sigma_min: 1e-4, sigma_max: 8.0 },
+            GraphKind::Uniform => Schedule::Geometric {
+                sigma_min: 1e-4,
+                sigma_max: 8.0,
+            },
         };
-        Self { graph: Graph::new(kind, states), schedule, kind: sampler, grid: TimeGrid { steps } }
+        Self {
+            graph: Graph::new(kind, states),
+            schedule,
+            kind: sampler,
+            grid: TimeGrid { steps },
+        }
     }
 
     fn canvases(&self) -> Vec<Canvas> {
         let states = self.graph.states() as Token;
-        (0..states).flat_map(|a| (0..states).map(move |b| [a, b])).collect()
+        (0..states)
+            .flat_map(|a| (0..states).map(move |b| [a, b]))
+            .collect()
     }
 
     /// p_t(canvas): the data law after noise `sigma`.
@@ -83,13 +93,20 @@ impl Chain {
             return (0..states).map(|y| f64::from(u8::from(y == at))).collect();
         }
         let sigma = self.schedule.total_noise(t);
-        let mut score: Vec<f64> =
-            self.log_scores(canvas, position, sigma).iter().map(|&l| f64::from(l).exp()).collect();
+        let mut score: Vec<f64> = self
+            .log_scores(canvas, position, sigma)
+            .iter()
+            .map(|&l| f64::from(l).exp())
+            .collect();
         score[at] = 1.0;
         let mut weights = vec![0.0; states];
         let last = step == self.grid.steps;
         if last || self.kind == SamplerKind::Tweedie {
-            let dsigma = if last { sigma } else { sigma - self.schedule.total_noise(t - self.grid.dt()) };
+            let dsigma = if last {
+                sigma
+            } else {
+                sigma - self.schedule.total_noise(t - self.grid.dt())
+            };
             let mut from = vec![0.0; states];
             self.graph.staggered_score(&score, dsigma, &mut weights);
             self.graph.transp_transition(x, dsigma, &mut from);
@@ -99,7 +116,9 @@ impl Chain {
             }
         } else {
             self.graph.reverse_rate(x, &score, &mut weights);
-            weights.iter_mut().for_each(|w| *w *= self.grid.dt() * self.schedule.rate(t));
+            weights
+                .iter_mut()
+                .for_each(|w| *w *= self.grid.dt() * self.schedule.rate(t));
             weights[at] += 1.0;
         }
         weights.iter_mut().for_each(|w| *w = w.max(0.0));
@@ -134,13 +153,23 @@ impl Chain {
         let (mut draws, mut weights) = (Draws::new(seed, 0), Vec::new());
         let mut canvas = [0, 1].map(|i| self.graph.sample_limit(draws.prior(i)));
         for step in 0..=self.grid.steps {
-            let law = self.grid.law(self.kind.sampler(), &self.graph, &self.schedule, step);
+            let law = self
+                .grid
+                .law(self.kind.sampler(), &self.graph, &self.schedule, step);
             let before = canvas;
             for position in (0..LENGTH).filter(|&i| self.can_move(before[i])) {
                 let row = scores(before, position, step);
                 let u = draws.at(step, position);
-                if let Some(y) =
-                    draw(&law, &TokenChoice::default(), before[position], &row, 0.0, u, &mut weights).unwrap()
+                if let Some(y) = draw(
+                    &law,
+                    &TokenChoice::default(),
+                    before[position],
+                    &row,
+                    0.0,
+                    u,
+                    &mut weights,
+                )
+                .unwrap()
                 {
                     canvas[position] = y;
                 }
@@ -159,7 +188,11 @@ fn check(kind: GraphKind, sampler: SamplerKind, steps: u32) {
         known
             .entry((canvas, position, step))
             .or_insert_with(|| {
-                chain.log_scores(canvas, position, chain.schedule.total_noise(chain.grid.time(step)))
+                chain.log_scores(
+                    canvas,
+                    position,
+                    chain.schedule.total_noise(chain.grid.time(step)),
+                )
             })
             .clone()
     };
@@ -186,14 +219,21 @@ fn check(kind: GraphKind, sampler: SamplerKind, steps: u32) {
         cells += 1;
     }
     let p_value = 1.0 - ChiSquared::new(f64::from(cells - 1)).unwrap().cdf(statistic);
-    assert!(p_value > 1e-3, "{kind:?} {sampler:?} {steps} steps: chi-square {statistic} over {cells} cells");
+    assert!(
+        p_value > 1e-3,
+        "{kind:?} {sampler:?} {steps} steps: chi-square {statistic} over {cells} cells"
+    );
     if steps == 64 && sampler == SamplerKind::Tweedie {
         // Enough steps bring the chain itself close to the data.
         let distance: f64 = canvases
             .iter()
             .zip(&law)
             .map(|(c, p)| {
-                let data = DATA.get(c[0] as usize).and_then(|r| r.get(c[1] as usize)).copied().unwrap_or(0.0);
+                let data = DATA
+                    .get(c[0] as usize)
+                    .and_then(|r| r.get(c[1] as usize))
+                    .copied()
+                    .unwrap_or(0.0);
                 (p - data).abs() / 2.0
             })
             .sum();

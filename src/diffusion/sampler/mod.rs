@@ -59,7 +59,11 @@ pub trait Sampler {
     fn denoise(&self, graph: &Graph, schedule: &Schedule, t: f64) -> RowLaw {
         let law = tweedie::law(graph, schedule.total_noise(t));
         match graph.kind() {
-            GraphKind::Absorbing => RowLaw { stay: 0.0, stay_slope: 0.0, ..law },
+            GraphKind::Absorbing => RowLaw {
+                stay: 0.0,
+                stay_slope: 0.0,
+                ..law
+            },
             GraphKind::Uniform => law,
         }
     }
@@ -100,7 +104,11 @@ impl TimeGrid {
 
     /// The time at which evaluation `step` of `0..=steps` takes place.
     pub fn time(&self, step: u32) -> f64 {
-        if step >= self.steps { FINAL_TIME } else { 1.0 - f64::from(step) * self.dt() }
+        if step >= self.steps {
+            FINAL_TIME
+        } else {
+            1.0 - f64::from(step) * self.dt()
+        }
     }
 
     /// Evaluations of a whole generation: the steps and the final denoising.

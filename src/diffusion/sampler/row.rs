@@ -19,7 +19,11 @@ pub struct TokenChoice {
 
 impl Default for TokenChoice {
     fn default() -> Self {
-        Self { temperature: 1.0, top_k: None, top_p: None }
+        Self {
+            temperature: 1.0,
+            top_k: None,
+            top_p: None,
+        }
     }
 }
 
@@ -52,7 +56,11 @@ pub fn draw(
 ) -> Result<Option<Token>, BadScores> {
     let x = x as usize;
     // Scores are kept relative to their maximum, so that no sum overflows.
-    let top = log_score.iter().enumerate().filter(|&(y, _)| y != x).fold(f32::NEG_INFINITY, |m, (_, &l)| m.max(l));
+    let top = log_score
+        .iter()
+        .enumerate()
+        .filter(|&(y, _)| y != x)
+        .fold(f32::NEG_INFINITY, |m, (_, &l)| m.max(l));
     if top == f32::INFINITY {
         return Err(BadScores);
     }
@@ -75,16 +83,21 @@ pub fn draw(
         let lost = law.spread * (1.0 + total) / scale;
         let mut sum = 0.0;
         for (y, w) in weights.iter_mut().enumerate() {
-            *w = if y == x { 0.0 } else { (law.gain * *w - lost).max(0.0) };
+            *w = if y == x {
+                0.0
+            } else {
+                (law.gain * *w - lost).max(0.0)
+            };
             sum += *w;
         }
         sum
     } * scale;
     let staying = law.stay_weight(total).max(0.0);
-    if !(moving + staying > 0.0) {
+    let whole = moving + staying;
+    if whole.is_nan() || whole <= 0.0 {
         return Err(BadScores);
     }
-    if u.leave * (moving + staying) >= moving {
+    if u.leave * whole >= moving {
         return Ok(None);
     }
     if !choice.is_plain() {
@@ -112,7 +125,11 @@ fn pick(weights: &[f64], u: f64) -> Option<Token> {
 
 /// Applies top-k, temperature and top-p, in that order.
 fn shape(choice: &TokenChoice, weights: &mut [f64]) {
-    let top_k = if choice.temperature == 0.0 { Some(1) } else { choice.top_k };
+    let top_k = if choice.temperature == 0.0 {
+        Some(1)
+    } else {
+        choice.top_k
+    };
     if top_k.is_none() && choice.top_p.is_none() {
         return temper(choice.temperature, weights);
     }
@@ -155,17 +172,33 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LEAVE: RowLaw = RowLaw { gain: 1.0, spread: 0.0, stay: 0.0, stay_slope: 0.0 };
+    const LEAVE: RowLaw = RowLaw {
+        gain: 1.0,
+        spread: 0.0,
+        stay: 0.0,
+        stay_slope: 0.0,
+    };
 
     fn drawn(choice: TokenChoice, row: &[f32], u: f64) -> Token {
-        draw(&LEAVE, &choice, row.len() as Token - 1, row, 0.0, Uniforms { leave: 0.5, token: u }, &mut Vec::new())
-            .unwrap()
-            .unwrap()
+        draw(
+            &LEAVE,
+            &choice,
+            row.len() as Token - 1,
+            row,
+            0.0,
+            Uniforms { leave: 0.5, token: u },
+            &mut Vec::new(),
+        )
+        .unwrap()
+        .unwrap()
     }
 
     #[test]
     fn temperature_zero_takes_the_likeliest() {
-        let choice = TokenChoice { temperature: 0.0, ..TokenChoice::default() };
+        let choice = TokenChoice {
+            temperature: 0.0,
+            ..TokenChoice::default()
+        };
         for u in [0.0, 0.5, 0.999_999] {
             assert_eq!(drawn(choice, &[0.1, 2.0, 1.9, 9.0], u), 1);
         }
@@ -174,17 +207,33 @@ mod tests {
     #[test]
     fn top_k_and_top_p_cut_the_tail() {
         let row = [3.0f32, 2.0, 1.0, 0.0, 0.0];
-        let k = TokenChoice { top_k: Some(2), ..TokenChoice::default() };
-        let p = TokenChoice { top_p: Some(0.5), ..TokenChoice::default() };
+        let k = TokenChoice {
+            top_k: Some(2),
+            ..TokenChoice::default()
+        };
+        let p = TokenChoice {
+            top_p: Some(0.5),
+            ..TokenChoice::default()
+        };
         assert_eq!(drawn(k, &row, 0.999_999), 1);
         assert_eq!(drawn(p, &row, 0.999_999), 0);
     }
 
     #[test]
     fn bad_rows_are_errors() {
-        let u = Uniforms { leave: 0.5, token: 0.5 };
-        for row in [[f32::NAN, 0.0, 0.0], [f32::INFINITY, 0.0, 0.0], [f32::NEG_INFINITY, f32::NEG_INFINITY, 0.0]] {
-            assert_eq!(draw(&LEAVE, &TokenChoice::default(), 2, &row, 0.0, u, &mut Vec::new()), Err(BadScores));
+        let u = Uniforms {
+            leave: 0.5,
+            token: 0.5,
+        };
+        for row in [
+            [f32::NAN, 0.0, 0.0],
+            [f32::INFINITY, 0.0, 0.0],
+            [f32::NEG_INFINITY, f32::NEG_INFINITY, 0.0],
+        ] {
+            assert_eq!(
+                draw(&LEAVE, &TokenChoice::default(), 2, &row, 0.0, u, &mut Vec::new()),
+                Err(BadScores)
+            );
         }
     }
 

@@ -23,7 +23,12 @@ pub(super) fn law(graph: &Graph, dsigma: f64) -> RowLaw {
     match graph.kind() {
         // Row of the mask: (e^dsigma s_y) (1 - e^-dsigma) = (e^dsigma - 1) s_y, and for the mask itself
         // (e^dsigma - (e^dsigma - 1)(1 + S)) * 1 = 1 - (e^dsigma - 1) S.
-        GraphKind::Absorbing => RowLaw { gain: growth, spread: 0.0, stay: 1.0, stay_slope: growth },
+        GraphKind::Absorbing => RowLaw {
+            gain: growth,
+            spread: 0.0,
+            stay: 1.0,
+            stay_slope: growth,
+        },
         // The staggered score is e^dsigma s_y - (e^dsigma - 1)/V (1 + S), the transition
         // (1 - e^-dsigma)/V off the diagonal and e^-dsigma more on it.
         GraphKind::Uniform => {

@@ -1,0 +1,199 @@
+//! The built binary: serve, its signals and errors, and the client commands.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::Value;
+
+pub fn denoised() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_denoised"));
+    command.env_remove("DENOISED_SERVER").env("NO_COLOR", "1");
+    command
+}
+
+/// A running `denoised serve` on a free port; killed if a test fails.
+pub struct Serving {
+    child: Child,
+    pub address: String,
+}
+
+impl Serving {
+    pub fn start() -> Self {
+        let mut child = denoised()
+            .args(["serve", "--listen", "127.0.0.1:0"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let address = line
+            .trim()
+            .strip_prefix("listening on http://")
+            .expect(&line)
+            .to_owned();
+        Self { child, address }
+    }
+
+    /// SIGTERM, then its exit code and log.
+    pub fn stop(mut self) -> (Option<i32>, String) {
+        let killed = Command::new("kill")
+            .arg(self.child.id().to_string())
+            .status()
+            .unwrap();
+        assert!(killed.success());
+        let mut log = String::new();
+        std::io::Read::read_to_string(&mut self.child.stderr.take().unwrap(), &mut log).unwrap();
+        (self.child.wait().unwrap().code(), log)
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+#[track_caller]
+fn succeeds(output: &Output) -> String {
+    let (out, err) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(output.status.success(), "{out}\n{err}");
+    out.into_owned()
+}
+
+fn json_lines(text: &str) -> Vec<Value> {
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+#[test]
+fn serve_logs_one_line_generates_infills_and_exits_cleanly() {
+    let server = Serving::start();
+    let url = format!("http://{}", server.address);
+    let run = |arguments: &[&str]| {
+        let output = denoised()
+            .args(arguments)
+            .args(["--server", &url, "--steps", "8", "--seed", "1"])
+            .output();
+        succeeds(&output.unwrap())
+    };
+    let plain = run(&["generate", "--length", "24", "In the beginning"]);
+    assert!(plain.starts_with("In the beginning") && !plain.contains('\u{2591}') && !plain.contains("---"));
+    assert_eq!(
+        run(&["generate", "--length", "24", "In the beginning"]),
+        plain,
+        "one seed, one text"
+    );
+    let live = run(&[
+        "generate",
+        "--length",
+        "24",
+        "--live",
+        "always",
+        "In the beginning",
+    ]);
+    assert!(live.contains("--- step 0/9  masked") && live.contains('\u{2591}') && live.ends_with(&plain));
+    let infilled = run(&["infill", "My name is [[3]] and I am [[2]]."]);
+    assert!(
+        infilled.starts_with("My name is ") && infilled.contains(" and I am ") && infilled.ends_with(".\n")
+    );
+    let events = json_lines(&run(&[
+        "generate",
+        "--length",
+        "16",
+        "--num-samples",
+        "2",
+        "--json",
+    ]));
+    assert_eq!(events[0]["accepted"]["length"], 16);
+    let results: Vec<&Value> = events.iter().filter_map(|event| event.get("result")).collect();
+    assert_eq!(results.len(), 2);
+    for result in results {
+        assert_eq!(result["tokens"].as_array().unwrap().len(), 16);
+        assert!(result["text"].is_string() && result["nfe"].as_u64().unwrap() <= 9 && result["seed"] == 1);
+    }
+    let models = denoised()
+        .args(["models", "--server", &url, "--json"])
+        .output()
+        .unwrap();
+    assert_eq!(json_lines(&succeeds(&models))[0]["default"], true);
+    let (code, log) = server.stop();
+    assert_eq!(code, Some(0), "{log}");
+    let serving: Vec<&str> = log.lines().filter(|line| line.contains("serving on")).collect();
+    assert_eq!(serving.len(), 1, "{log}");
+    assert!(
+        serving[0].contains(&url)
+            && serving[0].contains("world-english@1 (default)")
+            && serving[0].contains("on cpu")
+    );
+}
+
+#[test]
+fn without_a_server_one_is_started() {
+    let output = denoised()
+        .args(["generate", "--length", "12", "--steps", "4", "And"])
+        .output()
+        .unwrap();
+    assert!(succeeds(&output).starts_with("And"));
+}
+
+#[test]
+fn mistakes_end_with_one_line_and_the_right_code() {
+    for (arguments, code, says) in [
+        (
+            vec!["generate", "--server", "http://127.0.0.1:1"],
+            69,
+            "no server answers",
+        ),
+        (
+            vec!["generate", "--temperature", "nan"],
+            64,
+            "sampling.temperature",
+        ),
+        (vec!["infill", "no gap"], 64, "template"),
+        (vec!["infill", "open [[gap"], 64, "not closed"),
+        (vec!["generate", "--model", "a@b"], 64, "NAME@VERSION"),
+        (vec!["generate", "--sampler", "magic"], 64, "tweedie"),
+        (vec!["generate", "--model", "unheard-of"], 70, "unheard-of"),
+        (vec!["serve", "--config", "/nowhere.toml"], 64, "nowhere"),
+        (vec!["serve", "--workers", "0"], 64, "engine.workers"),
+        (vec!["serve", "--repository", "/nowhere"], 70, "/nowhere"),
+        (vec!["dance"], 64, "dance"),
+    ] {
+        let output = denoised().args(&arguments).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {error}");
+        assert!(error.contains(says), "{arguments:?}: {error}");
+        if arguments[0] != "dance" && says != "tweedie" {
+            assert_eq!(error.trim().lines().count(), 1, "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_missing_or_wrong_runtime_is_one_line_with_the_command_that_fixes_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let wrong = folder.path().join("libonnxruntime.so");
+    std::fs::write(&wrong, "not a library").unwrap();
+    for path in [folder.path().join("missing.so"), wrong] {
+        let output = denoised()
+            .args(["serve", "--listen", "127.0.0.1:0"])
+            .env("ORT_DYLIB_PATH", &path)
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(70), "{error}");
+        assert_eq!(error.trim().lines().count(), 1, "{error}");
+        assert!(
+            error.contains("make tools") && error.contains(path.to_str().unwrap()),
+            "{error}"
+        );
+    }
+}

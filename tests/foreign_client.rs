@@ -1,0 +1,100 @@
+//! A client that nobody here wrote: grpcurl, which learns everything from reflection.
+//!
+//! `make test-tools` fetches it; without it this file says loudly that it was skipped.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use crate::binary::Serving;
+
+fn grpcurl() -> Option<PathBuf> {
+    let fetched = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".tools/bin/grpcurl");
+    if fetched.exists() {
+        return Some(fetched);
+    }
+    eprintln!("SKIPPED: grpcurl is not installed (make test-tools): the foreign client was not run");
+    None
+}
+
+#[test]
+fn grpcurl_generates_infills_reflects_and_is_told_its_mistakes() {
+    let Some(grpcurl) = grpcurl() else { return };
+    let server = Serving::start();
+    let call = |data: &str, method: &str| -> Output {
+        let mut command = Command::new(&grpcurl);
+        command.args(["-plaintext", "-max-time", "60"]);
+        if !data.is_empty() {
+            command.args(["-d", data]);
+        }
+        command
+            .arg(&server.address)
+            .args(method.split(' '))
+            .output()
+            .unwrap()
+    };
+    let fine = |data: &str, method: &str| {
+        let output = call(data, method);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{method}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let services = fine("", "list");
+    for service in [
+        "denoised.v1.DiffusionService",
+        "denoised.v1.ModelService",
+        "grpc.health.v1.Health",
+    ] {
+        assert!(services.contains(service), "{services}");
+    }
+    assert!(fine("", "describe denoised.v1.GenerateRequest").contains("prompt"));
+    for service in ["", "denoised.v1.DiffusionService"] {
+        let health = fine(
+            &format!(r#"{{"service": "{service}"}}"#),
+            "grpc.health.v1.Health/Check",
+        );
+        assert!(health.contains("SERVING"), "{health}");
+    }
+    let generated = fine(
+        r#"{"prompt": "In the beginning", "length": 24, "sampling": {"steps": 8, "seed": "1"}}"#,
+        "denoised.v1.DiffusionService/Generate",
+    );
+    for word in [
+        "accepted",
+        "keyframe",
+        "delta",
+        "result",
+        "FINISH_REASON_DONE",
+        "In the beginning",
+    ] {
+        assert!(generated.contains(word), "{word}: {generated}");
+    }
+    // Defaults are such that nothing but a prompt is needed.
+    assert!(
+        fine(r#"{"prompt": "And"}"#, "denoised.v1.DiffusionService/Generate").contains("FINISH_REASON_DONE")
+    );
+    let infilled = fine(
+        r#"{"template": [{"text": "The son of"}, {"gap": 4}, {"text": " went up."}]}"#,
+        "denoised.v1.DiffusionService/Infill",
+    );
+    assert!(infilled.contains("The son of") && infilled.contains(" went up."));
+    assert!(fine("", "denoised.v1.ModelService/ListModels").contains("world-english"));
+    for (data, method, says) in [
+        (
+            r#"{"sampling": {"steps": 0}}"#,
+            "denoised.v1.DiffusionService/Generate",
+            "sampling.steps",
+        ),
+        (
+            r#"{"model": {"name": "nobody"}}"#,
+            "denoised.v1.DiffusionService/Generate",
+            "NotFound",
+        ),
+        ("{}", "denoised.v1.DiffusionService/Infill", "template"),
+    ] {
+        let output = call(data, method);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && error.contains(says), "{error}");
+    }
+    let (code, log) = server.stop();
+    assert_eq!(code, Some(0), "{log}");
+}

@@ -1,0 +1,95 @@
+//! The embedded network keeps to the contract, and bundles are served from a repository.
+
+use denoised::bundle::{Bundle, demo};
+use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
+use denoised::network::{Batch, ScoreNetwork};
+use denoised::proto::v1::{GenerateRequest, ListModelsRequest, ModelReference};
+
+use crate::support::{TestServer, config, generate};
+
+#[test]
+fn rows_come_in_the_order_of_positions() {
+    let bundle: Bundle = demo().unwrap().unwrap();
+    let mut network = OnnxNetwork::load(&bundle, &OnnxOptions::default()).unwrap();
+    let mask = i64::from(bundle.manifest().mask_token.unwrap());
+    let tokens: Vec<i64> = (0..32).map(|i| if i % 3 == 0 { mask } else { i * 7 }).collect();
+    let sigma = [0.5f32, 2.0];
+    let mut all = Vec::new();
+    let every: Vec<i64> = (0..32).collect();
+    let batch = Batch {
+        tokens: &tokens,
+        length: 16,
+        sigma: &sigma,
+        positions: &every,
+    };
+    network
+        .log_score(&batch, &mut |rows| {
+            all = (0..32).map(|i| rows.row(i).to_vec()).collect();
+        })
+        .unwrap();
+    assert!(all.iter().flatten().all(|score| score.is_finite()));
+    let some = [3i64, 15, 16, 30];
+    let batch = Batch {
+        positions: &some,
+        ..batch
+    };
+    network
+        .log_score(&batch, &mut |rows| {
+            for (k, position) in some.iter().enumerate() {
+                for (a, b) in rows.row(k).iter().zip(&all[*position as usize]) {
+                    assert!((a - b).abs() < 1e-4, "{a} {b}");
+                }
+            }
+        })
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repository_serves_its_good_bundles_and_refuses_the_bad_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("training/demo/world-english/1");
+    for version in ["2", "10", "11"] {
+        let to = folder.path().join("world-english").join(version);
+        std::fs::create_dir_all(&to).unwrap();
+        for file in ["manifest.json", "model.onnx", "tokenizer.json"] {
+            std::fs::copy(demo.join(file), to.join(file)).unwrap();
+        }
+    }
+    // Version 11 is damaged: it must not take the place of version 10.
+    std::fs::write(folder.path().join("world-english/11/model.onnx"), "damaged").unwrap();
+    let mut config = config();
+    config.models.repository = Some(folder.path().to_owned());
+    let server = TestServer::demo_with(&config).await;
+    let listed = server
+        .models()
+        .list_models(ListModelsRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .models;
+    assert_eq!(
+        listed
+            .iter()
+            .map(|m| (m.version, m.is_default))
+            .collect::<Vec<_>>(),
+        [(1, false), (2, false), (10, true)]
+    );
+    for (asked, answers) in [(0, 10), (2, 2)] {
+        let model = Some(ModelReference {
+            name: "world-english".into(),
+            version: asked,
+        });
+        let answer = generate(
+            &mut server.client(),
+            GenerateRequest {
+                model,
+                length: Some(8),
+                ..GenerateRequest::default()
+            },
+        )
+        .await
+        .unwrap();
+        assert_eq!(answer.accepted.unwrap().model.unwrap().version, answers);
+    }
+    server.stop().await;
+}
