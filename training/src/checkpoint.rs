@@ -68,7 +68,9 @@ pub fn steps(run: &Path) -> Vec<u64> {
 
 /// The folder of a run's latest checkpoint.
 pub fn latest(run: &Path) -> Result<PathBuf> {
-    let step = steps(run).pop().with_context(|| format!("{} holds no checkpoint", root(run).display()))?;
+    let step = steps(run)
+        .pop()
+        .with_context(|| format!("{} holds no checkpoint", root(run).display()))?;
     Ok(folder(run, step))
 }
 
@@ -87,9 +89,24 @@ pub fn save(trainer: &Trainer, state: &State) -> Result<PathBuf> {
     }
     fs::create_dir_all(&draft).with_context(|| format!("cannot create {}", draft.display()))?;
     let context = || format!("cannot write {}", draft.display());
-    trainer.network.valid().into_record().save(draft.join(NETWORK)).with_context(context)?;
-    trainer.ema.network().clone().into_record().save(draft.join(AVERAGE)).with_context(context)?;
-    trainer.optimizer.to_record().save(draft.join(OPTIMIZER)).with_context(context)?;
+    trainer
+        .network
+        .valid()
+        .into_record()
+        .save(draft.join(NETWORK))
+        .with_context(context)?;
+    trainer
+        .ema
+        .network()
+        .clone()
+        .into_record()
+        .save(draft.join(AVERAGE))
+        .with_context(context)?;
+    trainer
+        .optimizer
+        .to_record()
+        .save(draft.join(OPTIMIZER))
+        .with_context(context)?;
     fs::write(draft.join(STATE), serde_json::to_vec_pretty(state)?).with_context(context)?;
     if target.exists() {
         fs::remove_dir_all(&target).with_context(|| format!("cannot replace {}", target.display()))?;
@@ -113,15 +130,29 @@ pub fn read_state(folder: &Path) -> Result<State> {
     let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let state: State =
         serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
-    ensure!(state.format == FORMAT, "{} has format {}, this program reads {FORMAT}", path.display(), state.format);
-    state.network.validate().with_context(|| format!("{} is damaged", path.display()))?;
+    ensure!(
+        state.format == FORMAT,
+        "{} has format {}, this program reads {FORMAT}",
+        path.display(),
+        state.format
+    );
+    state
+        .network
+        .validate()
+        .with_context(|| format!("{} is damaged", path.display()))?;
     Ok(state)
 }
 
 /// The averaged network of a checkpoint, for evaluation and export.
 pub fn load_average(folder: &Path) -> Result<(Ddit, State)> {
     let state = read_state(folder)?;
-    Ok((load_network(&folder.join(AVERAGE), state.network.init(0, &inference_device())?)?, state))
+    Ok((
+        load_network(
+            &folder.join(AVERAGE),
+            state.network.init(0, 0.0, &inference_device())?,
+        )?,
+        state,
+    ))
 }
 
 /// The run that a checkpoint belongs to, ready to go on under `config`.
@@ -140,8 +171,8 @@ pub fn resume(folder: &Path, config: RunConfig, shape: &NetworkConfig) -> Result
         state.config.run.seed,
         config.run.seed
     );
-    let network = load_network(&folder.join(NETWORK), shape.init(0, &training_device())?)?;
-    let average = load_network(&folder.join(AVERAGE), shape.init(0, &inference_device())?)?;
+    let network = load_network(&folder.join(NETWORK), shape.init(0, 0.0, &training_device())?)?;
+    let average = load_network(&folder.join(AVERAGE), shape.init(0, 0.0, &inference_device())?)?;
     let path = folder.join(OPTIMIZER);
     let record = OptimizerRecord::load(&path).with_context(|| format!("{} is damaged", path.display()))?;
     let trainer = Trainer {
@@ -156,9 +187,11 @@ pub fn resume(folder: &Path, config: RunConfig, shape: &NetworkConfig) -> Result
 }
 
 fn load_network(path: &Path, network: Ddit) -> Result<Ddit> {
-    let record = burn::store::ModuleRecord::load(path)
-        .with_context(|| format!("{} is damaged", path.display()))?;
-    network.try_load_record(record).with_context(|| format!("{} does not fit its state.json", path.display()))
+    let record =
+        burn::store::ModuleRecord::load(path).with_context(|| format!("{} is damaged", path.display()))?;
+    network
+        .try_load_record(record)
+        .with_context(|| format!("{} does not fit its state.json", path.display()))
 }
 
 impl State {

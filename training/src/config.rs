@@ -68,6 +68,10 @@ pub struct NetworkSection {
     /// Offset log-scores by the noise level (absorbing graphs only).
     #[serde(default)]
     pub scale_by_sigma: bool,
+    /// What the gates of attention and MLP start at. 0, as in the reference, makes every block start as
+    /// the identity; 1 lets short runs of small networks learn from the first step on.
+    #[serde(default)]
+    pub initial_gate: f32,
 }
 
 /// AdamW and what surrounds it.
@@ -93,6 +97,10 @@ pub struct OptimizerSection {
     pub gradient_clip_norm: f64,
     /// Largest decay of the moving average of weights.
     pub ema_decay: f64,
+    /// Times are drawn as a uniform to this power, and weighted so that the loss has the same mean. 1 is
+    /// the reference; more looks more often at little noise, where each masked position weighs most.
+    #[serde(default = "default_time_power")]
+    pub time_power: f64,
 }
 
 /// The learning rate after the warm-up.
@@ -131,6 +139,10 @@ fn default_epsilon() -> f64 {
     1e-8
 }
 
+fn default_time_power() -> f64 {
+    1.0
+}
+
 fn default_threads() -> usize {
     1
 }
@@ -140,7 +152,9 @@ impl RunConfig {
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let config: Self = toml::from_str(&text).with_context(|| format!("{} is no run", path.display()))?;
-        config.validate().with_context(|| format!("{} is no run", path.display()))?;
+        config
+            .validate()
+            .with_context(|| format!("{} is no run", path.display()))?;
         Ok(config)
     }
 
@@ -155,14 +169,20 @@ impl RunConfig {
             ("optimizer.epsilon", optimizer.epsilon),
             ("optimizer.gradient_clip_norm", optimizer.gradient_clip_norm),
         ] {
-            ensure!(value.is_finite() && value > 0.0, "{name} is {value}, expected a positive number");
+            ensure!(
+                value.is_finite() && value > 0.0,
+                "{name} is {value}, expected a positive number"
+            );
         }
         for (name, value) in [
             ("optimizer.betas[0]", optimizer.betas[0]),
             ("optimizer.betas[1]", optimizer.betas[1]),
             ("optimizer.ema_decay", optimizer.ema_decay),
         ] {
-            ensure!((0.0..1.0).contains(&value), "{name} is {value}, expected 0 <= {name} < 1");
+            ensure!(
+                (0.0..1.0).contains(&value),
+                "{name} is {value}, expected 0 <= {name} < 1"
+            );
         }
         ensure!(
             optimizer.weight_decay.is_finite() && optimizer.weight_decay >= 0.0,
@@ -197,9 +217,27 @@ impl RunConfig {
     /// The network's shape for a tokenizer of `vocab_size` tokens.
     pub fn network_config(&self, vocab_size: usize) -> NetworkConfig {
         let mask = usize::from(self.graph.kind == GraphKind::Absorbing);
-        let NetworkSection { length, hidden_size, cond_dim, blocks, heads, dropout, scale_by_sigma } = self.network;
+        let NetworkSection {
+            length,
+            hidden_size,
+            cond_dim,
+            blocks,
+            heads,
+            dropout,
+            scale_by_sigma,
+            initial_gate: _,
+        } = self.network;
         let states = vocab_size + mask;
-        NetworkConfig { states, length, hidden_size, cond_dim, blocks, heads, dropout, scale_by_sigma }
+        NetworkConfig {
+            states,
+            length,
+            hidden_size,
+            cond_dim,
+            blocks,
+            heads,
+            dropout,
+            scale_by_sigma,
+        }
     }
 
     /// The noise process over the states of `network`.

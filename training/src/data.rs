@@ -15,19 +15,56 @@
 //! Documents follow one another, each ended by the end-of-document token.
 
 use std::fs;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use denoised::diffusion::Token;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use thiserror::Error;
 use tokenizers::Tokenizer;
 
 use crate::tokenizer::END_OF_DOCUMENT;
 
 const MAGIC: &[u8; 8] = b"dnstok01";
-const HEADER: usize = 8 + 4 + 4 + 8 + 8 + 64;
+
+/// A token file that cannot be read.
+#[derive(Debug, Error)]
+#[error("{path}: {problem}", path = path.display())]
+pub struct TokenFileError {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub problem: TokenFileProblem,
+}
+
+/// What is wrong with a token file.
+#[derive(Debug, Error)]
+pub enum TokenFileProblem {
+    /// The file system said no.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// It does not begin as token files do.
+    #[error("is not a token file; `training prepare` writes them")]
+    Foreign,
+    /// It is shorter or longer than its header says.
+    #[error("is truncated: its header promises {promised} tokens, it holds {held}")]
+    Length {
+        /// Tokens the header counts.
+        promised: u64,
+        /// Tokens there are.
+        held: usize,
+    },
+    /// A token that its vocabulary does not have.
+    #[error("is corrupt: token {token} is not below the vocabulary size {vocab_size}")]
+    Token {
+        /// The token.
+        token: Token,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
+}
 
 /// A packed token file, in memory.
 #[derive(Clone, Debug)]
@@ -41,35 +78,50 @@ pub struct TokenFile {
 
 impl TokenFile {
     /// Reads the file at `path`.
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
-        let raw = fs::read(path).with_context(|| path.display().to_string())?;
-        Self::parse(&raw).with_context(|| path.display().to_string())
+    pub fn open(path: &Path) -> Result<Self, TokenFileError> {
+        let read = || Self::parse(&fs::read(path)?);
+        read().map_err(|problem| TokenFileError {
+            path: path.to_owned(),
+            problem,
+        })
     }
 
-    fn parse(raw: &[u8]) -> anyhow::Result<Self> {
-        let Some((header, body)) = raw.split_at_checked(HEADER).filter(|(header, _)| header.starts_with(MAGIC))
-        else {
-            bail!("is not a token file; `training prepare` writes them");
-        };
-        let u32_at = |at: usize| -> anyhow::Result<u32> { Ok(u32::from_le_bytes(header[at..at + 4].try_into()?)) };
-        let u64_at = |at: usize| -> anyhow::Result<u64> { Ok(u64::from_le_bytes(header[at..at + 8].try_into()?)) };
-        let (vocab_size, count) = (u32_at(8)? as usize, u64_at(16)?);
-        let width = token_width(vocab_size);
-        if Some(body.len() as u64) != count.checked_mul(width as u64) {
-            bail!("is truncated: its header promises {count} tokens, it holds {}", body.len() / width);
+    fn parse(raw: &[u8]) -> Result<Self, TokenFileProblem> {
+        let (magic, rest) = field::<8>(raw)?;
+        if &magic != MAGIC {
+            return Err(TokenFileProblem::Foreign);
         }
-        let tokens: Vec<Token> = body
-            .chunks_exact(width)
-            .map(|c| if width == 2 { u32::from(u16::from_le_bytes([c[0], c[1]])) } else { u32::from_le_bytes([c[0], c[1], c[2], c[3]]) })
-            .collect();
-        if let Some(token) = tokens.iter().find(|t| **t as usize >= vocab_size) {
-            bail!("is corrupt: token {token} is not below the vocabulary size {vocab_size}");
+        let (vocab_size, rest) = field(rest)?;
+        let (end_of_document, rest) = field(rest)?;
+        let (count, rest) = field(rest)?;
+        let (bytes, rest) = field(rest)?;
+        let (tokenizer_sha256, body) = field::<64>(rest)?;
+        let vocab_size = u32::from_le_bytes(vocab_size) as usize;
+        let end_of_document = u32::from_le_bytes(end_of_document);
+        let promised = u64::from_le_bytes(count);
+        let width = token_width(vocab_size);
+        if Some(body.len() as u64) != promised.checked_mul(width as u64) {
+            return Err(TokenFileProblem::Length {
+                promised,
+                held: body.len() / width,
+            });
+        }
+        let little_endian = |bytes: &[u8]| {
+            bytes
+                .iter()
+                .rev()
+                .fold(0, |token, byte| (token << 8) | Token::from(*byte))
+        };
+        let tokens: Vec<Token> = body.chunks_exact(width).map(little_endian).collect();
+        let foreign = |token: &&Token| **token as usize >= vocab_size;
+        if let Some(&token) = tokens.iter().chain([&end_of_document]).find(foreign) {
+            return Err(TokenFileProblem::Token { token, vocab_size });
         }
         Ok(Self {
             vocab_size,
-            end_of_document: u32_at(12)?,
-            bytes: u64_at(24)?,
-            tokenizer_sha256: String::from_utf8(header[32..96].to_vec())?,
+            end_of_document,
+            bytes: u64::from_le_bytes(bytes),
+            tokenizer_sha256: String::from_utf8_lossy(&tokenizer_sha256).into_owned(),
             tokens,
         })
     }
@@ -112,14 +164,19 @@ impl TokenFile {
         self.bytes
     }
 
-    /// Bytes of text that the first `tokens` tokens encode, exact if `tokenizer` is byte-level.
+    /// Bytes of text that the first `tokens` tokens encode under the `tokenizer` that made this file.
     pub fn bytes_of_first(&self, tokens: usize, tokenizer: &Tokenizer) -> anyhow::Result<u64> {
-        if tokens >= self.tokens.len() {
-            return Ok(self.bytes);
+        let rest = self.tokens.get(tokens..).unwrap_or_default();
+        let mut bytes = 0;
+        for &token in rest.iter().filter(|token| **token != self.end_of_document) {
+            let text = tokenizer
+                .id_to_token(token)
+                .ok_or_else(|| anyhow!("the tokenizer has no token {token}"))?;
+            // Each character of a byte-level token stands for one byte. Decoded text would not do: where
+            // the cut goes through a character, it has a replacement of another length.
+            bytes += text.chars().count() as u64;
         }
-        // The rest is short (less than a sequence): decode that.
-        let rest = tokenizer.decode(&self.tokens[tokens..], true).map_err(|e| anyhow!("tokenizer: {e}"))?;
-        Ok(self.bytes - (rest.len() as u64).min(self.bytes))
+        Ok(self.bytes.saturating_sub(bytes))
     }
 
     fn encode(documents: &[String], tokenizer: &Tokenizer, sha256: &str) -> anyhow::Result<Self> {
@@ -128,7 +185,9 @@ impl TokenFile {
             .ok_or_else(|| anyhow!("the tokenizer has no token {END_OF_DOCUMENT}"))?;
         let mut tokens = Vec::new();
         for document in documents {
-            let encoding = tokenizer.encode_fast(document.as_str(), false).map_err(|e| anyhow!("tokenizer: {e}"))?;
+            let encoding = tokenizer
+                .encode_fast(document.as_str(), false)
+                .map_err(|e| anyhow!("tokenizer: {e}"))?;
             tokens.extend(encoding.get_ids());
             tokens.push(end_of_document);
         }
@@ -143,7 +202,8 @@ impl TokenFile {
 
     fn write(&self, path: &Path) -> anyhow::Result<()> {
         let partial = path.with_extension("partial");
-        let mut out = BufWriter::new(fs::File::create(&partial).with_context(|| partial.display().to_string())?);
+        let mut out =
+            BufWriter::new(fs::File::create(&partial).with_context(|| partial.display().to_string())?);
         out.write_all(MAGIC)?;
         out.write_all(&(self.vocab_size as u32).to_le_bytes())?;
         out.write_all(&self.end_of_document.to_le_bytes())?;
@@ -156,6 +216,13 @@ impl TokenFile {
         out.flush()?;
         fs::rename(&partial, path).with_context(|| path.display().to_string())
     }
+}
+
+/// The first `N` bytes, and what follows them.
+fn field<const N: usize>(raw: &[u8]) -> Result<([u8; N], &[u8]), TokenFileProblem> {
+    raw.split_first_chunk()
+        .map(|(field, rest)| (*field, rest))
+        .ok_or(TokenFileProblem::Foreign)
 }
 
 fn token_width(vocab_size: usize) -> usize {
@@ -190,7 +257,10 @@ impl Corpus {
     /// Reads all documents that are not blank.
     pub fn read(&self) -> anyhow::Result<Documents> {
         if !(0.0..1.0).contains(&self.validation_fraction) {
-            bail!("validation fraction is {}, must be at least 0 and below 1", self.validation_fraction);
+            bail!(
+                "validation fraction is {}, must be at least 0 and below 1",
+                self.validation_fraction
+            );
         }
         let mut choose = ChaCha8Rng::seed_from_u64(self.seed);
         let mut documents = Documents::default();
@@ -202,7 +272,11 @@ impl Corpus {
             };
             for document in parts.into_iter().filter(|d| !d.trim().is_empty()) {
                 let held_out = f64::from(choose.next_u32()) / 2f64.powi(32) < self.validation_fraction;
-                let side = if held_out { &mut documents.validation } else { &mut documents.train };
+                let side = if held_out {
+                    &mut documents.validation
+                } else {
+                    &mut documents.train
+                };
                 side.push(document.to_owned());
             }
         }
@@ -219,13 +293,16 @@ pub fn prepare(corpus: &Corpus, tokenizer: &Path, out: &Path) -> anyhow::Result<
     let documents = corpus.read()?;
     fs::create_dir_all(out).with_context(|| out.display().to_string())?;
     let pack = |name: &str, documents: &[String]| -> anyhow::Result<TokenFile> {
-        let file = TokenFile::encode(documents, &model, &sha256)
-            .with_context(|| tokenizer.display().to_string())?;
+        let file =
+            TokenFile::encode(documents, &model, &sha256).with_context(|| tokenizer.display().to_string())?;
         file.write(&out.join(format!("{name}.tokens")))?;
         fs::write(out.join(format!("{name}.txt")), documents.concat())?;
         Ok(file)
     };
-    Ok((pack("train", &documents.train)?, pack("validation", &documents.validation)?))
+    Ok((
+        pack("train", &documents.train)?,
+        pack("validation", &documents.validation)?,
+    ))
 }
 
 #[cfg(test)]
@@ -237,14 +314,26 @@ mod tests {
         let input: Vec<PathBuf> = (0..40)
             .map(|i| {
                 let path = folder.join(format!("{i}.txt"));
-                fs::write(&path, format!("document {i} says: the cat sat on the mat.\n\u{1F431} ")).unwrap();
+                fs::write(
+                    &path,
+                    format!("document {i} says: the cat sat on the mat.\n\u{1F431} "),
+                )
+                .unwrap();
                 path
             })
             .collect();
         let tokenizer = folder.join("tokenizer.json");
-        let corpus = Corpus { input, separator: None, validation_fraction: 0.2, seed: 3 };
+        let corpus = Corpus {
+            input,
+            separator: None,
+            validation_fraction: 0.2,
+            seed: 3,
+        };
         let text = corpus.read().unwrap().train;
-        crate::tokenizer::train(&text, 280).unwrap().save(&tokenizer, false).unwrap();
+        crate::tokenizer::train(&text, 280)
+            .unwrap()
+            .save(&tokenizer, false)
+            .unwrap();
         prepare(&corpus, &tokenizer, &folder.join("out")).unwrap()
     }
 
@@ -255,15 +344,24 @@ mod tests {
         let read = TokenFile::open(&folder.path().join("out/train.tokens")).unwrap();
         assert_eq!(read.tokens, train.tokens);
         assert_eq!(read.bytes(), train.bytes());
-        let ends = |file: &TokenFile| file.tokens.iter().filter(|t| **t == file.end_of_document()).count();
+        let ends = |file: &TokenFile| {
+            file.tokens
+                .iter()
+                .filter(|t| **t == file.end_of_document())
+                .count()
+        };
         assert_eq!(ends(&train) + ends(&validation), 40);
         assert!(ends(&validation) > 0);
         let text = fs::read_to_string(folder.path().join("out/validation.txt")).unwrap();
         assert_eq!(text.len() as u64, validation.bytes());
         let tokenizer = Tokenizer::from_file(folder.path().join("tokenizer.json")).unwrap();
-        let whole = validation.sequences(16) * 16;
-        let decoded = tokenizer.decode(&validation.tokens[..whole], true).unwrap();
-        assert_eq!(validation.bytes_of_first(whole, &tokenizer).unwrap(), decoded.len() as u64);
+        // However the cut falls, through a character too.
+        for cut in 0..=validation.tokens() {
+            let bytes = validation.bytes_of_first(cut, &tokenizer).unwrap() as usize;
+            if let Some(text) = text.get(..bytes) {
+                assert_eq!(tokenizer.decode(&validation.tokens[..cut], true).unwrap(), text);
+            }
+        }
     }
 
     #[test]
@@ -272,12 +370,21 @@ mod tests {
         prepared(folder.path());
         let path = folder.path().join("out/train.tokens");
         let raw = fs::read(&path).unwrap();
-        for (bytes, says) in [(&raw[..raw.len() - 3], "truncated"), (&raw[..50], "not a token file"), (b"text", "not a token file")] {
+        for (bytes, says) in [
+            (&raw[..raw.len() - 3], "truncated"),
+            (&raw[..50], "not a token file"),
+            (b"text", "not a token file"),
+        ] {
             assert!(TokenFile::parse(bytes).unwrap_err().to_string().contains(says));
         }
         let mut corrupt = raw.clone();
         let last = corrupt.len() - 1;
         corrupt[last] = 0xff;
-        assert!(TokenFile::parse(&corrupt).unwrap_err().to_string().contains("corrupt"));
+        assert!(
+            TokenFile::parse(&corrupt)
+                .unwrap_err()
+                .to_string()
+                .contains("corrupt")
+        );
     }
 }

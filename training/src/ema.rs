@@ -23,7 +23,11 @@ impl Ema {
 
     /// Goes on from saved averages.
     pub fn resume(decay: f64, updates: u64, shadow: Ddit) -> Self {
-        Self { decay, updates, shadow }
+        Self {
+            decay,
+            updates,
+            shadow,
+        }
     }
 
     /// The averaged network, without gradients.
@@ -43,7 +47,10 @@ impl Ema {
         let decay = self.decay.min((1.0 + n) / (10.0 + n));
         let mut weights = Weights(GradientsParams::new());
         network.visit(&mut weights);
-        let mut step = Step { weights: weights.0, decay };
+        let mut step = Step {
+            weights: weights.0,
+            decay,
+        };
         self.shadow = self.shadow.clone().map(&mut step);
     }
 }

@@ -42,8 +42,16 @@ impl Bound {
 
 impl fmt::Display for Bound {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { nats_per_token, standard_error, .. } = self;
-        write!(formatter, "{nats_per_token:.4} ± {standard_error:.4} nats/token, {:.4} bits/token", self.bits_per_token())
+        let Self {
+            nats_per_token,
+            standard_error,
+            ..
+        } = self;
+        write!(
+            formatter,
+            "{nats_per_token:.4} ± {standard_error:.4} nats/token, {:.4} bits/token",
+            self.bits_per_token()
+        )
     }
 }
 
@@ -79,12 +87,18 @@ pub fn bound(
                 scope.spawn(move || {
                     let batches = sequences.chunks(BATCH).enumerate().skip(part).step_by(threads);
                     batches
-                        .map(|(index, batch)| (index, batch_losses(network, objective, batch, draws, seed, index)))
+                        .map(|(index, batch)| {
+                            (index, batch_losses(network, objective, batch, draws, seed, index))
+                        })
                         .collect::<Vec<_>>()
                 })
             })
             .collect();
-        let mut parts: Vec<_> = handles.into_iter().filter_map(|handle| handle.join().ok()).flatten().collect();
+        let mut parts: Vec<_> = handles
+            .into_iter()
+            .filter_map(|handle| handle.join().ok())
+            .flatten()
+            .collect();
         parts.sort_by_key(|(index, _)| *index);
         losses.extend(parts.into_iter().map(|(_, losses)| losses));
     });
@@ -111,8 +125,10 @@ fn batch_losses(
     index: usize,
 ) -> Vec<f64> {
     let mut random = generator(seed, Purpose::Evaluation, index as u64);
-    let times: Vec<Vec<f64>> =
-        batch.iter().map(|_| stratified_times(draws, unit(&mut random)).collect()).collect();
+    let times: Vec<Vec<f64>> = batch
+        .iter()
+        .map(|_| stratified_times(draws, unit(&mut random)).collect())
+        .collect();
     let clean: Vec<Token> = batch.concat();
     let mut losses = vec![0.0; batch.len()];
     for draw in 0..draws {

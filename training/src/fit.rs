@@ -47,13 +47,20 @@ impl Epochs {
             "the training data has {} tokens, at least two sequences of {length} are needed",
             tokens.len()
         );
-        Ok(Self { tokens, length, seed, order: None })
+        Ok(Self {
+            tokens,
+            length,
+            seed,
+            order: None,
+        })
     }
 
     /// The sequences of step `step` with `batch` sequences per step.
     pub fn batch(&mut self, step: u64, batch: usize) -> Vec<Vec<Token>> {
         let first = step * batch as u64;
-        (first..first + batch as u64).map(|index| self.sequence(index)).collect()
+        (first..first + batch as u64)
+            .map(|index| self.sequence(index))
+            .collect()
     }
 
     fn sequence(&mut self, index: u64) -> Vec<Token> {
@@ -63,8 +70,9 @@ impl Epochs {
         if self.order.as_ref().is_none_or(|(cached, _)| *cached != epoch) {
             let mut random = generator(self.seed, Purpose::Order, epoch);
             let offset = (random.next_u64() % self.length as u64) as usize;
-            let mut starts: Vec<usize> =
-                (0..pieces as usize).map(|piece| offset + piece * self.length).collect();
+            let mut starts: Vec<usize> = (0..pieces as usize)
+                .map(|piece| offset + piece * self.length)
+                .collect();
             for last in (1..starts.len()).rev() {
                 starts.swap(last, (random.next_u64() % (last as u64 + 1)) as usize);
             }
@@ -129,15 +137,25 @@ pub fn fit(config: RunConfig, options: FitOptions) -> Result<State> {
         let step = trainer.step();
         if step > 0 && (over || step.is_multiple_of(run.validate_every)) && !held_out.is_empty() {
             let (network, objective) = (trainer.averaged(), trainer.objective());
-            let bound =
-                evaluate::bound(network, objective, &held_out, VALIDATION_DRAWS, run.seed, run.threads);
+            let bound = evaluate::bound(
+                network,
+                objective,
+                &held_out,
+                VALIDATION_DRAWS,
+                run.seed,
+                run.threads,
+            );
             progress.note(&format!("step {step}: validation bound {bound}"));
             if state.best.is_none_or(|(best, _)| bound.nats_per_token < best) {
                 state.best = Some((bound.nats_per_token, step));
             }
         }
         if step > 0 && (over || step.is_multiple_of(run.checkpoint_every)) {
-            state = State { minutes: state.minutes, best: state.best, ..State::of(&trainer, &state.tokenizer_sha256, seconds) };
+            state = State {
+                minutes: state.minutes,
+                best: state.best,
+                ..State::of(&trainer, &state.tokenizer_sha256, seconds)
+            };
             let folder = checkpoint::save(&trainer, &state)?;
             progress.note(&format!("step {step}: wrote {}", folder.display()));
         }
@@ -173,7 +191,11 @@ struct Progress {
 impl Progress {
     fn new(run: &crate::config::RunSection, trainer: &Trainer, length: usize) -> Self {
         let terminal = stderr().is_terminal();
-        let bar = if terminal { ProgressBar::new(run.steps) } else { ProgressBar::hidden() };
+        let bar = if terminal {
+            ProgressBar::new(run.steps)
+        } else {
+            ProgressBar::hidden()
+        };
         if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}") {
             bar.set_style(style);
         }

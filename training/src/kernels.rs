@@ -136,8 +136,8 @@ fn vectorised<R>(work: impl FnOnce() -> R) -> R {
 ///
 /// Cephes' `expf`: `x = n ln 2 + r` with `|r| <= ln 2 / 2`, a degree-5 polynomial in `r`, and `n`
 /// added to the exponent bits. Saturates outside [-87, 88].
+// Must be compiled with the caller's instruction set.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "must be compiled with the caller's instruction set")]
 fn exp(x: f32) -> f32 {
     /// Adding 1.5 * 2^23 rounds to an integer that sits in the low mantissa bits.
     const ROUND: f32 = 12_582_912.0;
@@ -159,7 +159,10 @@ fn exp(x: f32) -> f32 {
 
 /// Sum of `term` over indices `0..length`, in eight lanes so that it vectorises.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "must be compiled with the caller's instruction set")]
+#[expect(
+    clippy::inline_always,
+    reason = "must be compiled with the caller's instruction set"
+)]
 fn sum(length: usize, term: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0_f32; 8];
     let whole = length / 8 * 8;

@@ -1,10 +1,17 @@
-//! x
-#![allow(missing_docs)]
+//! Trains, evaluates and exports score-based discrete diffusion language models.
+//!
+//! Text becomes tokens ([`tokenizer`], [`data`]); [`network`] is the reference architecture in Burn, with
+//! custom operations in [`kernels`]; [`loss`] is the rate-weighted denoising score entropy; [`trainer`]
+//! takes one step, [`fit`] many, with [`checkpoint`]s; [`evaluate`] bounds the likelihood of held-out text
+//! next to [`baseline`]s; [`export`] writes the bundle that the server picks up.
+
+pub mod baseline;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod ema;
 pub mod evaluate;
+pub mod export;
 pub mod fit;
 pub mod kernels;
 pub mod loss;

@@ -54,23 +54,45 @@ pub fn stratified_times(count: usize, u: f64) -> impl Iterator<Item = f64> {
     (0..count).map(move |index| EARLIEST + (1.0 - EARLIEST) * (index as f64 + u) / count as f64)
 }
 
+/// `count` times as from [`stratified_times`], moved towards [`EARLIEST`] by raising a uniform to
+/// `power`, each with the weight that keeps the mean of the loss.
+pub fn weighted_times(count: usize, u: f64, power: f64) -> impl Iterator<Item = (f64, f64)> {
+    stratified_times(count, u).map(move |u| (u.powf(power).max(EARLIEST), power * u.powf(power - 1.0)))
+}
+
 impl Objective {
     /// Draws `x_t` for every token of `clean` (`[batch * length]`) at the sequences' `times`.
-    pub fn noise(&self, clean: &[Token], length: usize, times: &[f64], generator: &mut ChaCha8Rng) -> NoisedBatch {
+    pub fn noise(
+        &self,
+        clean: &[Token],
+        length: usize,
+        times: &[f64],
+        generator: &mut ChaCha8Rng,
+    ) -> NoisedBatch {
         let mut tokens = Vec::with_capacity(clean.len());
         for (sequence, &t) in clean.chunks_exact(length).zip(times) {
             let sigma = self.schedule.total_noise(t);
             tokens.extend(
-                sequence.iter().map(|&token| self.graph.sample_transition(token, sigma, unit(generator))),
+                sequence
+                    .iter()
+                    .map(|&token| self.graph.sample_transition(token, sigma, unit(generator))),
             );
         }
-        let weights: Vec<[f64; 2]> =
-            times.iter().map(|&t| [self.schedule.total_noise(t), self.schedule.rate(t)]).collect();
+        let weights: Vec<[f64; 2]> = times
+            .iter()
+            .map(|&t| [self.schedule.total_noise(t), self.schedule.rate(t)])
+            .collect();
         self.terms(clean, tokens, length, &weights)
     }
 
     /// The loss of given `x_t` (`tokens`) for `clean`, with total noise and rate per sequence.
-    pub fn terms(&self, clean: &[Token], tokens: Vec<Token>, length: usize, noise: &[[f64; 2]]) -> NoisedBatch {
+    pub fn terms(
+        &self,
+        clean: &[Token],
+        tokens: Vec<Token>,
+        length: usize,
+        noise: &[[f64; 2]],
+    ) -> NoisedBatch {
         let mut rows = Vec::with_capacity(tokens.len());
         let mut terms = Vec::with_capacity(tokens.len());
         for (index, (&current, &target)) in tokens.iter().zip(clean).enumerate() {
@@ -80,14 +102,24 @@ impl Objective {
                 terms.push(term);
             }
         }
-        NoisedBatch { length, tokens, sigma: noise.iter().map(|&[sigma, _]| sigma).collect(), rows, terms }
+        NoisedBatch {
+            length,
+            tokens,
+            sigma: noise.iter().map(|&[sigma, _]| sigma).collect(),
+            rows,
+            terms,
+        }
     }
 
     fn term(&self, current: Token, target: Token, sigma: f64, rate: f64) -> Option<RowTerm> {
         let states = self.graph.states() as f64;
         // K(0) = 0, K(a) = a (ln a - 1).
         let k = score_entropy::normalizer;
-        let offset = if self.offset { sigma_offset(sigma, self.graph.states()) } else { 0.0 };
+        let offset = if self.offset {
+            sigma_offset(sigma, self.graph.states())
+        } else {
+            0.0
+        };
         let [exponential, linear, target_weight, constant] = match self.graph.kind() {
             // Only a masked position can move, to the clean token alone.
             GraphKind::Absorbing => {
@@ -123,6 +155,17 @@ impl Objective {
 }
 
 impl NoisedBatch {
+    /// Multiplies the loss of every sequence by its weight.
+    pub fn weigh(&mut self, weights: &[f64]) {
+        for (row, term) in self.rows.iter().zip(&mut self.terms) {
+            let weight = weights[row / self.length] as f32;
+            term.exponential *= weight;
+            term.linear *= weight;
+            term.target_weight *= weight;
+            term.constant *= weight;
+        }
+    }
+
     /// Number of sequences.
     pub fn sequences(&self) -> usize {
         self.sigma.len()
@@ -142,7 +185,12 @@ impl NoisedBatch {
             Tensor::<1, Int>::from_data(TensorData::new(rows, [self.rows.len()]), &device)
         });
         let log_scores = network.forward_rows(tokens, sigma, rows, dropout); // [rows, states]
-        Some(kernels::apply(ScoreEntropy { terms: self.terms.as_slice().into() }, [log_scores.into()]))
+        Some(kernels::apply(
+            ScoreEntropy {
+                terms: self.terms.as_slice().into(),
+            },
+            [log_scores.into()],
+        ))
     }
 
     /// The loss of each sequence under `network`, without gradients.

@@ -92,7 +92,10 @@ impl NetworkConfig {
             return Err(NetworkError::States(self.states));
         }
         if !self.hidden_size.is_multiple_of(2 * self.heads) {
-            return Err(NetworkError::Heads { width: self.hidden_size, heads: self.heads });
+            return Err(NetworkError::Heads {
+                width: self.hidden_size,
+                heads: self.heads,
+            });
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(NetworkError::Dropout(self.dropout));
@@ -126,14 +129,18 @@ impl NetworkConfig {
         add("output_layer.norm_final.weight".into(), &[width]);
         add("output_layer.linear.weight".into(), &[self.states, width]);
         add("output_layer.linear.bias".into(), &[self.states]);
-        add("output_layer.adaLN_modulation.weight".into(), &[2 * width, condition]);
+        add(
+            "output_layer.adaLN_modulation.weight".into(),
+            &[2 * width, condition],
+        );
         add("output_layer.adaLN_modulation.bias".into(), &[2 * width]);
         list
     }
 
-    /// Weights to start training from: modulations and output zero, so that every block starts as
-    /// the identity and every score as uniform; the rest uniform within `1 / sqrt(inputs)`.
-    pub fn initial_weights(&self, seed: u64) -> StateDict {
+    /// Weights to start training from: output zero, so that every score starts as uniform, and
+    /// modulations zero but for the gates of the blocks, which start at `initial_gate` (0 in the
+    /// reference: every block starts as the identity); the rest uniform within `1 / sqrt(inputs)`.
+    pub fn initial_weights(&self, seed: u64, initial_gate: f32) -> StateDict {
         let mut generator = ChaCha8Rng::seed_from_u64(seed);
         let mut weights = StateDict::default();
         let mut inputs = 1;
@@ -153,18 +160,22 @@ impl NetworkConfig {
                 })
                 .collect();
             let mut data: Vec<f32> = data;
-            let g: f32 = std::env::var("P_GATE").ok().and_then(|s| s.parse().ok()).unwrap_or(0.0);
-            if name.starts_with("blocks") && name.ends_with("adaLN_modulation.bias") { let w = self.hidden_size; for i in 0..w { data[2*w+i] = g; data[5*w+i] = g; } }
-            let e: f32 = std::env::var("P_EMB").ok().and_then(|s| s.parse().ok()).unwrap_or(1.0);
-            if name.starts_with("vocab") { for x in &mut data { *x *= e; } }
+            if name.starts_with("blocks") && name.ends_with("adaLN_modulation.bias") {
+                // Thirds of each half are shift, scale and gate.
+                for (index, entry) in data.iter_mut().enumerate() {
+                    if index / self.hidden_size % 3 == 2 {
+                        *entry = initial_gate;
+                    }
+                }
+            }
             weights.insert(name, shape, data);
         }
         weights
     }
 
     /// The network with fresh weights.
-    pub fn init(&self, seed: u64, device: &Device) -> Result<Ddit, NetworkError> {
-        Ddit::from_weights(self, self.initial_weights(seed), device)
+    pub fn init(&self, seed: u64, initial_gate: f32, device: &Device) -> Result<Ddit, NetworkError> {
+        Ddit::from_weights(self, self.initial_weights(seed, initial_gate), device)
     }
 }
 
@@ -215,12 +226,18 @@ impl Loader<'_> {
 
     fn vector(&mut self, name: &str, length: usize) -> Result<Param<Tensor<1>>, StateDictError> {
         let data = self.data(name, &[length])?;
-        Ok(Param::from_tensor(Tensor::from_data(TensorData::new(data.data, [length]), self.device)))
+        Ok(Param::from_tensor(Tensor::from_data(
+            TensorData::new(data.data, [length]),
+            self.device,
+        )))
     }
 
     fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, StateDictError> {
         let data = self.data(name, &shape)?;
-        Ok(Param::from_tensor(Tensor::from_data(TensorData::new(data.data, shape), self.device)))
+        Ok(Param::from_tensor(Tensor::from_data(
+            TensorData::new(data.data, shape),
+            self.device,
+        )))
     }
 
     /// Burn keeps `[in, out]` where the reference keeps `[out, in]`.
@@ -230,10 +247,17 @@ impl Loader<'_> {
         [inputs, outputs]: [usize; 2],
         bias: bool,
     ) -> Result<Linear, StateDictError> {
-        let weight = self.data(&format!("{name}.weight"), &[outputs, inputs])?.transposed();
+        let weight = self
+            .data(&format!("{name}.weight"), &[outputs, inputs])?
+            .transposed();
         let weight = Tensor::from_data(TensorData::new(weight.data, [inputs, outputs]), self.device);
-        let bias = bias.then(|| self.vector(&format!("{name}.bias"), outputs)).transpose()?;
-        Ok(Linear { weight: Param::from_tensor(weight), bias })
+        let bias = bias
+            .then(|| self.vector(&format!("{name}.bias"), outputs))
+            .transpose()?;
+        Ok(Linear {
+            weight: Param::from_tensor(weight),
+            bias,
+        })
     }
 }
 
@@ -304,20 +328,12 @@ impl Ddit {
                         norm2: loader.vector(&name("norm2.weight"), width)?,
                         mlp_0: loader.linear(&name("mlp.0"), [width, MLP_RATIO * width], true)?,
                         mlp_2: loader.linear(&name("mlp.2"), [MLP_RATIO * width, width], true)?,
-                        modulation: loader.linear(
-                            &name("adaLN_modulation"),
-                            [condition, 6 * width],
-                            true,
-                        )?,
+                        modulation: loader.linear(&name("adaLN_modulation"), [condition, 6 * width], true)?,
                     })
                 })
                 .collect::<Result<_, StateDictError>>()?,
             norm_final: loader.vector("output_layer.norm_final.weight", width)?,
-            modulation_final: loader.linear(
-                "output_layer.adaLN_modulation",
-                [condition, 2 * width],
-                true,
-            )?,
+            modulation_final: loader.linear("output_layer.adaLN_modulation", [condition, 2 * width], true)?,
             output: loader.linear("output_layer.linear", [width, config.states], true)?,
             config: *config,
         };
@@ -374,7 +390,8 @@ impl Ddit {
     /// the head gives it.
     pub fn forward(&self, tokens: Tensor<2, Int>, sigma: Tensor<1>) -> Tensor<3> {
         let [batch, length] = tokens.dims();
-        self.forward_rows(tokens, sigma, None, None).reshape([batch, length, self.config.states])
+        self.forward_rows(tokens, sigma, None, None)
+            .reshape([batch, length, self.config.states])
     }
 
     /// As [`Ddit::forward`], for the rows of `[batch * length]` that `rows` names (all without it):
@@ -397,7 +414,13 @@ impl Ddit {
         let embedded = burn::tensor::module::embedding(self.embedding.val(), tokens);
         let mut x: Tensor<2> = embedded.reshape([batch * length, width]); // [batch * length, width]
         for block in &self.blocks {
-            x = self.block(block, x, condition.clone(), attention.clone(), dropout.as_deref_mut());
+            x = self.block(
+                block,
+                x,
+                condition.clone(),
+                attention.clone(),
+                dropout.as_deref_mut(),
+            );
         }
         let [shift, scale] = chunks(affine(condition, &self.modulation_final));
         let x = modulated(x, &self.norm_final, shift, scale);
@@ -411,8 +434,9 @@ impl Ddit {
     /// Noise features through their MLP, after SiLU: `[batch, cond_dim]`.
     fn condition(&self, sigma: Tensor<1>) -> Tensor<2> {
         let half = NOISE_FEATURES / 2;
-        let frequencies: Vec<f32> =
-            (0..half).map(|k| (-4.0 * LN_10 * k as f64 / half as f64).exp() as f32).collect();
+        let frequencies: Vec<f32> = (0..half)
+            .map(|k| (-4.0 * LN_10 * k as f64 / half as f64).exp() as f32)
+            .collect();
         let frequencies = Tensor::from_data(TensorData::new(frequencies, [1, half]), &sigma.device());
         let angles = sigma.unsqueeze_dim::<2>(1).mul(frequencies); // [batch, half]
         let features = Tensor::cat(vec![angles.clone().cos(), angles.sin()], 1);
@@ -428,8 +452,14 @@ impl Ddit {
         attention: RotaryAttention,
         mut dropout: DropoutSource<'_>,
     ) -> Tensor<2> {
-        let [shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp] =
-            chunks(affine(condition, &block.modulation));
+        let [
+            shift_attention,
+            scale_attention,
+            gate_attention,
+            shift_mlp,
+            scale_mlp,
+            gate_mlp,
+        ] = chunks(affine(condition, &block.modulation));
 
         let y = modulated(x.clone(), &block.norm1, shift_attention, scale_attention);
         let y: Tensor<2> = kernels::apply(attention, [affine(y, &block.attn_qkv).into()]);
@@ -454,8 +484,9 @@ impl Ddit {
         };
         let [rows, width] = x.dims();
         let kept = 1.0 / (1.0 - rate);
-        let mask: Vec<f32> =
-            (0..rows * width).map(|_| if unit(generator) < rate { 0.0 } else { kept }).collect();
+        let mask: Vec<f32> = (0..rows * width)
+            .map(|_| if unit(generator) < rate { 0.0 } else { kept })
+            .collect();
         let mask = Tensor::from_data(TensorData::new(mask, [rows, width]), &x.device());
         x * mask
     }
@@ -471,10 +502,14 @@ fn affine(x: Tensor<2>, layer: &Linear) -> Tensor<2> {
 }
 
 fn modulated(x: Tensor<2>, weight: &Param<Tensor<1>>, shift: Tensor<2>, scale: Tensor<2>) -> Tensor<2> {
-    kernels::apply(ModulatedNorm, [x.into(), weight.val().into(), shift.into(), scale.into()])
+    kernels::apply(
+        ModulatedNorm,
+        [x.into(), weight.val().into(), shift.into(), scale.into()],
+    )
 }
 
 /// `N` equal parts of the columns.
+#[expect(clippy::needless_pass_by_value, reason = "callers are done with it")]
 fn chunks<const N: usize>(x: Tensor<2>) -> [Tensor<2>; N] {
     let width = x.dims()[1] / N;
     std::array::from_fn(|part| x.clone().narrow(1, part * width, width))
@@ -484,7 +519,11 @@ fn chunks<const N: usize>(x: Tensor<2>) -> [Tensor<2>; N] {
 /// total noise (taken in f64, where `e^sigma - 1` near 0 keeps its digits) and zeroes each current
 /// token's entry.
 pub fn finish_log_scores(config: &NetworkConfig, log_scores: &mut [f32], tokens: &[Token], sigma: f64) {
-    let offset = if config.scale_by_sigma { sigma_offset(sigma, config.states) } else { 0.0 };
+    let offset = if config.scale_by_sigma {
+        sigma_offset(sigma, config.states)
+    } else {
+        0.0
+    };
     for (row, &token) in log_scores.chunks_exact_mut(config.states).zip(tokens) {
         for log_score in row.iter_mut() {
             *log_score = (f64::from(*log_score) + offset) as f32;
@@ -511,4 +550,3 @@ pub fn token_tensor(tokens: &[Token], length: usize, device: &Device) -> Tensor<
     let batch = ids.len() / length;
     Tensor::from_data(TensorData::new(ids, [batch, length]), device)
 }
-

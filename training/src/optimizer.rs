@@ -32,13 +32,20 @@ impl OptimizerSection {
 /// Sums gradients over `parts` in their order and scales the sum down to `largest` if its Euclidean
 /// norm over all parameters is more. Returns it with its norm before scaling.
 pub fn combine(network: &Ddit, parts: Vec<GradientsParams>, largest: f64) -> (GradientsParams, f64) {
-    let mut total = Sum { parts, sum: GradientsParams::new(), squares: 0.0 };
+    let mut total = Sum {
+        parts,
+        sum: GradientsParams::new(),
+        squares: 0.0,
+    };
     network.visit(&mut total);
     let norm = total.squares.sqrt();
     if norm <= largest {
         return (total.sum, norm);
     }
-    let mut scaled = Scale { gradients: total.sum, factor: largest / norm };
+    let mut scaled = Scale {
+        gradients: total.sum,
+        factor: largest / norm,
+    };
     network.visit(&mut scaled);
     (scaled.gradients, norm)
 }
@@ -51,7 +58,10 @@ struct Sum {
 
 impl ModuleVisitor for Sum {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let gradients = self.parts.iter_mut().filter_map(|part| part.remove::<D>(param.id));
+        let gradients = self
+            .parts
+            .iter_mut()
+            .filter_map(|part| part.remove::<D>(param.id));
         if let Some(sum) = gradients.reduce(|sum, part| sum + part) {
             self.squares += f64::from(sum.clone().square().sum().into_scalar::<f32>());
             self.sum.register(param.id, sum);
@@ -67,7 +77,8 @@ struct Scale {
 impl ModuleVisitor for Scale {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.gradients.remove::<D>(param.id) {
-            self.gradients.register(param.id, gradient.mul_scalar(self.factor));
+            self.gradients
+                .register(param.id, gradient.mul_scalar(self.factor));
         }
     }
 }

@@ -1,5 +1,5 @@
 //! The network, its loss and its gradients against numbers of the authors' implementation.
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm, reason = "tests")]
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,7 +15,9 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 use crate::loss::Objective;
-use crate::network::{Ddit, NetworkConfig, Pick, finish_log_scores, inference_device, token_tensor, training_device};
+use crate::network::{
+    Ddit, NetworkConfig, Pick, finish_log_scores, inference_device, token_tensor, training_device,
+};
 use crate::state_dict::StateDict;
 use crate::trainer::gradients;
 
@@ -30,8 +32,20 @@ fn tensors(raw: &[u8]) -> StateDict {
     let mut tensors = StateDict::default();
     for (name, view) in SafeTensors::deserialize(raw).unwrap().tensors() {
         let data = match view.dtype() {
-            Dtype::F32 => view.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
-            _ => view.data().as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes) as f32).collect(),
+            Dtype::F32 => view
+                .data()
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|bytes| f32::from_le_bytes(*bytes))
+                .collect(),
+            _ => view
+                .data()
+                .as_chunks::<8>()
+                .0
+                .iter()
+                .map(|bytes| i64::from_le_bytes(*bytes) as f32)
+                .collect(),
         };
         tensors.insert(name, view.shape().to_vec(), data);
     }
@@ -40,7 +54,9 @@ fn tensors(raw: &[u8]) -> StateDict {
 
 impl Fixture {
     fn read(name: &str) -> Self {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+            .join("../tests/fixtures")
+            .join(name);
         let json: Value = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
         let number = |value: &Value| value.as_u64().unwrap() as usize;
         let (model, noise) = (&json["model"], &json["noise"]);
@@ -55,17 +71,33 @@ impl Fixture {
             dropout: 0.0,
             scale_by_sigma: model["scale_by_sigma"].as_bool().unwrap(),
         };
-        let kind = if absorbing { GraphKind::Absorbing } else { GraphKind::Uniform };
+        let kind = if absorbing {
+            GraphKind::Absorbing
+        } else {
+            GraphKind::Uniform
+        };
         let schedule = if noise["type"] == "loglinear" {
             Schedule::LogLinear { eps: 1e-3 }
         } else {
             let sigma = |key: &str| noise[key].as_f64().unwrap();
-            Schedule::Geometric { sigma_min: sigma("sigma_min"), sigma_max: sigma("sigma_max") }
+            Schedule::Geometric {
+                sigma_min: sigma("sigma_min"),
+                sigma_max: sigma("sigma_max"),
+            }
         };
         let graph = Graph::new(kind, config.states);
-        let objective = Objective { graph, schedule, offset: config.scale_by_sigma };
+        let objective = Objective {
+            graph,
+            schedule,
+            offset: config.scale_by_sigma,
+        };
         let weights = tensors(&fs::read(folder.join("model.safetensors")).unwrap());
-        Self { config, objective, weights, folder }
+        Self {
+            config,
+            objective,
+            weights,
+            folder,
+        }
     }
 
     fn numbers(&self, file: &str) -> StateDict {
@@ -74,7 +106,13 @@ impl Fixture {
 }
 
 fn ids(numbers: &StateDict, name: &str) -> Vec<Token> {
-    numbers.get(name).unwrap().data.iter().map(|id| *id as Token).collect()
+    numbers
+        .get(name)
+        .unwrap()
+        .data
+        .iter()
+        .map(|id| *id as Token)
+        .collect()
 }
 
 fn check_log_scores(name: &str) {
@@ -108,18 +146,32 @@ fn check_training(name: &str) {
     let fixture = Fixture::read(name);
     let network = Ddit::from_weights(&fixture.config, fixture.weights.clone(), &training_device()).unwrap();
     let numbers = fixture.numbers("train.safetensors");
-    let noise: Vec<[f64; 2]> = numbers.get("sigma").unwrap().data.iter()
+    let noise: Vec<[f64; 2]> = numbers
+        .get("sigma")
+        .unwrap()
+        .data
+        .iter()
         .zip(&numbers.get("rate").unwrap().data)
         .map(|(&sigma, &rate)| [f64::from(sigma), f64::from(rate)])
         .collect();
     let clean = ids(&numbers, "x0");
-    let batch = fixture.objective.terms(&clean, ids(&numbers, "tokens"), fixture.config.length, &noise);
+    let batch = fixture
+        .objective
+        .terms(&clean, ids(&numbers, "tokens"), fixture.config.length, &noise);
 
     let expected = &numbers.get("loss_per_sequence").unwrap().data;
     for (ours, &theirs) in batch.sequence_losses(&network).iter().zip(expected) {
-        assert!((ours / f64::from(theirs) - 1.0).abs() < 1e-4, "{ours} is not {theirs}");
+        assert!(
+            (ours / f64::from(theirs) - 1.0).abs() < 1e-4,
+            "{ours} is not {theirs}"
+        );
     }
-    let (loss, found) = gradients(&network, &batch, batch.sequences(), &mut ChaCha8Rng::seed_from_u64(0));
+    let (loss, found) = gradients(
+        &network,
+        &batch,
+        batch.sequences(),
+        &mut ChaCha8Rng::seed_from_u64(0),
+    );
     let theirs = f64::from(numbers.get("loss").unwrap().data[0]);
     assert!((loss / theirs - 1.0).abs() < 1e-4, "{loss} is not {theirs}");
 
@@ -128,10 +180,15 @@ fn check_training(name: &str) {
     for (name, ours) in &found.0 {
         let theirs = numbers.get(&format!("grad.{name}")).unwrap();
         assert_eq!(ours.shape, theirs.shape, "{name}");
-        let norm = |data: &mut dyn Iterator<Item = f32>| data.map(|x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+        let norm = |data: &mut dyn Iterator<Item = f32>| {
+            data.map(|x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt()
+        };
         let error = norm(&mut ours.data.iter().zip(&theirs.data).map(|(a, b)| a - b));
         let size = norm(&mut theirs.data.iter().copied());
-        assert!(error <= 1e-3 * size + 1e-6, "gradient of {name} is off by {error} of {size}");
+        assert!(
+            error <= 1e-3 * size + 1e-6,
+            "gradient of {name} is off by {error} of {size}"
+        );
     }
 }
 
@@ -170,14 +227,22 @@ fn weights_that_do_not_fit_are_named() {
     let error = |change: &dyn Fn(&mut StateDict)| {
         let mut weights = fixture.weights.clone();
         change(&mut weights);
-        Ddit::from_weights(&fixture.config, weights, &inference_device()).unwrap_err().to_string()
+        Ddit::from_weights(&fixture.config, weights, &inference_device())
+            .unwrap_err()
+            .to_string()
     };
     let missing = error(&|weights| {
         weights.0.remove("blocks.1.mlp.0.bias");
     });
     assert!(missing.contains("blocks.1.mlp.0.bias is missing"), "{missing}");
     let extra = error(&|weights| weights.insert("blocks.2.mlp.0.bias", vec![1], vec![0.0]));
-    assert!(extra.contains("blocks.2.mlp.0.bias belongs to no parameter"), "{extra}");
+    assert!(
+        extra.contains("blocks.2.mlp.0.bias belongs to no parameter"),
+        "{extra}"
+    );
     let misshapen = error(&|weights| weights.insert("sigma_map.mlp.0.bias", vec![3], vec![0.0; 3]));
-    assert!(misshapen.contains("sigma_map.mlp.0.bias has shape [3]"), "{misshapen}");
+    assert!(
+        misshapen.contains("sigma_map.mlp.0.bias has shape [3]"),
+        "{misshapen}"
+    );
 }

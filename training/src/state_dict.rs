@@ -62,7 +62,10 @@ impl HostTensor {
             .flat_map(|column| (0..rows).map(move |row| row * columns + column))
             .map(|index| self.data[index])
             .collect();
-        Self { shape: vec![columns, rows], data }
+        Self {
+            shape: vec![columns, rows],
+            data,
+        }
     }
 }
 
@@ -84,10 +87,10 @@ impl StateDict {
 
     /// Takes the tensor `name` out, checked against the shape a network expects.
     pub(crate) fn take(&mut self, name: &str, expected: &[usize]) -> Result<HostTensor, StateDictError> {
-        let tensor = self
-            .0
-            .remove(name)
-            .ok_or_else(|| StateDictError::Missing { name: name.to_owned(), expected: expected.to_vec() })?;
+        let tensor = self.0.remove(name).ok_or_else(|| StateDictError::Missing {
+            name: name.to_owned(),
+            expected: expected.to_vec(),
+        })?;
         if tensor.shape != expected || tensor.data.len() != expected.iter().product::<usize>() {
             return Err(StateDictError::Misshapen {
                 name: name.to_owned(),

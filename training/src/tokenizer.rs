@@ -17,7 +17,9 @@ pub const SMALLEST_VOCABULARY: usize = 257;
 /// Learns `vocab_size` tokens (end of document included) from `documents`.
 pub fn train(documents: &[String], vocab_size: usize) -> anyhow::Result<Tokenizer> {
     if vocab_size < SMALLEST_VOCABULARY {
-        return Err(anyhow!("vocabulary size is {vocab_size}, at least {SMALLEST_VOCABULARY} (all bytes) are needed"));
+        return Err(anyhow!(
+            "vocabulary size is {vocab_size}, at least {SMALLEST_VOCABULARY} (all bytes) are needed"
+        ));
     }
     let mut trainer = BpeTrainer::builder()
         .vocab_size(vocab_size)
@@ -27,16 +29,23 @@ pub fn train(documents: &[String], vocab_size: usize) -> anyhow::Result<Tokenize
         .special_tokens(vec![AddedToken::from(END_OF_DOCUMENT, true)])
         .build();
     let bytes = ByteLevel::default().add_prefix_space(false);
-    let mut tokenizer: TokenizerImpl<BPE, NormalizerWrapper, ByteLevel, PostProcessorWrapper, ByteLevelDecoder> =
-        TokenizerBuilder::default()
-            .with_model(BPE::default())
-            .with_normalizer(None)
-            .with_pre_tokenizer(Some(bytes))
-            .with_post_processor(None)
-            .with_decoder(Some(ByteLevelDecoder::default()))
-            .build()
-            .map_err(|e| anyhow!("tokenizer: {e}"))?;
-    tokenizer.train(&mut trainer, documents.iter().map(String::as_str)).map_err(|e| anyhow!("tokenizer: {e}"))?;
+    let mut tokenizer: TokenizerImpl<
+        BPE,
+        NormalizerWrapper,
+        ByteLevel,
+        PostProcessorWrapper,
+        ByteLevelDecoder,
+    > = TokenizerBuilder::default()
+        .with_model(BPE::default())
+        .with_normalizer(None)
+        .with_pre_tokenizer(Some(bytes))
+        .with_post_processor(None)
+        .with_decoder(Some(ByteLevelDecoder::default()))
+        .build()
+        .map_err(|e| anyhow!("tokenizer: {e}"))?;
+    tokenizer
+        .train(&mut trainer, documents.iter().map(String::as_str))
+        .map_err(|e| anyhow!("tokenizer: {e}"))?;
     let json = tokenizer.to_string(true).map_err(|e| anyhow!("tokenizer: {e}"))?;
     Tokenizer::from_bytes(json.as_bytes()).map_err(|e| anyhow!("tokenizer: {e}"))
 }
@@ -48,7 +57,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn small() -> Tokenizer {
-        train(&["the cat sat on the mat, the hat that the cat had ".repeat(20)], 300).unwrap()
+        train(
+            &["the cat sat on the mat, the hat that the cat had ".repeat(20)],
+            300,
+        )
+        .unwrap()
     }
 
     #[test]

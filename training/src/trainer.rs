@@ -14,7 +14,7 @@ use rand_chacha::rand_core::SeedableRng;
 
 use crate::config::RunConfig;
 use crate::ema::Ema;
-use crate::loss::{NoisedBatch, Objective, stratified_times, unit};
+use crate::loss::{NoisedBatch, Objective, unit, weighted_times};
 use crate::network::{Ddit, NetworkConfig, NetworkError, training_device};
 use crate::optimizer::combine;
 
@@ -52,7 +52,11 @@ pub struct Trainer {
 
 impl std::fmt::Debug for Trainer {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("Trainer").field("config", &self.config).field("step", &self.step).finish_non_exhaustive()
+        formatter
+            .debug_struct("Trainer")
+            .field("config", &self.config)
+            .field("step", &self.step)
+            .finish_non_exhaustive()
     }
 }
 
@@ -70,7 +74,7 @@ pub struct StepReport {
 impl Trainer {
     /// A fresh run for a network of this shape.
     pub fn new(config: RunConfig, shape: &NetworkConfig) -> Result<Self, NetworkError> {
-        let network = shape.init(config.run.seed, &training_device())?;
+        let network = shape.init(config.run.seed, config.network.initial_gate, &training_device())?;
         Ok(Self {
             objective: objective(&config, shape),
             optimizer: config.optimizer.adamw(),
@@ -101,21 +105,20 @@ impl Trainer {
         let run = &self.config.run;
         let length = self.network.config().length;
         let mut noise = generator(run.seed, Purpose::Noise, self.step);
-        let pw: f64 = std::env::var("P_POW").ok().and_then(|s| s.parse().ok()).unwrap_or(1.0);
-        let us: Vec<f64> = stratified_times(sequences.len(), unit(&mut noise)).collect();
-        let times: Vec<f64> = us.iter().map(|u| u.powf(pw).max(crate::loss::EARLIEST)).collect();
-        let imp: Vec<f64> = us.iter().map(|u| pw * u.powf(pw - 1.0)).collect();
+        let count = sequences.len();
+        let power = self.config.optimizer.time_power;
+        let times: Vec<(f64, f64)> = weighted_times(count, unit(&mut noise), power).collect();
         // Round robin, so that every thread gets early and late times, that is, equal work.
         let parts: Vec<NoisedBatch> = (0..run.threads)
             .map(|part| {
-                let take = |index: &usize| index % run.threads == part;
-                let clean: Vec<Token> =
-                    (0..sequences.len()).filter(take).flat_map(|index| sequences[index].iter().copied()).collect();
-                let times: Vec<f64> = (0..sequences.len()).filter(take).map(|index| times[index]).collect();
-                let mut b = self.objective.noise(&clean, length, &times, &mut noise);
-                let im: Vec<f64> = (0..sequences.len()).filter(take).map(|index| imp[index]).collect();
-                for (row, term) in b.rows.iter().zip(b.terms.iter_mut()) { let w = im[row / length] as f32; term.exponential *= w; term.linear *= w; term.target_weight *= w; term.constant *= w; }
-                b
+                let mine = || (part..count).step_by(run.threads);
+                let clean: Vec<Token> = mine()
+                    .flat_map(|index| sequences[index].iter().copied())
+                    .collect();
+                let (times, weights): (Vec<f64>, Vec<f64>) = mine().map(|index| times[index]).unzip();
+                let mut batch = self.objective.noise(&clean, length, &times, &mut noise);
+                batch.weigh(&weights);
+                batch
             })
             .collect();
 
@@ -125,14 +128,20 @@ impl Trainer {
                 .iter()
                 .enumerate()
                 .map(|(part, batch)| {
-                    let mut dropout =
-                        generator(run.seed, Purpose::Dropout, step * run.threads as u64 + part as u64);
+                    let mut dropout = generator(
+                        run.seed,
+                        Purpose::Dropout,
+                        step * run.threads as u64 + part as u64,
+                    );
                     // Its own leaves: two threads must not meet in one graph of gradients.
                     let network = network.clone().fork(&network.device());
                     scope.spawn(move || gradients(&network, batch, sequences.len(), &mut dropout))
                 })
                 .collect();
-            handles.into_iter().filter_map(|handle| handle.join().ok()).collect()
+            handles
+                .into_iter()
+                .filter_map(|handle| handle.join().ok())
+                .collect()
         });
 
         let loss = results.iter().map(|(loss, _)| loss).sum::<f64>() / length as f64;
@@ -140,16 +149,26 @@ impl Trainer {
         let settings = &self.config.optimizer;
         let (gradients, gradient_norm) = combine(&self.network, parts, settings.gradient_clip_norm);
         let learning_rate = settings.learning_rate(self.step, progress);
-        self.network = self.optimizer.step(learning_rate, self.network.clone(), gradients);
+        self.network = self
+            .optimizer
+            .step(learning_rate, self.network.clone(), gradients);
         self.ema.update(&self.network);
         self.step += 1;
-        StepReport { loss, gradient_norm, learning_rate }
+        StepReport {
+            loss,
+            gradient_norm,
+            learning_rate,
+        }
     }
 }
 
 /// The objective of a run.
 pub fn objective(config: &RunConfig, shape: &NetworkConfig) -> Objective {
-    Objective { graph: config.graph(shape), schedule: config.schedule, offset: shape.scale_by_sigma }
+    Objective {
+        graph: config.graph(shape),
+        schedule: config.schedule,
+        offset: shape.scale_by_sigma,
+    }
 }
 
 /// This part's share of the loss of a batch of `sequences`, and its gradients.

@@ -91,8 +91,7 @@ impl Kernel<1> for RotaryAttention {
                         b[i] = scale * (second[i] * cosine + first[i] * sine);
                     }
                 }
-                values[split..][..head_width]
-                    .copy_from_slice(&source[packed + 2 * width..][..head_width]);
+                values[split..][..head_width].copy_from_slice(&source[packed + 2 * width..][..head_width]);
             });
         });
         let shape = [batch, self.heads, self.length, head_width];
@@ -121,12 +120,25 @@ impl Kernel<1> for RotaryAttention {
             let column = packed % (3 * width);
             output[row * width + column..][..head_width].copy_from_slice(&source[split..][..head_width]);
         });
-        (tensor(output, [rows, width]), SavedAttention { queries, keys, values, weights })
+        (
+            tensor(output, [rows, width]),
+            SavedAttention {
+                queries,
+                keys,
+                values,
+                weights,
+            },
+        )
     }
 
     fn backward(&self, saved: SavedAttention, gradient: FlexTensor) -> [FlexTensor; 1] {
         let gradient = gradient.to_contiguous();
-        let SavedAttention { queries, keys, values, weights } = saved;
+        let SavedAttention {
+            queries,
+            keys,
+            values,
+            weights,
+        } = saved;
         let [rows, width] = [gradient.layout().shape()[0], gradient.layout().shape()[1]];
         let (batch, head_width) = (rows / self.length, width / self.heads);
         let half = head_width / 2;
@@ -145,7 +157,9 @@ impl Kernel<1> for RotaryAttention {
         let mut by_scores = times_transposed(upstream, values);
         let targets = by_scores.storage_mut::<f32>();
         vectorised(|| {
-            let rows = targets.chunks_exact_mut(self.length).zip(entries(&weights).chunks_exact(self.length));
+            let rows = targets
+                .chunks_exact_mut(self.length)
+                .zip(entries(&weights).chunks_exact(self.length));
             for (by, weights) in rows {
                 let mean = sum(by.len(), |i| by[i] * weights[i]);
                 for (by, weight) in by.iter_mut().zip(weights) {
@@ -162,15 +176,13 @@ impl Kernel<1> for RotaryAttention {
             self.heads_of(rows, head_width, |packed, split, rotation| {
                 for (part, source, scale) in [(0, by_queries, scale), (1, by_keys, 1.0)] {
                     let (a, b) = source[split..][..head_width].split_at(half);
-                    let (first, second) =
-                        output[packed + part * width..][..head_width].split_at_mut(half);
+                    let (first, second) = output[packed + part * width..][..head_width].split_at_mut(half);
                     for (i, [cosine, sine]) in rotation.iter().enumerate() {
                         first[i] = scale * (a[i] * cosine + b[i] * sine);
                         second[i] = scale * (b[i] * cosine - a[i] * sine);
                     }
                 }
-                output[packed + 2 * width..][..head_width]
-                    .copy_from_slice(&by_values[split..][..head_width]);
+                output[packed + 2 * width..][..head_width].copy_from_slice(&by_values[split..][..head_width]);
             });
         });
         [tensor(output, [rows, 3 * width])]

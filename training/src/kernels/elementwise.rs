@@ -11,7 +11,7 @@ use super::{Kernel, entries, exp, tensor, vectorised};
 pub struct Gelu;
 
 /// `2 sqrt(2 / pi)`.
-const SLOPE: f32 = 1.595_769_1;
+const SLOPE: f32 = 1.595_769;
 const CUBIC: f32 = 0.044_715;
 
 impl Kernel<2> for Gelu {
@@ -41,7 +41,10 @@ impl Kernel<2> for Gelu {
         vectorised(|| {
             let rows = values.chunks_exact(width).zip(upstream.chunks_exact(width));
             for ((row, upstream), by_x) in rows.zip(by_x.chunks_exact_mut(width)) {
-                let columns = by_x.iter_mut().zip(by_bias.iter_mut()).zip(row.iter().zip(shift).zip(upstream));
+                let columns = by_x
+                    .iter_mut()
+                    .zip(by_bias.iter_mut())
+                    .zip(row.iter().zip(shift).zip(upstream));
                 for ((by_x, by_bias), ((&x, &bias), &upstream)) in columns {
                     let x = x + bias;
                     let gate = 1.0 / (1.0 + exp(-SLOPE * (x + CUBIC * x * x * x)));
@@ -52,7 +55,10 @@ impl Kernel<2> for Gelu {
                 }
             }
         });
-        [tensor(by_x, [values.len() / width, width]), tensor(by_bias, [width])]
+        [
+            tensor(by_x, [values.len() / width, width]),
+            tensor(by_bias, [width]),
+        ]
     }
 }
 

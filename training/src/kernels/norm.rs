@@ -33,7 +33,10 @@ impl Kernel<4> for ModulatedNorm {
         let mut output = vec![0.0; values.len()];
         let mut moments = vec![[0.0; 2]; values.len() / width];
         vectorised(|| {
-            let rows = values.chunks_exact(width).zip(output.chunks_exact_mut(width)).zip(&mut moments);
+            let rows = values
+                .chunks_exact(width)
+                .zip(output.chunks_exact_mut(width))
+                .zip(&mut moments);
             for (index, ((row, output), moments)) in rows.enumerate() {
                 let shift = &shifts[index / length * width..][..width];
                 let scale = &scales[index / length * width..][..width];
@@ -47,7 +50,15 @@ impl Kernel<4> for ModulatedNorm {
             }
         });
         let output = tensor(output, [values.len() / width, width]);
-        (output, SavedNorm { x, weight, scale, moments })
+        (
+            output,
+            SavedNorm {
+                x,
+                weight,
+                scale,
+                moments,
+            },
+        )
     }
 
     fn backward(&self, saved: SavedNorm, gradient: FlexTensor) -> [FlexTensor; 4] {

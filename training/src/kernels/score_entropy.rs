@@ -61,7 +61,10 @@ impl Kernel<1> for ScoreEntropy {
                 losses.push(loss);
             }
         });
-        (tensor(losses, [self.terms.len()]), tensor(slopes, [self.terms.len(), states]))
+        (
+            tensor(losses, [self.terms.len()]),
+            tensor(slopes, [self.terms.len(), states]),
+        )
     }
 
     fn backward(&self, mut slopes: FlexTensor, gradient: FlexTensor) -> [FlexTensor; 1] {

@@ -1,0 +1,288 @@
+//! The reference network as an ONNX graph: the twin of [`crate::network::Ddit`].
+//!
+//! Inputs `tokens` `[batch, length]`, `sigma` `[batch]`, `positions` `[rows]`; output `log_score`
+//! `[rows, states]`. Nothing past the last attention mixes positions, so rows that were not asked for
+//! are dropped there: the rest of the last block and the output head run for the asked rows alone.
+
+use std::f64::consts::LN_10;
+
+use super::graph::{Axis, Builder, Value, float, int, ints, string};
+use super::onnx::tensor_proto::DataType;
+use super::onnx::{AttributeProto, GraphProto};
+use super::{ExportError, Storage};
+use crate::kernels::RotaryAttention;
+use crate::network::{NOISE_FEATURES, NetworkConfig};
+use crate::state_dict::{HostTensor, StateDict, StateDictError};
+
+/// Guards the variance of a layer norm.
+const NORM_EPSILON: f32 = 1e-5;
+
+/// The graph of a network whose weights are known to fit `config`.
+pub(super) fn graph(
+    config: &NetworkConfig,
+    weights: &StateDict,
+    storage: Storage,
+) -> Result<GraphProto, ExportError> {
+    let mut writer = Writer {
+        config,
+        weights,
+        graph: Builder::new("ddit", storage),
+    };
+    let log_score = writer.network()?;
+    let shape = [Axis::Dynamic("rows"), Axis::Fixed(config.states)];
+    Ok(writer
+        .graph
+        .finish(&log_score, "log_score", DataType::Float, &shape))
+}
+
+struct Writer<'a> {
+    config: &'a NetworkConfig,
+    weights: &'a StateDict,
+    graph: Builder,
+}
+
+/// Where the rows that were asked for lie.
+struct Rows {
+    /// Flat index `b * length + i` of each, `[rows]`.
+    positions: Value,
+    /// Its sequence `b`, `[rows]`.
+    sequence: Value,
+}
+
+/// Cosines and sines of the positions there are, `[length, 1, head width / 2]`.
+struct Rotation {
+    cosine: Value,
+    sine: Value,
+}
+
+impl<'a> Writer<'a> {
+    fn network(&mut self) -> Result<Value, ExportError> {
+        let [batch, length, rows] = ["batch", "length", "rows"].map(Axis::Dynamic);
+        let tokens = self.graph.input("tokens", DataType::Int64, &[batch, length]);
+        let sigma = self.graph.input("sigma", DataType::Float, &[batch]);
+        let positions = self.graph.input("positions", DataType::Int64, &[rows]);
+
+        let length = self
+            .graph
+            .node("Shape", &[&tokens], vec![int("start", 1), int("end", 2)]); // [1]
+        let sequence = self.graph.node("Div", &[&positions, &length], vec![]);
+        let rows = Rows { positions, sequence };
+        let rotation = self.rotation(&length);
+        self.graph.scope("sigma_map.");
+        let condition = self.condition(&sigma)?; // [batch, cond_dim]
+
+        self.graph.scope("vocab_embed.");
+        let embedding = self.weight("vocab_embed.embedding")?;
+        let mut x = self.graph.node("Gather", &[&embedding, &tokens], vec![]); // [batch, length, width]
+        for block in 0..self.config.blocks {
+            let rows = (block + 1 == self.config.blocks).then_some(&rows);
+            x = self.block(block, &x, &condition, &rotation, rows)?;
+        }
+
+        self.graph.scope("output_layer.");
+        let modulation = self.affine(&condition, "output_layer.adaLN_modulation")?; // [batch, 2 width]
+        let modulation = self.spread(&modulation, Some(&rows));
+        let [shift, scale] = self.graph.nodes("Split", &[&modulation], halves());
+        let x = self.modulated_norm(&x, "output_layer.norm_final.weight", &shift, &scale)?;
+        self.affine(&x, "output_layer.linear") // [rows, states]
+    }
+
+    /// Noise features through their MLP, after SiLU: `[batch, cond_dim]`.
+    fn condition(&mut self, sigma: &Value) -> Result<Value, ExportError> {
+        let half = NOISE_FEATURES / 2;
+        let frequencies: Vec<f32> = (0..half)
+            .map(|k| (-4.0 * LN_10 * k as f64 / half as f64).exp() as f32)
+            .collect();
+        let frequencies = self.graph.floats("sigma_map.frequencies", &[half], &frequencies);
+        let last = self.graph.ints(&[1]);
+        let sigma = self.graph.node("Unsqueeze", &[sigma, &last], vec![]);
+        let angles = self.graph.node("Mul", &[&sigma, &frequencies], vec![]); // [batch, half]
+        let cosines = self.graph.node("Cos", &[&angles], vec![]);
+        let sines = self.graph.node("Sin", &[&angles], vec![]);
+        let features = self
+            .graph
+            .node("Concat", &[&cosines, &sines], vec![int("axis", 1)]);
+        let hidden = self.affine(&features, "sigma_map.mlp.0")?;
+        let hidden = self.silu(&hidden);
+        let condition = self.affine(&hidden, "sigma_map.mlp.2")?;
+        Ok(self.silu(&condition))
+    }
+
+    fn rotation(&mut self, length: &Value) -> Rotation {
+        let head_width = self.config.hidden_size / self.config.heads;
+        let table = RotaryAttention::rotation(self.config.length, head_width);
+        let shape = [self.config.length, 1, head_width / 2];
+        let [start, axis] = [self.graph.ints(&[0]), self.graph.ints(&[0])];
+        let [cosine, sine] = [(0, "rotary_emb.cosine"), (1, "rotary_emb.sine")].map(|(part, name)| {
+            let part: Vec<f32> = table.iter().map(|entry| entry[part]).collect();
+            let part = self.graph.floats(name, &shape, &part);
+            self.graph.node("Slice", &[&part, &start, length, &axis], vec![])
+        });
+        Rotation { cosine, sine }
+    }
+
+    /// One block over `x` `[batch, length, width]`; with `rows`, only these come out: `[rows, width]`.
+    fn block(
+        &mut self,
+        index: usize,
+        x: &Value,
+        condition: &Value,
+        rotation: &Rotation,
+        rows: Option<&Rows>,
+    ) -> Result<Value, ExportError> {
+        let width = self.config.hidden_size as i64;
+        let name = |part: &str| format!("blocks.{index}.{part}");
+        self.graph.scope(name(""));
+
+        let modulation = self.affine(condition, &name("adaLN_modulation"))?; // [batch, 6 width]
+        let parts = self.graph.ints(&[2 * width, 4 * width]);
+        let [before, after] = self
+            .graph
+            .nodes("Split", &[&modulation, &parts], vec![int("axis", -1)]);
+        let [before, after] = [self.spread(&before, None), self.spread(&after, rows)];
+        let [shift_attention, scale_attention] = self.graph.nodes("Split", &[&before], halves());
+        let [gate_attention, shift_mlp, scale_mlp, gate_mlp] =
+            self.graph
+                .nodes("Split", &[&after], vec![int("axis", -1), int("num_outputs", 4)]);
+
+        let y = self.modulated_norm(x, &name("norm1.weight"), &shift_attention, &scale_attention)?;
+        let qkv = self.linear(&y, &name("attn_qkv"))?; // [batch, length, 3 width]
+        let y = self.attention(&qkv, rotation);
+        let [x, y] = [x, &y].map(|x| rows.map_or_else(|| x.clone(), |rows| self.take(x, rows)));
+        let y = self.linear(&y, &name("attn_out"))?;
+        let x = self.gated_residual(&x, &y, &gate_attention);
+
+        let y = self.modulated_norm(&x, &name("norm2.weight"), &shift_mlp, &scale_mlp)?;
+        let y = self.affine(&y, &name("mlp.0"))?; // [.., 4 width]
+        let y = self
+            .graph
+            .node("Gelu", &[&y], vec![string("approximate", "tanh")]);
+        let y = self.affine(&y, &name("mlp.2"))?;
+        Ok(self.gated_residual(&x, &y, &gate_mlp))
+    }
+
+    /// Attention among all positions of a sequence: `[batch, length, 3 width]` to `[.., width]`.
+    fn attention(&mut self, qkv: &Value, rotation: &Rotation) -> Value {
+        let heads = self.config.heads as i64;
+        let width = self.config.hidden_size as i64;
+        let head_width = width / heads;
+        let parts = self.graph.ints(&[2 * width, width]);
+        let [queries_keys, values] = self.graph.nodes("Split", &[qkv, &parts], vec![int("axis", -1)]);
+
+        // Queries and keys turn alike: as one tensor of twice the heads.
+        let shape = self.graph.ints(&[0, 0, 2 * heads, head_width]);
+        let queries_keys = self.graph.node("Reshape", &[&queries_keys, &shape], vec![]);
+        let queries_keys = self.rotate(&queries_keys, rotation);
+        let by_head = || vec![ints("perm", &[0, 2, 1, 3])];
+        let queries_keys = self.graph.node("Transpose", &[&queries_keys], by_head());
+        let split = vec![int("axis", 1), int("num_outputs", 2)];
+        let [queries, keys] = self.graph.nodes("Split", &[&queries_keys], split); // [batch, heads, length, head width]
+        let shape = self.graph.ints(&[0, 0, heads, head_width]);
+        let values = self.graph.node("Reshape", &[&values, &shape], vec![]);
+        let values = self.graph.node("Transpose", &[&values], by_head());
+
+        let keys = self
+            .graph
+            .node("Transpose", &[&keys], vec![ints("perm", &[0, 1, 3, 2])]);
+        let scale = self.graph.float(1.0 / (head_width as f32).sqrt());
+        let queries = self.graph.node("Mul", &[&queries, &scale], vec![]);
+        let scores = self.graph.node("MatMul", &[&queries, &keys], vec![]); // [batch, heads, length, length]
+        let attention = self.graph.node("Softmax", &[&scores], vec![int("axis", -1)]);
+        let y = self.graph.node("MatMul", &[&attention, &values], vec![]);
+        let y = self.graph.node("Transpose", &[&y], by_head());
+        let shape = self.graph.ints(&[0, 0, width]);
+        self.graph.node("Reshape", &[&y, &shape], vec![])
+    }
+
+    /// Turns the pairs (k, k + half) of `x` `[batch, length, .., head width]` by their position.
+    fn rotate(&mut self, x: &Value, rotation: &Rotation) -> Value {
+        let Rotation { cosine, sine } = rotation;
+        let [first, second] = self.graph.nodes("Split", &[x], halves());
+        let [first_cosine, second_sine] =
+            [(&first, cosine), (&second, sine)].map(|(x, by)| self.graph.node("Mul", &[x, by], vec![]));
+        let [second_cosine, first_sine] =
+            [(&second, cosine), (&first, sine)].map(|(x, by)| self.graph.node("Mul", &[x, by], vec![]));
+        let first = self.graph.node("Sub", &[&first_cosine, &second_sine], vec![]);
+        let second = self.graph.node("Add", &[&second_cosine, &first_sine], vec![]);
+        self.graph
+            .node("Concat", &[&first, &second], vec![int("axis", -1)])
+    }
+
+    /// The asked rows of `x` `[batch, length, width]`: `[rows, width]`.
+    fn take(&mut self, x: &Value, rows: &Rows) -> Value {
+        let shape = self.graph.ints(&[-1, self.config.hidden_size as i64]);
+        let x = self.graph.node("Reshape", &[x, &shape], vec![]);
+        self.graph.node("Gather", &[&x, &rows.positions], vec![])
+    }
+
+    /// Something of each sequence, `[batch, n]`, for each of its positions: `[batch, 1, n]`, or of the
+    /// asked rows: `[rows, n]`.
+    fn spread(&mut self, x: &Value, rows: Option<&Rows>) -> Value {
+        if let Some(rows) = rows {
+            return self.graph.node("Gather", &[x, &rows.sequence], vec![]);
+        }
+        let middle = self.graph.ints(&[1]);
+        self.graph.node("Unsqueeze", &[x, &middle], vec![])
+    }
+
+    /// `norm(x) (1 + scale) + shift`.
+    fn modulated_norm(
+        &mut self,
+        x: &Value,
+        weight: &str,
+        shift: &Value,
+        scale: &Value,
+    ) -> Result<Value, ExportError> {
+        let weight = self.weight(weight)?;
+        let settings = vec![int("axis", -1), float("epsilon", NORM_EPSILON)];
+        let x = self.graph.node("LayerNormalization", &[x, &weight], settings);
+        let one = self.graph.float(1.0);
+        let scale = self.graph.node("Add", &[scale, &one], vec![]);
+        let x = self.graph.node("Mul", &[&x, &scale], vec![]);
+        Ok(self.graph.node("Add", &[&x, shift], vec![]))
+    }
+
+    /// `x + gate y`.
+    fn gated_residual(&mut self, x: &Value, y: &Value, gate: &Value) -> Value {
+        let y = self.graph.node("Mul", &[y, gate], vec![]);
+        self.graph.node("Add", &[x, &y], vec![])
+    }
+
+    fn silu(&mut self, x: &Value) -> Value {
+        let gate = self.graph.node("Sigmoid", &[x], vec![]);
+        self.graph.node("Mul", &[x, &gate], vec![])
+    }
+
+    /// `x W + b`, with the layer's weight and bias.
+    fn affine(&mut self, x: &Value, layer: &str) -> Result<Value, ExportError> {
+        let y = self.linear(x, layer)?;
+        let bias = self.weight(&format!("{layer}.bias"))?;
+        Ok(self.graph.node("Add", &[&y, &bias], vec![]))
+    }
+
+    /// `x W`, with the layer's weight, which the reference keeps as `[out, in]`.
+    fn linear(&mut self, x: &Value, layer: &str) -> Result<Value, ExportError> {
+        let name = format!("{layer}.weight");
+        let weight = self.tensor(&name)?.transposed();
+        let weight = self.graph.weight(&name, &weight.shape, &weight.data)?;
+        Ok(self.graph.node("MatMul", &[x, &weight], vec![]))
+    }
+
+    fn weight(&mut self, name: &str) -> Result<Value, ExportError> {
+        let tensor = self.tensor(name)?;
+        self.graph.weight(name, &tensor.shape, &tensor.data)
+    }
+
+    fn tensor(&self, name: &str) -> Result<&'a HostTensor, StateDictError> {
+        let missing = || StateDictError::Missing {
+            name: name.to_owned(),
+            expected: Vec::new(),
+        };
+        self.weights.get(name).ok_or_else(missing)
+    }
+}
+
+/// Splits the last axis in two.
+fn halves() -> Vec<AttributeProto> {
+    vec![int("axis", -1), int("num_outputs", 2)]
+}

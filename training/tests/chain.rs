@@ -1,0 +1,215 @@
+//! The straight line of a training run on a small text: tokenizer, token files, fit, resume, evaluate, export.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use denoised::bundle::Bundle;
+use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
+use denoised::network::{Batch, ScoreNetwork};
+use training::checkpoint;
+use training::config::RunConfig;
+use training::data::{Corpus, prepare};
+use training::evaluate::bound;
+use training::export::{self, Storage, TrainedModel};
+use training::fit::{FitOptions, fit};
+use training::trainer::objective;
+
+fn corpus(folder: &Path) -> Corpus {
+    let input = (0..30)
+        .map(|i| {
+            let path = folder.join(format!("{i}.txt"));
+            let text =
+                format!("The cat number {i} sat on the mat. The dog saw the cat and ran to the mat.\n")
+                    .repeat(6);
+            fs::write(&path, text).unwrap();
+            path
+        })
+        .collect();
+    Corpus {
+        input,
+        separator: None,
+        validation_fraction: 0.2,
+        seed: 1,
+    }
+}
+
+/// A run of `steps` steps in a directory of its own, on the token files in `folder`.
+fn config(folder: &Path, run: &str, steps: u64) -> RunConfig {
+    let path = folder.join(format!("{run}-{steps}.toml"));
+    let root = folder.display();
+    let text = format!(
+        r#"
+        [data]
+        train = "{root}/data/train.tokens"
+        validation = "{root}/data/validation.tokens"
+        tokenizer = "{root}/tokenizer.json"
+        [graph]
+        kind = "absorbing"
+        [schedule]
+        type = "loglinear"
+        eps = 1e-3
+        [network]
+        length = 16
+        hidden_size = 32
+        cond_dim = 16
+        blocks = 2
+        heads = 2
+        scale_by_sigma = true
+        initial_gate = 1.0
+        [optimizer]
+        lr = 3e-3
+        betas = [0.9, 0.99]
+        warmup_steps = 4
+        gradient_clip_norm = 1.0
+        ema_decay = 0.9
+        time_power = 2.0
+        [run]
+        seed = 1
+        batch_size = 8
+        steps = {steps}
+        checkpoint_every = 10
+        validate_every = 1000
+        threads = 2
+        directory = "{root}/{run}"
+        "#
+    );
+    fs::write(&path, text).unwrap();
+    RunConfig::read(&path).unwrap()
+}
+
+fn fresh() -> FitOptions {
+    FitOptions {
+        resume: false,
+        minutes: None,
+    }
+}
+
+#[test]
+fn from_text_to_a_bundle_that_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let corpus = corpus(root);
+    let tokenizer: PathBuf = root.join("tokenizer.json");
+    training::tokenizer::train(&corpus.read().unwrap().train, 280)
+        .unwrap()
+        .save(&tokenizer, true)
+        .unwrap();
+    let (_, validation) = prepare(&corpus, &tokenizer, &root.join("data")).unwrap();
+
+    // Twenty steps at once are the same as ten and ten more.
+    let whole = config(root, "whole", 20);
+    fit(whole.clone(), fresh()).unwrap();
+    fit(config(root, "parts", 10), fresh()).unwrap();
+    let parts = config(root, "parts", 20);
+    fit(
+        parts.clone(),
+        FitOptions {
+            resume: true,
+            minutes: None,
+        },
+    )
+    .unwrap();
+    let average = |config: &RunConfig| {
+        checkpoint::load_average(&checkpoint::latest(&config.run.directory).unwrap()).unwrap()
+    };
+    let (network, state) = average(&whole);
+    assert_eq!(state.step, 20);
+    assert_eq!(
+        network.state_dict(),
+        average(&parts).0.state_dict(),
+        "resuming changes nothing"
+    );
+
+    // More steps learn more, held-out text included.
+    let longer = config(root, "longer", 120);
+    fit(longer.clone(), fresh()).unwrap();
+    let (network, _) = average(&longer);
+    let sequences: Vec<_> = (0..validation.sequences(16))
+        .map(|i| validation.sequence(i, 16))
+        .collect();
+    let bits = |config: &RunConfig| {
+        let (network, _) = average(config);
+        bound(
+            &network,
+            &objective(config, network.config()),
+            &sequences,
+            8,
+            1,
+            2,
+        )
+        .nats_per_token
+    };
+    let (early, late) = (bits(&whole), bits(&longer));
+    assert!(
+        late < 0.97 * early,
+        "{early} nats per token after 20 steps, {late} after 120"
+    );
+
+    // What is exported is what the server opens.
+    let bundle = root.join("models/tiny/1");
+    let json = fs::read(&tokenizer).unwrap();
+    let model = TrainedModel {
+        name: "tiny",
+        config: network.config(),
+        weights: &network.state_dict(),
+        graph: longer.graph.kind,
+        schedule: longer.schedule,
+        tokenizer: Some(&json),
+        provenance: serde_json::json!({"steps": 120}),
+    };
+    export::bundle(&bundle, model, Storage::F32).unwrap();
+    let bundle = Bundle::open(&bundle).unwrap();
+    assert_eq!(bundle.manifest().end_of_document, Some(0));
+    assert_eq!(
+        bundle.tokenizer().unwrap().unwrap().decode(&[5]).unwrap().len(),
+        1
+    );
+    let mut served = OnnxNetwork::load(&bundle, &OnnxOptions::default()).unwrap();
+    let mask = i64::from(bundle.manifest().mask_token.unwrap());
+    let batch = Batch {
+        tokens: &[mask; 16],
+        length: 16,
+        sigma: &[3.0],
+        positions: &[0, 15],
+    };
+    served
+        .log_score(&batch, &mut |rows| {
+            assert!(rows.row(1).iter().all(|s| s.is_finite()))
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let corpus = corpus(root);
+    let tokenizer = root.join("tokenizer.json");
+    training::tokenizer::train(&corpus.read().unwrap().train, 280)
+        .unwrap()
+        .save(&tokenizer, true)
+        .unwrap();
+    prepare(&corpus, &tokenizer, &root.join("data")).unwrap();
+    let config = config(root, "run", 10);
+    fit(config.clone(), fresh()).unwrap();
+    let latest = checkpoint::latest(&config.run.directory).unwrap();
+    for file in fs::read_dir(&latest).unwrap() {
+        let path = file.unwrap().path();
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+    }
+    let error = fit(
+        config,
+        FitOptions {
+            resume: true,
+            minutes: None,
+        },
+    )
+    .err()
+    .expect("a half checkpoint is refused");
+    assert!(
+        format!("{error:#}").contains(latest.to_str().unwrap()),
+        "{error:#}"
+    );
+}

@@ -1,0 +1,361 @@
+//! The exported network says what the trained one says.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::Tensor;
+use burn::tensor::TensorData;
+use denoised::bundle::Bundle;
+use denoised::diffusion::{GraphKind, Schedule, Token, sigma_offset};
+use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
+use denoised::network::{Batch, ScoreNetwork};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+use training::export::{self, ExportError, Storage, TrainedModel};
+use training::network::{Ddit, NetworkConfig, inference_device, token_tensor};
+use training::state_dict::StateDict;
+use training::tokenizer;
+
+const LOG_LINEAR: Schedule = Schedule::LogLinear { eps: 1e-3 };
+
+fn model<'a>(config: &'a NetworkConfig, weights: &'a StateDict, graph: GraphKind) -> TrainedModel<'a> {
+    TrainedModel {
+        name: "tiny",
+        config,
+        weights,
+        graph,
+        schedule: LOG_LINEAR,
+        tokenizer: None,
+        provenance: json!({"steps": 1}),
+    }
+}
+
+/// The network as a server would have it.
+fn exported(config: &NetworkConfig, weights: &StateDict, graph: GraphKind, storage: Storage) -> OnnxNetwork {
+    let root = tempfile::tempdir().unwrap();
+    let directory = root.path().join("tiny/1");
+    export::bundle(&directory, model(config, weights, graph), storage).unwrap();
+    OnnxNetwork::load(&Bundle::open(&directory).unwrap(), &OnnxOptions::default()).unwrap()
+}
+
+/// Log-scores of `positions`, `[rows, states]`.
+fn evaluate(network: &mut OnnxNetwork, batch: &Batch<'_>) -> Vec<f32> {
+    let mut log_scores = Vec::new();
+    let rows = batch.positions.len();
+    let mut read = |scores: denoised::network::ScoreRows<'_>| {
+        log_scores = (0..rows).flat_map(|row| scores.row(row).to_vec()).collect();
+    };
+    network.log_score(batch, &mut read).unwrap();
+    log_scores
+}
+
+fn largest_difference(ours: &[f32], theirs: &[f32]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    // A NaN must not get lost in a maximum.
+    assert!(ours.iter().chain(theirs).all(|x| x.is_finite()));
+    ours.iter()
+        .zip(theirs)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max)
+}
+
+fn below(generator: &mut ChaCha8Rng, bound: usize) -> usize {
+    generator.next_u32() as usize % bound
+}
+
+fn uniform(generator: &mut ChaCha8Rng) -> f32 {
+    generator.next_u32() as f32 / u32::MAX as f32
+}
+
+/// A shape of the given width and weights of a size at which every parameter shows in the output.
+fn random_network(seed: u64) -> (NetworkConfig, StateDict) {
+    let mut generator = ChaCha8Rng::seed_from_u64(seed);
+    let heads = 1 + below(&mut generator, 4);
+    let config = NetworkConfig {
+        states: 2 + below(&mut generator, 70),
+        length: 16 + below(&mut generator, 20),
+        hidden_size: 2 * heads * (1 + below(&mut generator, 12)),
+        cond_dim: 1 + below(&mut generator, 40),
+        blocks: 1 + below(&mut generator, 3),
+        heads,
+        dropout: 0.1,
+        scale_by_sigma: false,
+    };
+    let mut weights = StateDict::default();
+    for (name, shape) in config.parameters() {
+        let (center, bound) = match shape[..] {
+            _ if name.contains("norm") => (1.0, 0.5),
+            [_, inputs] if !name.contains("embedding") => (0.0, 1.5 / (inputs as f32).sqrt()),
+            _ => (0.0, 0.5),
+        };
+        let data = (0..shape.iter().product())
+            .map(|_| center + bound * (2.0 * uniform(&mut generator) - 1.0))
+            .collect();
+        weights.insert(name, shape, data);
+    }
+    (config, weights)
+}
+
+/// Largest difference between network and export over batches of several shapes.
+fn largest_difference_of_export(seed: u64, storage: Storage) -> f32 {
+    let (config, weights) = random_network(seed);
+    let device = inference_device();
+    let network = Ddit::from_weights(&config, weights.clone(), &device).unwrap();
+    let mut exported = exported(&config, &weights, GraphKind::Absorbing, storage);
+    let generator = &mut ChaCha8Rng::seed_from_u64(seed + 1000);
+    let mut largest = 0.0_f32;
+    for (count, length) in [(1, 1), (1, config.length), (3, 7), (5, config.length - 1)] {
+        let tokens: Vec<Token> = (0..count * length)
+            .map(|_| below(generator, config.states) as Token)
+            .collect();
+        let sigma: Vec<f32> = (0..count).map(|_| 7.0 * uniform(generator)).collect();
+        let noise = Tensor::from_data(TensorData::new(sigma.clone(), [count]), &device);
+        let whole = network.forward(token_tensor(&tokens, length, &device), noise);
+        let whole: Vec<f32> = whole.into_data().iter().collect();
+
+        let every: Vec<i64> = (0..(count * length) as i64).collect();
+        let some: Vec<i64> = every
+            .iter()
+            .copied()
+            .filter(|_| below(generator, 3) == 0)
+            .collect();
+        let last = vec![(count * length) as i64 - 1];
+        for positions in [every, some, last] {
+            let tokens: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
+            let batch = Batch {
+                tokens: &tokens,
+                length,
+                sigma: &sigma,
+                positions: &positions,
+            };
+            let ours = evaluate(&mut exported, &batch);
+            let rows = positions.iter().map(|&at| at as usize * config.states);
+            let expected: Vec<f32> = rows
+                .flat_map(|at| whole[at..at + config.states].to_vec())
+                .collect();
+            largest = largest.max(largest_difference(&ours, &expected));
+        }
+    }
+    largest
+}
+
+#[test]
+fn any_shape_says_what_the_network_says() {
+    for seed in 0..12 {
+        let difference = largest_difference_of_export(seed, Storage::F32);
+        assert!(difference < 1e-4, "seed {seed}: off by {difference}");
+    }
+}
+
+#[test]
+fn half_precision_matrices_stay_close() {
+    for seed in 0..12 {
+        let difference = largest_difference_of_export(seed, Storage::F16);
+        assert!(difference < 1e-2, "seed {seed}: off by {difference}");
+    }
+}
+
+#[test]
+fn half_precision_takes_about_half_the_space() {
+    let config = NetworkConfig {
+        states: 500,
+        length: 16,
+        hidden_size: 128,
+        cond_dim: 32,
+        blocks: 2,
+        heads: 4,
+        dropout: 0.0,
+        scale_by_sigma: true,
+    };
+    let weights = config.initial_weights(1, 0.0);
+    let bytes = |storage| export::onnx_model(&config, &weights, storage).unwrap().len() as f64;
+    let ratio = bytes(Storage::F16) / bytes(Storage::F32);
+    assert!((0.5..0.53).contains(&ratio), "{ratio}");
+}
+
+#[test]
+fn the_same_weights_give_the_same_file() {
+    let (config, weights) = random_network(3);
+    let model = || export::onnx_model(&config, &weights, Storage::F16).unwrap();
+    assert_eq!(model(), model());
+}
+
+fn read(path: &Path) -> StateDict {
+    let raw = fs::read(path).unwrap();
+    let mut tensors = StateDict::default();
+    for (name, view) in SafeTensors::deserialize(&raw).unwrap().tensors() {
+        let data = if view.dtype() == Dtype::F32 {
+            view.data()
+                .as_chunks()
+                .0
+                .iter()
+                .map(|bytes| f32::from_le_bytes(*bytes))
+                .collect()
+        } else {
+            view.data()
+                .as_chunks()
+                .0
+                .iter()
+                .map(|bytes| i64::from_le_bytes(*bytes) as f32)
+                .collect()
+        };
+        tensors.insert(name, view.shape().to_vec(), data);
+    }
+    tensors
+}
+
+/// Exports a checkpoint of the authors' implementation and compares with what that computed.
+fn check_reference(name: &str, graph: GraphKind) {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/fixtures")
+        .join(name);
+    let json: Value = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
+    let number = |value: &Value| value.as_u64().unwrap() as usize;
+    let shape = &json["model"];
+    let config = NetworkConfig {
+        states: number(&json["tokens"]) + usize::from(graph == GraphKind::Absorbing),
+        length: number(&shape["length"]),
+        hidden_size: number(&shape["hidden_size"]),
+        cond_dim: number(&shape["cond_dim"]),
+        blocks: number(&shape["n_blocks"]),
+        heads: number(&shape["n_heads"]),
+        dropout: 0.0,
+        scale_by_sigma: shape["scale_by_sigma"].as_bool().unwrap(),
+    };
+    let weights = read(&folder.join("model.safetensors"));
+    let mut network = exported(&config, &weights, graph, Storage::F32);
+
+    let io = read(&folder.join("io.safetensors"));
+    let tokens: Vec<i64> = io
+        .get("tokens")
+        .unwrap()
+        .data
+        .iter()
+        .map(|&token| token as i64)
+        .collect();
+    let sigma = &io.get("sigma").unwrap().data;
+    let positions: Vec<i64> = (0..tokens.len() as i64).collect();
+    let batch = Batch {
+        tokens: &tokens,
+        length: config.length,
+        sigma,
+        positions: &positions,
+    };
+    let mut log_scores = evaluate(&mut network, &batch);
+    for (at, row) in log_scores.chunks_exact_mut(config.states).enumerate() {
+        if config.scale_by_sigma {
+            let offset = sigma_offset(f64::from(sigma[at / config.length]), config.states);
+            row.iter_mut().for_each(|x| *x = (f64::from(*x) + offset) as f32);
+        }
+        row[tokens[at] as usize] = 0.0;
+    }
+    let difference = largest_difference(&log_scores, &io.get("log_score").unwrap().data);
+    assert!(difference < 2e-4, "off by {difference}");
+}
+
+#[test]
+fn an_absorbing_checkpoint_says_what_the_reference_says() {
+    check_reference("sedd-tiny-absorb", GraphKind::Absorbing);
+}
+
+#[test]
+fn a_uniform_checkpoint_says_what_the_reference_says() {
+    check_reference("sedd-tiny-uniform", GraphKind::Uniform);
+}
+
+#[test]
+fn a_bundle_says_what_was_trained() {
+    let trained = tokenizer::train(&["the cat sat on the mat ".repeat(20)], 270).unwrap();
+    let tokenizer = trained.to_string(false).unwrap();
+    let config = NetworkConfig {
+        states: trained.get_vocab_size(true) + 1,
+        length: 8,
+        hidden_size: 8,
+        cond_dim: 4,
+        blocks: 1,
+        heads: 2,
+        dropout: 0.0,
+        scale_by_sigma: true,
+    };
+    let weights = config.initial_weights(1, 0.0);
+    let root = tempfile::tempdir().unwrap();
+    let directory = root.path().join("1");
+    let with_tokenizer = |config| TrainedModel {
+        tokenizer: Some(tokenizer.as_bytes()),
+        ..model(config, &weights, GraphKind::Absorbing)
+    };
+    export::bundle(&directory, with_tokenizer(&config), Storage::F16).unwrap();
+
+    let bundle = Bundle::open(&directory).unwrap();
+    let manifest = bundle.manifest();
+    assert_eq!(manifest.vocab_size, config.states);
+    assert_eq!(manifest.mask_token, Some(config.states as Token - 1));
+    assert_eq!(
+        manifest.end_of_document,
+        trained.token_to_id(tokenizer::END_OF_DOCUMENT)
+    );
+    assert!(manifest.end_of_document.is_some());
+    assert_eq!((manifest.max_length, manifest.schedule), (8, LOG_LINEAR));
+    assert!(manifest.sigma_offset && manifest.time_conditioned);
+    assert_eq!(manifest.provenance, json!({"steps": 1}));
+    assert!(bundle.tokenizer().unwrap().is_some());
+
+    let narrow = NetworkConfig {
+        states: config.states - 1,
+        ..config
+    };
+    let refused = export::bundle(&root.path().join("2"), with_tokenizer(&narrow), Storage::F16);
+    assert!(refused.unwrap_err().to_string().contains("tokens"));
+    assert!(!root.path().join("2").exists());
+}
+
+#[test]
+fn weights_that_do_not_fit_are_named() {
+    let (config, weights) = random_network(5);
+    let error = |storage, change: &dyn Fn(&mut StateDict)| {
+        let mut weights = weights.clone();
+        change(&mut weights);
+        export::onnx_model(&config, &weights, storage).unwrap_err()
+    };
+    let missing = error(Storage::F32, &|weights| {
+        drop(weights.0.remove("blocks.0.mlp.0.bias"));
+    });
+    assert!(
+        missing.to_string().contains("blocks.0.mlp.0.bias is missing"),
+        "{missing}"
+    );
+    let extra = error(Storage::F32, &|weights| {
+        weights.insert("teapot", vec![1], vec![0.0]);
+    });
+    assert!(
+        extra.to_string().contains("teapot belongs to no parameter"),
+        "{extra}"
+    );
+    let misshapen = error(Storage::F32, &|weights| {
+        weights.insert("sigma_map.mlp.0.bias", vec![99], vec![0.0; 99]);
+    });
+    assert!(
+        misshapen
+            .to_string()
+            .contains("sigma_map.mlp.0.bias has shape [99]"),
+        "{misshapen}"
+    );
+    let set = |value| {
+        move |weights: &mut StateDict| {
+            weights.0.get_mut("output_layer.linear.weight").unwrap().data[3] = value;
+        }
+    };
+    let broken = error(Storage::F32, &set(f32::NAN));
+    assert!(
+        matches!(&broken, ExportError::Entry { name, .. } if name == "output_layer.linear.weight"),
+        "{broken}"
+    );
+    let large = error(Storage::F16, &set(1e5));
+    assert!(
+        matches!(&large, ExportError::Entry { name, .. } if name == "output_layer.linear.weight"),
+        "{large}"
+    );
+}
