@@ -177,12 +177,31 @@ pub enum LogFormat {
     Json,
 }
 
+/// Longest wait for running requests at shutdown that can be asked for: a day, in seconds.
+const MOST_DRAIN_SECONDS: u64 = 86_400;
+
 /// A setting that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read, a key is unknown or a value has the wrong type.
-    #[error("configuration: {0}")]
-    Read(#[from] config::ConfigError),
+    /// The file cannot be read.
+    #[error("configuration {}: {source}", file.display())]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, has an unknown key or a value of the wrong type.
+    #[error("configuration {}: {problem}", file.display())]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// The line, and what is wrong with it.
+        problem: String,
+    },
+    /// A variable or a flag names an unknown key or has a value of the wrong type.
+    #[error("configuration from the environment or the command line: {0}")]
+    Override(#[from] config::ConfigError),
     /// A value is out of range.
     #[error("configuration: {key} is {value}, must be {wanted}")]
     Range {
@@ -209,12 +228,12 @@ impl Config {
     ) -> Result<Self, ConfigError> {
         let mut builder = ConfigBuilder::<DefaultState>::default();
         if let Some(path) = file {
-            builder = builder.add_source(File::from(path).format(FileFormat::Toml));
+            builder = builder.add_source(File::from_str(&read(path)?, FileFormat::Toml));
         }
+        // Values stay text until their key is known: a model may be called 007.
         let variables = Environment::with_prefix("DENOISED")
             .prefix_separator("__")
             .separator("__")
-            .try_parsing(true)
             .source(environment);
         builder = builder.add_source(variables);
         for (key, value) in flags {
@@ -254,13 +273,24 @@ impl Config {
             ("engine.workers", self.engine.workers),
             ("engine.threads_per_worker", self.engine.threads_per_worker),
         ] {
-            if value > 1024 || (key == "engine.workers" && value == 0) {
+            let (least, wanted) = match key {
+                "engine.workers" => (1, "1 to 1024"),
+                _ => (0, "0 to 1024"),
+            };
+            if !(least..=1024).contains(&value) {
                 return Err(ConfigError::Range {
                     key,
                     value: value.to_string(),
-                    wanted: "1 to 1024",
+                    wanted,
                 });
             }
+        }
+        if self.server.drain_grace_seconds > MOST_DRAIN_SECONDS {
+            return Err(ConfigError::Range {
+                key: "server.drain_grace_seconds",
+                value: self.server.drain_grace_seconds.to_string(),
+                wanted: "at most 86400, a day",
+            });
         }
         if self.limits.max_steps > 1 << 20 {
             let value = self.limits.max_steps.to_string();
@@ -272,6 +302,39 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// The text of a file whose keys and types are right.
+///
+/// Checked here and not after merging, because the merged values convert into each other: a fraction
+/// would be rounded, a word taken for a number.
+fn read(file: &Path) -> Result<String, ConfigError> {
+    let text = std::fs::read_to_string(file).map_err(|source| ConfigError::Unreadable {
+        file: file.to_owned(),
+        source,
+    })?;
+    match toml::from_str::<Config>(&text) {
+        Ok(_) => Ok(text),
+        Err(error) => Err(ConfigError::File {
+            file: file.to_owned(),
+            problem: problem(&error, &text),
+        }),
+    }
+}
+
+/// The error in one line, with the line of the file that it is about.
+fn problem(error: &toml::de::Error, text: &str) -> String {
+    let mut message = error.message().replace('\n', "; ");
+    // Names of Rust's types, at the end of a message.
+    for integer in ["expected usize", "expected u64", "expected u32"] {
+        message = message.replace(integer, "expected a whole number, 0 or more");
+    }
+    let Some(before) = error.span().and_then(|span| text.get(..span.start)) else {
+        return message;
+    };
+    let number = before.matches('\n').count();
+    let line = text.lines().nth(number).unwrap_or_default().trim();
+    format!("line {} ({line}): {message}", number + 1)
 }
 
 fn empty_is_none<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
@@ -291,73 +354,4 @@ fn device<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Device, D::Error
 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
-mod tests {
-    use super::*;
-
-    fn load(toml: &str, environment: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Config, ConfigError> {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("denoised.toml");
-        std::fs::write(&path, toml).unwrap();
-        let environment = environment
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect();
-        let flags: Vec<_> = flags.iter().map(|(k, v)| (*k, (*v).to_owned())).collect();
-        Config::load_from(Some(&path), Some(environment), &flags)
-    }
-
-    #[test]
-    fn flags_beat_the_environment_beats_the_file_beats_defaults() {
-        let file = "[engine]\nworkers = 2\nbatch_tokens = 7\n[server]\nlisten = \"127.0.0.1:1\"";
-        let environment = [
-            ("DENOISED__ENGINE__WORKERS", "3"),
-            ("DENOISED__SERVER__LISTEN", "127.0.0.1:2"),
-        ];
-        let config = load(file, &environment, &[("server.listen", "127.0.0.1:3")]).unwrap();
-        assert_eq!(config.engine.batch_tokens, 7);
-        assert_eq!(config.engine.workers, 3);
-        assert_eq!(config.server.listen.port(), 3);
-        assert_eq!(config.limits, LimitsConfig::default());
-    }
-
-    #[test]
-    fn mistakes_are_named() {
-        for (toml, says) in [
-            ("[engine]\nworker = 2", "worker"),
-            ("[engine]\nworkers = 0", "engine.workers"),
-            ("[engine]\nworkers = \"many\"", "workers"),
-            ("[engine]\ndevice = \"tpu\"", "tpu"),
-            ("[limits]\nmax_steps = 0", "limits.max_steps"),
-            ("[server]\nlisten = \"everywhere\"", "listen"),
-            ("[log]\nformat = \"xml\"", "xml"),
-        ] {
-            let error = load(toml, &[], &[]).unwrap_err().to_string();
-            assert!(error.contains(says), "{toml}: {error}");
-        }
-    }
-
-    const EXAMPLE: &str = include_str!("../deploy/denoised.example.toml");
-
-    #[test]
-    fn the_example_states_the_defaults() {
-        assert_eq!(load(EXAMPLE, &[], &[]).unwrap(), Config::default());
-    }
-
-    /// Every field of the structs above appears in the example: Debug prints them all.
-    #[test]
-    fn the_example_documents_every_key() {
-        let example: toml::Table = toml::from_str(EXAMPLE).unwrap();
-        let documented: usize = example
-            .values()
-            .map(|section| section.as_table().unwrap().len())
-            .sum();
-        let fields = format!("{:?}", Config::default()).matches(": ").count() - example.len();
-        assert_eq!(documented, fields);
-        for (section, keys) in &example {
-            for key in keys.as_table().unwrap().keys() {
-                let variable = format!("DENOISED__{}__{}", section.to_uppercase(), key.to_uppercase());
-                assert!(EXAMPLE.contains(&variable), "{variable} is not mentioned");
-            }
-        }
-    }
-}
+mod tests;

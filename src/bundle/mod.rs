@@ -5,7 +5,7 @@
 //!     manifest.json    model.onnx (+ external data)    tokenizer.json
 //! ```
 //!
-//! The exporter of the training crate writes bundles ([`write`]), the server reads them
+//! The exporter of the training crate writes bundles ([`write()`]), the server reads them
 //! ([`Bundle::open`], [`repository::scan`]). A bundle is trusted only after the hash of every file in it
 //! has been checked against its manifest, and no file beside those is ever opened.
 

@@ -1,5 +1,7 @@
 //! A channel to the server that was given, or to one started within this process.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -10,12 +12,18 @@ use crate::config::{Config, LogConfig};
 use crate::server::{ServeError, Server};
 use crate::telemetry;
 
+/// What a server that lives for one command logs: not that it is ended, for that is how it should be.
+const QUIET: &str = "warn,denoised::server=error,denoised::server::models=warn";
+
 /// Where the server is.
 #[derive(Debug, Args)]
 pub(super) struct Target {
     /// URL of a running server, such as http://127.0.0.1:50051. Without, one is started for this command.
     #[arg(long, value_name = "URL", env = "DENOISED_SERVER")]
     server: Option<String>,
+    /// TOML file with settings for the server that this command starts; not read with --server.
+    #[arg(long, value_name = "FILE", env = "DENOISED_CONFIG")]
+    config: Option<PathBuf>,
     /// Folder of <model>/<version> bundles for the server that this command starts.
     #[arg(long, value_name = "DIR", conflicts_with = "server")]
     repository: Option<String>,
@@ -62,13 +70,13 @@ impl Target {
                 .iter()
                 .map(|path| ("models.repository", path.clone())),
         );
-        let config = Config::load(None, &flags).map_err(Failed::usage)?;
+        let config = Config::load(self.config.as_deref(), &flags).map_err(Failed::usage)?;
         let quiet = LogConfig {
-            filter: "warn".to_owned(),
+            filter: QUIET.to_owned(),
             ..config.log.clone()
         };
-        telemetry::init(&quiet).map_err(|e| Failed::usage(format!("log.filter: {e}")))?;
-        let server = Server::bind(&config).await.map_err(Failed::software)?;
+        telemetry::init(&quiet).map_err(Failed::software)?;
+        let server = Server::bind(&config).await?;
         let url = format!("http://{}", server.address());
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(server.run(async {

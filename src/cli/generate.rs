@@ -1,5 +1,6 @@
 //! `denoised generate` and `denoised infill`.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 
 use clap::{Args, ValueEnum};
@@ -11,9 +12,12 @@ use super::view::View;
 use super::{Failed, INTERRUPTED, json, template};
 use crate::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use crate::proto::v1::{
-    FramePolicy, GenerateRequest, InfillRequest, ModelReference, Sampler, Sampling, frame_policy,
-    generate_response, infill_response,
+    Accepted, Frame, FramePolicy, GenerateRequest, GenerateResponse, InfillRequest, InfillResponse,
+    ModelReference, Result as Finished, Sampler, Sampling, frame_policy, generate_response, infill_response,
 };
+
+/// Milliseconds between two drawings of a canvas on a terminal: what eyes can follow.
+const REDRAW_MS: u32 = 40;
 
 /// Options of both commands.
 #[derive(Debug, Args)]
@@ -21,39 +25,40 @@ pub(super) struct Generate {
     #[command(flatten)]
     target: Target,
     /// Model to ask for, as NAME or NAME@VERSION.
-    #[arg(long)]
+    #[arg(long, value_name = "NAME")]
     model: Option<String>,
-    /// Positions of the whole canvas, prompt included (generate only).
+    /// Tokens of the whole text, prompt included; the model's maximum by default (generate only).
     #[arg(long, value_name = "N")]
     length: Option<u32>,
-    /// Denoising steps.
+    /// Denoising steps; as many as there are tokens to fill by default, at most 64.
     #[arg(long, value_name = "N")]
     steps: Option<u32>,
-    /// tweedie or euler.
-    #[arg(long, value_name = "NAME", value_parser = json::sampler)]
+    /// How to take a step: tweedie or euler; tweedie by default.
+    #[arg(long, value_name = "SAMPLER", value_parser = sampler)]
     sampler: Option<Sampler>,
-    /// Seed of all random choices: the same seed gives the same text.
+    /// Seed of all random choices: the same seed gives the same text. Drawn by default.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Independent texts to draw.
+    /// Independent texts to draw; 1 by default.
     #[arg(long, value_name = "N")]
     num_samples: Option<u32>,
-    /// 0 takes the likeliest tokens, 1 follows the model.
+    /// 0 takes the likeliest tokens, 1 follows the model; 1 by default.
     #[arg(long, value_name = "X")]
     temperature: Option<f64>,
-    /// Choose among this many likeliest tokens.
+    /// Choose among this many likeliest tokens; all by default.
     #[arg(long, value_name = "N")]
     top_k: Option<u32>,
-    /// Choose among the likeliest tokens that hold this share of the probability.
+    /// Choose among the likeliest tokens that hold this share of the probability; 1 by default.
     #[arg(long, value_name = "X")]
     top_p: Option<f64>,
     /// Print one JSON object per event and line.
     #[arg(long, conflicts_with = "live")]
     json: bool,
     /// Show intermediate states.
-    #[arg(long, value_enum, default_value = "auto")]
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     live: Live,
-    /// The prompt, or for infill the template, whose gaps are written [[N]] (\[[ for brackets).
+    /// The prompt; for infill the template, where [[N]] is a gap of N tokens, \[ a bracket that opens
+    /// no gap and \\ a backslash.
     #[arg(value_name = "TEXT", default_value = "")]
     text: String,
 }
@@ -78,9 +83,9 @@ pub(super) struct Infill {
 
 /// Events of either call.
 enum Event {
-    Accepted(crate::proto::v1::Accepted),
-    Frame(crate::proto::v1::Frame),
-    Result(crate::proto::v1::Result),
+    Accepted(Accepted),
+    Frame(Frame),
+    Result(Finished),
 }
 
 type Events = BoxStream<'static, Result<Option<Event>, Status>>;
@@ -99,7 +104,7 @@ impl Generate {
         };
         let mut client = DiffusionServiceClient::new(connection.channel.clone());
         let events = client.generate(request).await.map(|response| {
-            let event = |message: crate::proto::v1::GenerateResponse| match message.event? {
+            let event = |message: GenerateResponse| match message.event? {
                 generate_response::Event::Accepted(accepted) => Some(Event::Accepted(accepted)),
                 generate_response::Event::Frame(frame) => Some(Event::Frame(frame)),
                 generate_response::Event::Result(result) => Some(Event::Result(result)),
@@ -136,27 +141,35 @@ impl Generate {
     }
 
     fn frames(&self) -> FramePolicy {
-        let wanted =
-            self.json || self.live == Live::Always || (self.live == Live::Auto && io::stdout().is_terminal());
-        let when = if wanted {
+        let view = self.view();
+        let when = if self.json || !matches!(view, View::Off) {
             frame_policy::When::OnChange
         } else {
             frame_policy::When::Never
         };
         FramePolicy {
             when: when.into(),
+            min_interval_ms: if matches!(view, View::Terminal(_)) {
+                REDRAW_MS
+            } else {
+                0
+            },
             ..FramePolicy::default()
         }
     }
 
     fn view(&self) -> View {
+        let terminal = io::stdout().is_terminal();
         match self.live {
             _ if self.json => View::Off,
-            Live::Never => View::Off,
-            Live::Auto | Live::Always if io::stdout().is_terminal() => View::terminal(),
-            Live::Always => View::blocks(),
-            Live::Auto => View::Off,
+            Live::Auto | Live::Always if terminal => View::terminal(),
+            Live::Always => View::blocks(self.many()),
+            Live::Auto | Live::Never => View::Off,
         }
+    }
+
+    fn many(&self) -> bool {
+        self.num_samples.unwrap_or(1) > 1
     }
 
     /// Shows the events and leaves terminal and server in order, whatever happened.
@@ -170,37 +183,81 @@ impl Generate {
             },
             Err(status) => Err(status.into()),
         };
-        view.clear(&mut io::stdout()).map_err(Failed::software)?;
+        let cleared = Failed::unless_closed(view.clear(&mut io::stdout()));
         let closed = connection.close().await;
-        shown.and(closed)
+        shown.and(cleared).and(closed)
     }
 
     async fn show(&self, mut events: Events, view: &mut View) -> Result<(), Failed> {
         let mut out = io::stdout();
-        let many = self.num_samples.unwrap_or(1) > 1;
+        let mut finished = BTreeMap::new();
+        let mut ended = Ok(());
         while let Some(event) = events.next().await {
-            let shown = match event? {
-                Some(Event::Accepted(accepted)) if self.json => {
-                    writeln!(out, "{}", json::accepted(&accepted))
+            let shown = match event {
+                Ok(Some(event)) if self.json => print_line(&event, &mut finished, &mut out),
+                Ok(Some(Event::Frame(frame))) => view.show(&frame, &mut out),
+                Ok(Some(Event::Result(result))) => {
+                    finished.insert(result.canvas, result);
+                    Ok(())
                 }
-                Some(Event::Frame(frame)) if self.json => writeln!(out, "{}", json::frame(&frame)),
-                Some(Event::Result(result)) if self.json => writeln!(out, "{}", json::result(&result)),
-                Some(Event::Frame(frame)) => view.show(&frame, &mut out),
-                Some(Event::Result(result)) => view.clear(&mut out).and_then(|()| {
-                    if many {
-                        writeln!(out, "=== sample {} of seed {}", result.canvas, result.seed)?;
-                    }
-                    match &result.text {
-                        Some(text) => writeln!(out, "{text}"),
-                        None => writeln!(out, "{:?}", result.tokens),
-                    }
-                }),
-                Some(Event::Accepted(_)) | None => Ok(()),
+                Ok(Some(Event::Accepted(_)) | None) => Ok(()),
+                Err(status) => {
+                    ended = Err(status.into());
+                    break;
+                }
             };
-            shown.and_then(|()| out.flush()).map_err(Failed::software)?;
+            match shown.and_then(|()| out.flush()) {
+                Ok(()) => {}
+                // Nobody reads any more, so nothing more is asked for.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                Err(error) => return Err(Failed::software(error)),
+            }
         }
-        Ok(())
+        if ended.is_ok() && finished.is_empty() {
+            ended = Err(Failed::software("the server ended the answer without a result"));
+        }
+        if self.json {
+            return ended;
+        }
+        // What is finished is shown even when the rest failed.
+        let printed = view
+            .clear(&mut out)
+            .and_then(|()| self.print(&finished, &mut out));
+        ended.and(Failed::unless_closed(printed))
     }
+
+    fn print(&self, finished: &BTreeMap<u32, Finished>, out: &mut impl Write) -> io::Result<()> {
+        for (canvas, result) in finished {
+            if self.many() {
+                writeln!(out, "=== sample {canvas} of seed {}", result.seed)?;
+            }
+            match &result.text {
+                Some(text) => writeln!(out, "{text}")?,
+                // A model without a tokenizer.
+                None => writeln!(out, "{:?}", result.tokens)?,
+            }
+        }
+        out.flush()
+    }
+}
+
+fn print_line(event: &Event, finished: &mut BTreeMap<u32, Finished>, out: &mut impl Write) -> io::Result<()> {
+    let line: json::Line<'_> = match event {
+        Event::Accepted(accepted) => accepted.into(),
+        Event::Frame(frame) => frame.into(),
+        Event::Result(result) => {
+            finished.insert(result.canvas, result.clone());
+            result.into()
+        }
+    };
+    writeln!(out, "{}", serde_json::to_string(&line)?)
+}
+
+/// A sampler by its proto name without prefix, so that new ones need no change here.
+fn sampler(name: &str) -> Result<Sampler, String> {
+    Sampler::from_str_name(&format!("SAMPLER_{}", name.to_uppercase().replace('-', "_")))
+        .filter(|sampler| *sampler != Sampler::Unspecified)
+        .ok_or_else(|| "must be tweedie or euler".to_owned())
 }
 
 impl Infill {
@@ -223,7 +280,7 @@ impl Infill {
         };
         let mut client = DiffusionServiceClient::new(connection.channel.clone());
         let events = client.infill(request).await.map(|response| {
-            let event = |message: crate::proto::v1::InfillResponse| match message.event? {
+            let event = |message: InfillResponse| match message.event? {
                 infill_response::Event::Accepted(accepted) => Some(Event::Accepted(accepted)),
                 infill_response::Event::Frame(frame) => Some(Event::Frame(frame)),
                 infill_response::Event::Result(result) => Some(Event::Result(result)),

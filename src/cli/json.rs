@@ -1,81 +1,249 @@
 //! Events as JSON, one object a line, for machines.
 
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 
-use crate::proto::v1::{Accepted, Frame, Model, Result, Sampler, frame};
+use crate::proto::v1;
 
-pub(super) fn accepted(accepted: &Accepted) -> Value {
-    let model = accepted.model.clone().unwrap_or_default();
-    json!({"accepted": {
-        "request_id": accepted.request_id,
-        "model": format!("{}@{}", model.name, model.version),
-        "seed": accepted.seed,
-        "sampler": accepted.sampler().as_str_name().trim_start_matches("SAMPLER_").to_lowercase(),
-        "steps": accepted.steps,
-        "length": accepted.length,
-        "num_samples": accepted.num_samples,
-    }})
+/// One line.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Line<'a> {
+    Accepted(Accepted<'a>),
+    Frame(Frame<'a>),
+    Result(Finished<'a>),
 }
 
-pub(super) fn frame(frame: &Frame) -> Value {
-    let content = match &frame.content {
-        Some(frame::Content::Keyframe(key)) => json!({"tokens": key.tokens}),
-        Some(frame::Content::Delta(delta)) => json!({"positions": delta.positions, "tokens": delta.tokens}),
-        None => Value::Null,
-    };
-    json!({"frame": {
-        "canvas": frame.canvas,
-        "step": frame.step,
-        "total": frame.total,
-        "t": frame.t,
-        "sigma": frame.sigma,
-        "nfe": frame.nfe,
-        "masked": frame.masked,
-        "text": frame.text,
-        "keyframe": matches!(frame.content, Some(frame::Content::Keyframe(_))),
-        "content": content,
-    }})
+/// The request as the server understood it.
+#[derive(Debug, Serialize)]
+pub(super) struct Accepted<'a> {
+    request_id: &'a str,
+    model: String,
+    seed: u64,
+    sampler: String,
+    steps: u32,
+    length: u32,
+    num_samples: u32,
 }
 
-pub(super) fn result(result: &Result) -> Value {
-    let timings = result.timings.unwrap_or_default();
-    json!({"result": {
-        "canvas": result.canvas,
-        "text": result.text,
-        "tokens": result.tokens,
-        "committed_at": result.committed_at,
-        "nfe": result.nfe,
-        "seed": result.seed,
-        "timings": {
-            "queue_ms": timings.queue_ms,
-            "network_ms": timings.network_ms,
-            "sampling_ms": timings.sampling_ms,
-            "total_ms": timings.total_ms,
-        },
-        "finish_reason": result.finish_reason().as_str_name().trim_start_matches("FINISH_REASON_").to_lowercase(),
-    }})
+/// An intermediate state: all tokens, or those that changed and where.
+#[derive(Debug, Serialize)]
+pub(super) struct Frame<'a> {
+    canvas: u32,
+    step: u32,
+    total: u32,
+    t: f64,
+    sigma: f64,
+    nfe: u32,
+    masked: u32,
+    text: Option<&'a str>,
+    keyframe: bool,
+    content: Option<Content<'a>>,
 }
 
-pub(super) fn model(model: &Model) -> Value {
-    let provenance: Value = serde_json::from_str(&model.provenance_json).unwrap_or_default();
-    let limits = model.limits.unwrap_or_default();
-    json!({
-        "name": model.name,
-        "version": model.version,
-        "default": model.is_default,
-        "graph": model.graph().as_str_name().trim_start_matches("GRAPH_").to_lowercase(),
-        "vocab_size": model.vocab_size,
-        "max_length": limits.max_length,
-        "max_steps": limits.max_steps,
-        "max_samples": limits.max_samples,
-        "has_tokenizer": model.has_tokenizer,
-        "provenance": provenance,
-    })
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Content<'a> {
+    Keyframe { tokens: &'a [u32] },
+    Delta { positions: &'a [u32], tokens: &'a [u32] },
 }
 
-/// The proto name of a sampler given on the command line.
-pub(super) fn sampler(name: &str) -> std::result::Result<Sampler, String> {
-    Sampler::from_str_name(&format!("SAMPLER_{}", name.to_uppercase().replace('-', "_")))
-        .filter(|sampler| *sampler != Sampler::Unspecified)
-        .ok_or_else(|| "must be tweedie or euler".to_owned())
+/// A finished canvas.
+#[derive(Debug, Serialize)]
+pub(super) struct Finished<'a> {
+    canvas: u32,
+    text: Option<&'a str>,
+    tokens: &'a [u32],
+    committed_at: &'a [u32],
+    nfe: u32,
+    seed: u64,
+    timings: Timings,
+    finish_reason: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Timings {
+    queue_ms: f64,
+    network_ms: f64,
+    sampling_ms: f64,
+    total_ms: f64,
+}
+
+/// A served model.
+#[derive(Debug, Serialize)]
+pub(super) struct Model<'a> {
+    name: &'a str,
+    version: u64,
+    default: bool,
+    graph: String,
+    vocab_size: u32,
+    max_length: u32,
+    max_steps: u32,
+    max_samples: u32,
+    has_tokenizer: bool,
+    provenance: Value,
+}
+
+impl<'a> From<&'a v1::Accepted> for Line<'a> {
+    fn from(accepted: &'a v1::Accepted) -> Self {
+        let model = accepted.model.as_ref();
+        Self::Accepted(Accepted {
+            request_id: &accepted.request_id,
+            model: model.map_or_else(String::new, |model| format!("{}@{}", model.name, model.version)),
+            seed: accepted.seed,
+            sampler: plain(accepted.sampler().as_str_name(), "SAMPLER_"),
+            steps: accepted.steps,
+            length: accepted.length,
+            num_samples: accepted.num_samples,
+        })
+    }
+}
+
+impl<'a> From<&'a v1::Frame> for Line<'a> {
+    fn from(frame: &'a v1::Frame) -> Self {
+        let content = match &frame.content {
+            Some(v1::frame::Content::Keyframe(key)) => Some(Content::Keyframe { tokens: &key.tokens }),
+            Some(v1::frame::Content::Delta(delta)) => Some(Content::Delta {
+                positions: &delta.positions,
+                tokens: &delta.tokens,
+            }),
+            None => None,
+        };
+        Self::Frame(Frame {
+            canvas: frame.canvas,
+            step: frame.step,
+            total: frame.total,
+            t: frame.t,
+            sigma: frame.sigma,
+            nfe: frame.nfe,
+            masked: frame.masked,
+            text: frame.text.as_deref(),
+            keyframe: matches!(content, Some(Content::Keyframe { .. })),
+            content,
+        })
+    }
+}
+
+impl<'a> From<&'a v1::Result> for Line<'a> {
+    fn from(result: &'a v1::Result) -> Self {
+        let timings = result.timings.unwrap_or_default();
+        Self::Result(Finished {
+            canvas: result.canvas,
+            text: result.text.as_deref(),
+            tokens: &result.tokens,
+            committed_at: &result.committed_at,
+            nfe: result.nfe,
+            seed: result.seed,
+            timings: Timings {
+                queue_ms: timings.queue_ms,
+                network_ms: timings.network_ms,
+                sampling_ms: timings.sampling_ms,
+                total_ms: timings.total_ms,
+            },
+            finish_reason: plain(result.finish_reason().as_str_name(), "FINISH_REASON_"),
+        })
+    }
+}
+
+impl<'a> From<&'a v1::Model> for Model<'a> {
+    fn from(model: &'a v1::Model) -> Self {
+        let limits = model.limits.unwrap_or_default();
+        Self {
+            name: &model.name,
+            version: model.version,
+            default: model.is_default,
+            graph: graph(model),
+            vocab_size: model.vocab_size,
+            max_length: limits.max_length,
+            max_steps: limits.max_steps,
+            max_samples: limits.max_samples,
+            has_tokenizer: model.has_tokenizer,
+            provenance: provenance(model),
+        }
+    }
+}
+
+/// The graph's name as people write it.
+pub(super) fn graph(model: &v1::Model) -> String {
+    plain(model.graph().as_str_name(), "GRAPH_")
+}
+
+/// What trained the model; null when the server tells no JSON.
+pub(super) fn provenance(model: &v1::Model) -> Value {
+    serde_json::from_str(&model.provenance_json).unwrap_or_default()
+}
+
+/// An enum value's proto name without its prefix, in lower case.
+fn plain(name: &str, prefix: &str) -> String {
+    name.trim_start_matches(prefix).to_lowercase()
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn value<'a>(event: impl Into<Line<'a>>) -> Value {
+        serde_json::to_value(event.into()).unwrap()
+    }
+
+    #[test]
+    fn every_event_is_named_by_its_only_key() {
+        let accepted = v1::Accepted {
+            model: Some(v1::ModelReference {
+                name: "m".to_owned(),
+                version: 2,
+            }),
+            seed: u64::MAX,
+            sampler: v1::Sampler::Euler.into(),
+            ..v1::Accepted::default()
+        };
+        let line = value(&accepted);
+        assert_eq!(line["accepted"]["model"], "m@2");
+        assert_eq!(line["accepted"]["sampler"], "euler");
+        assert_eq!(line["accepted"]["seed"], u64::MAX);
+        let result = v1::Result {
+            tokens: vec![1, 2],
+            committed_at: vec![0, 7],
+            finish_reason: v1::FinishReason::Done.into(),
+            ..v1::Result::default()
+        };
+        let line = value(&result);
+        assert_eq!(line["result"]["committed_at"], json!([0, 7]));
+        assert_eq!(line["result"]["text"], Value::Null);
+        assert_eq!(line["result"]["finish_reason"], "done");
+    }
+
+    #[test]
+    fn a_frame_holds_all_tokens_or_the_changed_ones() {
+        let keyframe = v1::Keyframe {
+            tokens: vec![3, 4],
+            ..v1::Keyframe::default()
+        };
+        let delta = v1::Delta {
+            positions: vec![1],
+            tokens: vec![5],
+        };
+        for (content, keyframe, wanted) in [
+            (
+                v1::frame::Content::Keyframe(keyframe),
+                true,
+                json!({"tokens": [3, 4]}),
+            ),
+            (
+                v1::frame::Content::Delta(delta),
+                false,
+                json!({"positions": [1], "tokens": [5]}),
+            ),
+        ] {
+            let frame = v1::Frame {
+                content: Some(content),
+                ..v1::Frame::default()
+            };
+            let line = value(&frame);
+            assert_eq!(line["frame"]["keyframe"], keyframe);
+            assert_eq!(line["frame"]["content"], wanted);
+        }
+    }
 }

@@ -3,20 +3,25 @@
 //! The client parts speak gRPC like any other client, to a server given by `--server` or to one that
 //! they start within the process.
 
+mod cells;
 mod connect;
 mod generate;
 mod json;
+mod live;
 mod models;
 mod serve;
 mod template;
 mod view;
 
 use std::fmt::Display;
+use std::io;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tonic::Status;
 use tonic_types::StatusExt;
+
+use crate::server::StartError;
 
 /// Exit code for a bad command line or configuration (sysexits' EX_USAGE).
 const USAGE: u8 = 64;
@@ -41,12 +46,16 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve models over gRPC.
+    #[command(after_help = EXIT_CODES)]
     Serve(serve::Serve),
     /// Continue a prompt, watching the text come out of noise.
+    #[command(after_help = EXIT_CODES)]
     Generate(generate::Generate),
     /// Fill the gaps of a template such as "My name is [[8]] and I am [[12]]."
+    #[command(after_help = EXIT_CODES)]
     Infill(generate::Infill),
     /// List what a server serves.
+    #[command(after_help = EXIT_CODES)]
     Models(models::ListModels),
 }
 
@@ -78,12 +87,39 @@ impl Failed {
             message: message.to_string(),
         }
     }
+
+    /// Output failed; a reader that has gone away, as `head` does, has seen enough.
+    fn unless_closed(printed: io::Result<()>) -> Result<(), Self> {
+        match printed {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Self::software(error)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl From<StartError> for Failed {
+    fn from(error: StartError) -> Self {
+        match error {
+            // The configuration names what is not there.
+            StartError::Models(_) => Self::usage(error),
+            StartError::Bundle { .. } | StartError::Network(_) | StartError::System { .. } => {
+                Self::software(error)
+            }
+        }
+    }
 }
 
 impl From<Status> for Failed {
     /// Code, message and whatever the details say of fields and delays, in one line.
     fn from(status: Status) -> Self {
-        let mut message = format!("{}: {}", status.code(), status.message());
+        let mut message = format!("{:?}: {}", status.code(), status.message());
+        let violations = status.get_details_bad_request().map(|bad| bad.field_violations);
+        for violation in violations.into_iter().flatten() {
+            // This project's server says it in the message already; others may not.
+            if !message.contains(&violation.field) || !message.contains(&violation.description) {
+                message = format!("{message}; {}: {}", violation.field, violation.description);
+            }
+        }
         if let Some(delay) = status.get_details_retry_info().and_then(|info| info.retry_delay) {
             message = format!("{message} (try again in {:.1} s)", delay.as_secs_f64());
         }
@@ -135,7 +171,57 @@ pub fn main() -> ExitCode {
 
 fn report(failed: &Failed) -> ExitCode {
     if failed.code != INTERRUPTED {
-        eprintln!("denoised: {}", failed.message);
+        let lines: Vec<&str> = failed.message.lines().map(str::trim).collect();
+        eprintln!("denoised: {}", lines.join(" "));
     }
     failed.code.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use tonic::Code;
+    use tonic_types::ErrorDetails;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn violations_that_the_message_leaves_out_are_added() {
+        let details = ErrorDetails::with_bad_request_violation("sampling.steps", "must be at least 1");
+        for (message, wanted) in [
+            ("no", "InvalidArgument: no; sampling.steps: must be at least 1"),
+            (
+                "sampling.steps: must be at least 1",
+                "InvalidArgument: sampling.steps: must be at least 1",
+            ),
+        ] {
+            let failed = Failed::from(Status::with_error_details(
+                Code::InvalidArgument,
+                message,
+                details.clone(),
+            ));
+            assert_eq!((failed.code, failed.message.as_str()), (USAGE, wanted));
+        }
+    }
+
+    #[test]
+    fn codes_tell_whose_fault_it_is() {
+        for (code, exit) in [
+            (Code::Unavailable, UNAVAILABLE),
+            (Code::NotFound, SOFTWARE),
+            (Code::Internal, SOFTWARE),
+        ] {
+            assert_eq!(Failed::from(Status::new(code, "x")).code, exit);
+        }
+    }
+
+    #[test]
+    fn a_reader_that_went_away_is_no_failure() {
+        assert!(Failed::unless_closed(Err(io::ErrorKind::BrokenPipe.into())).is_ok());
+        assert!(Failed::unless_closed(Err(io::ErrorKind::StorageFull.into())).is_err());
+    }
 }

@@ -1,11 +1,17 @@
 //! `denoised models`.
 
+use std::io::{self, Write};
+
 use clap::Args;
+use serde_json::Value;
 
 use super::connect::Target;
 use super::{Failed, json};
-use crate::proto::v1::ListModelsRequest;
 use crate::proto::v1::model_service_client::ModelServiceClient;
+use crate::proto::v1::{ListModelsRequest, Model};
+
+/// Characters of a provenance that the table shows.
+const SUMMARY: usize = 72;
 
 /// List what a server serves.
 #[derive(Debug, Args)]
@@ -21,42 +27,116 @@ impl ListModels {
     pub(super) async fn run(self) -> Result<(), Failed> {
         let connection = self.target.connect().await?;
         let mut client = ModelServiceClient::new(connection.channel.clone());
-        let models = client
-            .list_models(ListModelsRequest {})
-            .await?
-            .into_inner()
-            .models;
+        let listed = client.list_models(ListModelsRequest {}).await;
         drop(client);
-        if !self.json {
-            println!(
-                "{:<28} {:<10} {:>10} {:>10}",
-                "MODEL", "GRAPH", "VOCABULARY", "MAX LENGTH"
-            );
-        }
-        for model in &models {
-            let value = json::model(model);
-            if self.json {
-                println!("{value}");
-                continue;
-            }
-            let name = format!(
-                "{}@{}{}",
-                model.name,
-                model.version,
-                if model.is_default { " (default)" } else { "" }
-            );
-            let text = |key: &str| {
-                value[key]
-                    .as_str()
-                    .map_or_else(|| value[key].to_string(), str::to_owned)
+        let printed = listed.map_err(Failed::from).and_then(|response| {
+            let models = response.into_inner().models;
+            let mut out = io::stdout();
+            let printed = if self.json {
+                lines(&models, &mut out)
+            } else {
+                table(&models, &mut out)
             };
-            println!(
-                "{name:<28} {:<10} {:>10} {:>10}",
-                text("graph"),
-                text("vocab_size"),
-                text("max_length")
-            );
+            Failed::unless_closed(printed)
+        });
+        printed.and(connection.close().await)
+    }
+}
+
+fn lines(models: &[Model], out: &mut impl Write) -> io::Result<()> {
+    for model in models {
+        writeln!(out, "{}", serde_json::to_string(&json::Model::from(model))?)?;
+    }
+    Ok(())
+}
+
+fn table(models: &[Model], out: &mut impl Write) -> io::Result<()> {
+    let name = |model: &Model| {
+        let mark = if model.is_default { " (default)" } else { "" };
+        format!("{}@{}{mark}", model.name, model.version)
+    };
+    let width = models.iter().map(|model| name(model).len()).max();
+    let width = width.unwrap_or_default().max("MODEL".len());
+    writeln!(
+        out,
+        "{:<width$}  {:<9}  {:>10}  {:>10}  PROVENANCE",
+        "MODEL", "GRAPH", "VOCABULARY", "MAX LENGTH"
+    )?;
+    for model in models {
+        writeln!(
+            out,
+            "{:<width$}  {:<9}  {:>10}  {:>10}  {}",
+            name(model),
+            json::graph(model),
+            model.vocab_size,
+            model.limits.unwrap_or_default().max_length,
+            summary(&json::provenance(model))
+        )?;
+    }
+    Ok(())
+}
+
+/// What is known of a model's origin in a few words: corpus, steps and bound where they are told, as
+/// this project's `training` does, or else the beginning of whatever is told.
+fn summary(provenance: &Value) -> String {
+    let known = [
+        provenance["corpus"].as_str().map(str::to_owned),
+        provenance["steps"].as_u64().map(|steps| format!("{steps} steps")),
+        provenance["validation"]["bound_bits_per_byte"]
+            .as_f64()
+            .map(|bits| format!("{bits:.2} bits per byte held out")),
+    ];
+    let mut summary = known.into_iter().flatten().collect::<Vec<_>>().join(", ");
+    if summary.is_empty() {
+        summary = match provenance.as_str() {
+            Some(text) => text.to_owned(),
+            None if provenance.is_null() => "-".to_owned(),
+            None => provenance.to_string(),
+        };
+    }
+    let summary = summary.split_whitespace().collect::<Vec<_>>().join(" ");
+    if summary.chars().count() <= SUMMARY {
+        return summary;
+    }
+    let start: String = summary.chars().take(SUMMARY - 1).collect();
+    format!("{start}\u{2026}")
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn provenance_is_summed_up_whatever_it_is() {
+        for (provenance, says) in [
+            (
+                json!({"corpus": "a book", "steps": 12, "validation": {"bound_bits_per_byte": 2.125}, "x": 1}),
+                "a book, 12 steps, 2.12 bits per byte held out",
+            ),
+            (json!(null), "-"),
+            (json!("found\non the street"), "found on the street"),
+            (json!({"by": "me"}), r#"{"by":"me"}"#),
+        ] {
+            assert_eq!(summary(&provenance), says);
         }
-        connection.close().await
+        assert_eq!(summary(&json!("x".repeat(500))).chars().count(), SUMMARY);
+    }
+
+    #[test]
+    fn the_table_has_a_line_for_every_model() {
+        let model = |name: &str, is_default| Model {
+            name: name.to_owned(),
+            version: 1,
+            is_default,
+            ..Model::default()
+        };
+        let mut out = Vec::new();
+        table(&[model("first", true), model("second", false)], &mut out).unwrap();
+        let out = String::from_utf8(out).unwrap();
+        let names: Vec<&str> = out.lines().filter_map(|line| line.split("  ").next()).collect();
+        assert_eq!(names.len(), 3, "{out}");
+        assert_eq!(names[1], "first@1 (default)");
     }
 }

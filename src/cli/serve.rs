@@ -25,7 +25,7 @@ pub(super) struct Serve {
     /// Address and port to listen on; port 0 takes a free one.
     #[arg(long, value_name = "ADDR")]
     listen: Option<SocketAddr>,
-    /// Worker threads.
+    /// Worker threads, each with a network of its own.
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
     /// Where networks run: cpu or cuda:N.
@@ -46,10 +46,11 @@ impl Serve {
         ];
         let flags: Vec<(&str, String)> = flags.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
         let config = Config::load(self.config.as_deref(), &flags).map_err(Failed::usage)?;
-        telemetry::init(&config.log).map_err(|e| Failed::usage(format!("log.filter: {e}")))?;
+        telemetry::init(&config.log)
+            .map_err(|e| Failed::usage(format!("log.filter {:?}: {e}", config.log.filter)))?;
         // Before the socket is bound: whoever sees the port may send the signal.
         let shutdown = shutdown_signal().map_err(Failed::software)?;
-        let server = Server::bind(&config).await.map_err(Failed::software)?;
+        let server = Server::bind(&config).await?;
         let address = server.address();
         tracing::info!("serving on http://{address}: {}", server.summary());
         let mut out = std::io::stdout();
