@@ -57,13 +57,8 @@ impl TestServer {
             };
             server.run(shutdown).await.unwrap();
         });
-        let channel = Channel::from_shared(url)
-            .unwrap()
-            .connect()
-            .await
-            .unwrap();
+        let channel = Channel::from_shared(url).unwrap().connect().await.unwrap();
         Self {
-            url,
             channel,
             stop,
             serving,

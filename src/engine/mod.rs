@@ -95,6 +95,8 @@ pub enum AdmitError {
 /// A request that runs. Dropping it ends its canvases at their next step.
 #[derive(Debug)]
 pub struct Generation {
+    /// The state in which every canvas began, however far it has come since.
+    pub initial: Vec<State>,
     /// The newest state of every canvas.
     pub canvases: Vec<watch::Receiver<State>>,
     _running: Running,
@@ -179,7 +181,7 @@ impl Engine {
         let evaluations = u64::from(request.plan.grid.evaluations());
         let permits = self.shared.admission.admit(request.canvases, evaluations)?;
         let now = Instant::now();
-        let (canvases, work): (Vec<_>, Vec<_>) = permits
+        let (canvases, work): (Vec<_>, Vec<Work>) = permits
             .into_iter()
             .enumerate()
             .map(|(index, permit)| {
@@ -206,8 +208,10 @@ impl Engine {
                 (receiver, work)
             })
             .unzip();
+        let initial = work.iter().map(|work| work.progress.borrow().clone()).collect();
         self.shared.queue.put(work);
         Ok(Generation {
+            initial,
             canvases,
             _running: running,
         })

@@ -1,6 +1,6 @@
 //! The gRPC server: translates between the wire and the engine, and nothing else.
 //!
-//! [`request`] checks what comes in, [`stream`] shapes what goes out, [`status`] alone knows gRPC codes.
+//! `request` checks what comes in, `stream` shapes what goes out, `status` alone knows gRPC codes.
 //! A [`Server`] is a function of a configuration (or of models, in tests) and a shutdown future.
 
 mod diffusion_service;

@@ -53,8 +53,17 @@ pub(super) fn events(
     let view = Arc::new(view);
     let canvases: SelectAll<_> = std::mem::take(&mut generation.canvases)
         .into_iter()
+        .zip(std::mem::take(&mut generation.initial))
         .enumerate()
-        .map(|(index, states)| canvas_events(Follower::new(index as u32, states, Arc::clone(&view))))
+        .map(|(index, (states, initial))| {
+            canvas_events(Follower {
+                canvas: index as u32,
+                initial: Some(initial),
+                states,
+                view: Arc::clone(&view),
+                sent: None,
+            })
+        })
         .collect();
     let first = stream::once(async { Ok(Event::Accepted(accepted)) });
     // The generation rides along, so that it lives as long as the stream.
@@ -87,6 +96,8 @@ fn canvas_events(follower: Follower) -> BoxStream<'static, Result<Event, Status>
 /// Follows one canvas.
 struct Follower {
     canvas: u32,
+    /// Where the canvas began, until the first frame: noise is always shown.
+    initial: Option<State>,
     states: watch::Receiver<State>,
     view: Arc<View>,
     sent: Option<Sent>,
@@ -101,18 +112,14 @@ struct Sent {
 }
 
 impl Follower {
-    fn new(canvas: u32, mut states: watch::Receiver<State>, view: Arc<View>) -> Self {
-        // The initial state is news to this reader.
-        states.mark_changed();
-        Self {
-            canvas,
-            states,
-            view,
-            sent: None,
-        }
-    }
-
     async fn next(&mut self) -> Result<Event, Status> {
+        if let Some(initial) = self
+            .initial
+            .take()
+            .filter(|_| self.view.frames.when != When::Never)
+        {
+            return Ok(Event::Frame(self.frame(&initial, Last::No)?));
+        }
         loop {
             if self.sent.as_ref().is_none_or(|sent| !sent.last) {
                 self.wait().await;
