@@ -78,3 +78,48 @@ impl ModuleMapper for Step {
         param.map(|shadow| shadow.mul_scalar(decay) + weights.mul_scalar(1.0 - decay))
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::network::{NetworkConfig, training_device};
+
+    #[test]
+    fn averages_forget_the_first_weights_quickly_and_the_last_slowly() {
+        let config = NetworkConfig {
+            states: 5,
+            length: 4,
+            hidden_size: 8,
+            cond_dim: 4,
+            blocks: 1,
+            heads: 2,
+            dropout: 0.0,
+            scale_by_sigma: true,
+        };
+        let first = config.init(1, 0.0, &training_device()).unwrap();
+        let bias = |network: &Ddit| network.state_dict().get("sigma_map.mlp.0.bias").unwrap().data[0];
+        let start = bias(&first);
+
+        let mut one = Ones;
+        let second = first.clone().map(&mut one);
+        let mut ema = Ema::new(0.25, &first);
+        // Decay 2/11 while that is below 0.25, then 0.25.
+        for decay in [2.0_f32 / 11.0, 0.25, 0.25] {
+            let before = bias(ema.network());
+            ema.update(&second);
+            let expected = decay * before + (1.0 - decay);
+            assert!((bias(ema.network()) - expected).abs() < 1e-6);
+        }
+        assert_eq!(ema.updates(), 3);
+        assert_eq!(bias(&first), start, "what is averaged stays");
+    }
+
+    struct Ones;
+
+    impl ModuleMapper for Ones {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            param.map(|value| value.detach().ones_like().require_grad())
+        }
+    }
+}

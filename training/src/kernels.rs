@@ -3,7 +3,7 @@
 //! Burn composes tanh-GELU, modulated layer norm, rotary attention and score entropy from many
 //! elementwise passes over memory; on a CPU those passes cost more than the arithmetic. Each kernel
 //! here is one pass forward and one backward over contiguous `f32` rows, vectorised by `pulp` for
-//! the processor at hand. Their tests hold them to the composed formulas.
+//! the processor at hand. `reference_test` holds values and gradients of all of them to the authors' network.
 
 mod attention;
 mod elementwise;

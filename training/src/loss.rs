@@ -204,3 +204,89 @@ impl NoisedBatch {
         losses
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::inference_device;
+    use rand_chacha::rand_core::SeedableRng;
+
+    /// Row terms on tensors equal `rate * score_entropy::denoising` on the host.
+    fn check(kind: GraphKind, schedule: Schedule, offset: bool) {
+        const STATES: usize = 13;
+        let objective = Objective {
+            graph: Graph::new(kind, STATES),
+            schedule,
+            offset,
+        };
+        let mut random = ChaCha8Rng::seed_from_u64(7);
+        let clean: Vec<Token> = (0..24).map(|index| index % (STATES as Token - 1)).collect();
+        for t in [EARLIEST, 0.1, 0.6, 1.0] {
+            let (sigma, rate) = (schedule.total_noise(t), schedule.rate(t));
+            let batch = objective.noise(&clean, clean.len(), &[t], &mut random);
+            if batch.rows.is_empty() {
+                continue;
+            }
+            let rows = batch.rows.len();
+            let raw: Vec<f32> = (0..rows * STATES)
+                .map(|_| 4.0 * unit(&mut random) as f32 - 2.0)
+                .collect();
+            let log_scores =
+                Tensor::<2>::from_data(TensorData::new(raw.clone(), [rows, STATES]), &inference_device());
+            let kernel = ScoreEntropy {
+                terms: batch.terms.as_slice().into(),
+            };
+            let losses: Tensor<1> = kernels::apply(kernel, [log_scores.into()]);
+            let shift = if offset { sigma_offset(sigma, STATES) } else { 0.0 };
+            for ((ours, raw), &row) in losses
+                .into_data()
+                .iter::<f32>()
+                .zip(raw.chunks_exact(STATES))
+                .zip(&batch.rows)
+            {
+                let log_score: Vec<f64> = raw.iter().map(|&raw| f64::from(raw) + shift).collect();
+                let entropy = score_entropy::denoising(
+                    &objective.graph,
+                    &log_score,
+                    batch.tokens[row],
+                    clean[row],
+                    sigma,
+                );
+                let expected = rate * entropy;
+                let tolerance = 1e-4 * expected.abs().max(1.0);
+                assert!(
+                    (f64::from(ours) - expected).abs() < tolerance,
+                    "{kind:?} at t = {t}: {ours} is not {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn tensor_score_entropy_is_the_scalar_one() {
+        let geometric = Schedule::Geometric {
+            sigma_min: 1e-3,
+            sigma_max: 20.0,
+        };
+        for schedule in [Schedule::LogLinear { eps: 1e-3 }, geometric] {
+            check(GraphKind::Absorbing, schedule, true);
+            check(GraphKind::Absorbing, schedule, false);
+            check(GraphKind::Uniform, schedule, false);
+        }
+    }
+
+    #[test]
+    fn weighted_times_keep_the_mean() {
+        for power in [1.0, 2.0] {
+            let count = 1000;
+            let mean = |f: &dyn Fn(f64) -> f64| {
+                weighted_times(count, 0.5, power)
+                    .map(|(t, weight)| weight * f(t))
+                    .sum::<f64>()
+                    / count as f64
+            };
+            assert!((mean(&|_| 1.0) - 1.0).abs() < 2e-3);
+            assert!((mean(&|t| t * t) - 1.0 / 3.0).abs() < 2e-3);
+        }
+    }
+}

@@ -82,3 +82,67 @@ impl ModuleVisitor for Scale {
         }
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::network::{NetworkConfig, training_device};
+
+    struct Filled(GradientsParams, f64);
+
+    impl ModuleVisitor for Filled {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0.register(param.id, param.val().inner().full_like(self.1));
+        }
+    }
+
+    struct Norm(GradientsParams, f64);
+
+    impl ModuleVisitor for Norm {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if let Some(gradient) = self.0.remove::<D>(param.id) {
+                self.1 += f64::from(gradient.square().sum().into_scalar::<f32>());
+            }
+        }
+    }
+
+    #[test]
+    fn parts_are_summed_and_clipped_by_their_common_norm() {
+        let config = NetworkConfig {
+            states: 5,
+            length: 4,
+            hidden_size: 8,
+            cond_dim: 4,
+            blocks: 1,
+            heads: 2,
+            dropout: 0.0,
+            scale_by_sigma: true,
+        };
+        let network = config.init(1, 0.0, &training_device()).unwrap();
+        let filled = |value: f64| {
+            let mut filled = Filled(GradientsParams::new(), value);
+            network.visit(&mut filled);
+            filled.0
+        };
+        let all = (network.num_params() as f64).sqrt();
+        for (largest, expected) in [(1.0, 1.0), (1e6, 3.0 * all)] {
+            let (sum, before) = combine(&network, vec![filled(1.0), filled(2.0)], largest);
+            assert!((before / (3.0 * all) - 1.0).abs() < 1e-5);
+            let mut norm = Norm(sum, 0.0);
+            network.visit(&mut norm);
+            assert!((norm.1.sqrt() / expected - 1.0).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn the_learning_rate_warms_up_and_falls() {
+        let settings: OptimizerSection = toml::from_str(
+            "lr = 2.0\nbetas = [0.9, 0.99]\nwarmup_steps = 4\ndecay = \"cosine\"\ngradient_clip_norm = 1.0\nema_decay = 0.9",
+        )
+        .unwrap();
+        assert!((settings.learning_rate(0, 0.0) - 0.5).abs() < 1e-12);
+        assert!((settings.learning_rate(100, 0.5) - 1.0).abs() < 1e-12);
+        assert!(settings.learning_rate(100, 1.0).abs() < 1e-12);
+    }
+}

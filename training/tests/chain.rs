@@ -175,7 +175,7 @@ fn from_text_to_a_bundle_that_runs() {
     };
     served
         .log_score(&batch, &mut |rows| {
-            assert!(rows.row(1).iter().all(|s| s.is_finite()))
+            assert!(rows.row(1).iter().all(|s| s.is_finite()));
         })
         .unwrap();
 }
@@ -199,15 +199,13 @@ fn a_damaged_checkpoint_is_named() {
         let whole = fs::read(&path).unwrap();
         fs::write(&path, &whole[..whole.len() / 2]).unwrap();
     }
-    let error = fit(
-        config,
-        FitOptions {
-            resume: true,
-            minutes: None,
-        },
-    )
-    .err()
-    .expect("a half checkpoint is refused");
+    let options = FitOptions {
+        resume: true,
+        minutes: None,
+    };
+    let error = fit(config, options)
+        .map(drop)
+        .expect_err("half a checkpoint is not resumed");
     assert!(
         format!("{error:#}").contains(latest.to_str().unwrap()),
         "{error:#}"
