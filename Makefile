@@ -121,11 +121,13 @@ train-demo: prerequisites ## Train the demo model again, from the text to the bu
 	cargo build --release --locked --package training --bin training
 	training="$${CARGO_TARGET_DIR:-target}/release/training"
 	corpus=(--validation-fraction 0.05 --seed 1 .corpus/world-english/*.txt)
-	"$$training" tokenizer --vocab-size 2048 --out .corpus/tokenizer.json "$${corpus[@]}"
-	"$$training" prepare --tokenizer .corpus/tokenizer.json --out .corpus "$${corpus[@]}"
-	"$$training" fit training/configs/demo.toml
-	"$$training" evaluate training/configs/demo.toml
-	"$$training" export training/configs/demo.toml --name world-english --out training/demo/world-english/1
+	"$$training" tokenizer --vocab-size 1535 --out .corpus/demo/tokenizer.json "$${corpus[@]}"
+	"$$training" prepare --tokenizer .corpus/demo/tokenizer.json --out .corpus/demo "$${corpus[@]}"
+	"$$training" fit training/configs/demo.toml --until-minutes 58
+	"$$training" evaluate training/configs/demo.toml --baselines
+	rm -rf training/demo/world-english/1
+	"$$training" export training/configs/demo.toml --name world-english --out training/demo/world-english/1 \
+		--corpus "World English Bible, public domain, https://ebible.org/web/ (Debian sword-text-web by training/demo/corpus.sh; all chapters: sha256 $$(cat .corpus/world-english/*.txt | sha256sum | cut -d' ' -f1))"
 
 .PHONY: clean
 clean: ## Remove the build's output and the fetched tools (training runs stay).
