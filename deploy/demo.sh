@@ -52,9 +52,9 @@ done
 [[ -n $url ]] || fail "the server was not ready after $ready_seconds s"
 echo "the server listens on $url (process $server)"
 
-show generate --server "$url" --live always --length 96 --steps 48 --seed 1 \
+show generate --server "$url" --live always --length 96 --steps 128 --temperature 0.8 --seed 1 \
     "In the beginning"
-show infill --server "$url" --live always --steps 32 --seed 2 \
+show infill --server "$url" --live always --steps 128 --temperature 0.8 --seed 2 \
     'Jesus said to them, "[[24]]" And the people [[16]] and went away rejoicing.'
 if [[ -r /proc/$server/status ]]; then
     printf '\npeak memory of the server: '
