@@ -1,0 +1,9 @@
+//! One file per command: its arguments and what it prints. The work is the library's.
+
+mod corpus;
+pub(crate) mod evaluate;
+pub(crate) mod export;
+pub(crate) mod fit;
+pub(crate) mod prepare;
+mod run;
+pub(crate) mod tokenizer;

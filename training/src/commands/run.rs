@@ -1,0 +1,94 @@
+//! What `fit` left behind, for the commands that come after it.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use serde_json::json;
+use tokenizers::Tokenizer;
+use training::checkpoint::{self, State};
+use training::config::RunConfig;
+use training::data::TokenFile;
+use training::evaluate::{Bound, bound};
+use training::network::Ddit;
+use training::{baseline, trainer};
+
+/// The latest checkpoint of a run, with its averaged weights.
+pub(super) struct Run {
+    pub(super) config: RunConfig,
+    pub(super) network: Ddit,
+    pub(super) state: State,
+}
+
+impl Run {
+    pub(super) fn latest(config: &RunConfig) -> Result<Self> {
+        let (network, state) = checkpoint::load_average(&checkpoint::latest(&config.run.directory)?)?;
+        Ok(Self {
+            config: config.clone(),
+            network,
+            state,
+        })
+    }
+
+    /// The bound on held-out text, and the bytes of a token there.
+    pub(super) fn evaluate(&self, draws: usize) -> Result<(Bound, f64)> {
+        let shape = self.network.config();
+        let file = TokenFile::open(&self.config.data.validation)?;
+        let tokenizer = Tokenizer::from_file(&self.config.data.tokenizer)
+            .map_err(|e| anyhow!("{}: {e}", self.config.data.tokenizer.display()))?;
+        let count = file.sequences(shape.length);
+        let sequences: Vec<_> = (0..count)
+            .map(|index| file.sequence(index, shape.length))
+            .collect();
+        let bytes = file.bytes_of_first(count * shape.length, &tokenizer)?;
+        let objective = trainer::objective(&self.config, shape);
+        let bound = bound(
+            &self.network,
+            &objective,
+            &sequences,
+            draws,
+            self.config.run.seed,
+            self.config.run.threads,
+        );
+        Ok((bound, bytes as f64 / (count * shape.length) as f64))
+    }
+
+    /// What simple models make of the same held-out text.
+    pub(super) fn baselines(&self) -> Result<serde_json::Value> {
+        let text = |path: &Path| {
+            let path = path.with_extension("txt");
+            std::fs::read(&path).with_context(|| path.display().to_string())
+        };
+        let (train, validation) = (
+            text(&self.config.data.train)?,
+            text(&self.config.data.validation)?,
+        );
+        Ok(json!({
+            "byte_4_gram_bits_per_byte": baseline::four_gram_bits_per_byte(&train, &validation),
+            "xz_9_bits_per_byte": baseline::xz_bits_per_byte(&validation),
+        }))
+    }
+
+    /// Where the weights come from and how good they are, for the bundle.
+    pub(super) fn provenance(&self, corpus: &str) -> Result<serde_json::Value> {
+        let (bound, bytes_per_token) = self.evaluate(32)?;
+        let [bits, error] = bound.bits_per_byte(bytes_per_token);
+        let train = std::fs::read(&self.config.data.train)
+            .with_context(|| self.config.data.train.display().to_string())?;
+        Ok(json!({
+            "trained_by": format!("denoised training {}", env!("CARGO_PKG_VERSION")),
+            "corpus": corpus,
+            "train_tokens_sha256": denoised::bundle::sha256(&train),
+            "steps": self.state.step,
+            "minutes": self.state.seconds / 60.0,
+            "config": self.config,
+            "validation": {
+                "bound_nats_per_token": bound.nats_per_token,
+                "standard_error_nats_per_token": bound.standard_error,
+                "bound_bits_per_byte": bits,
+                "standard_error_bits_per_byte": error,
+                "sequences": bound.sequences,
+                "baselines": self.baselines()?,
+            },
+        }))
+    }
+}
