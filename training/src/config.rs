@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use denoised::bundle::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +69,16 @@ pub struct NetworkSection {
     /// Offset log-scores by the noise level (absorbing graphs only).
     #[serde(default)]
     pub scale_by_sigma: bool,
+    /// `score` (SEDD): the network gives log-scores and learns by score entropy. `mean` (MDLM, RADD;
+    /// absorbing graphs only): it gives probabilities of the clean token and learns by cross-entropy.
+    #[serde(default = "default_parameterization")]
+    pub parameterization: Parameterization,
+    /// Whether the network sees the noise level. `mean` networks do as well without.
+    #[serde(default = "default_time_conditioned")]
+    pub time_conditioned: bool,
+    /// Use the embedding as the head's matrix, too: fewer weights for small networks.
+    #[serde(default)]
+    pub tie_embeddings: bool,
     /// What the gates of attention and MLP start at. 0, as in the reference, makes every block start as
     /// the identity; 1 lets short runs of small networks learn from the first step on.
     #[serde(default)]
@@ -143,6 +154,14 @@ fn default_time_power() -> f64 {
     1.0
 }
 
+fn default_parameterization() -> Parameterization {
+    Parameterization::Score
+}
+
+fn default_time_conditioned() -> bool {
+    true
+}
+
 fn default_threads() -> usize {
     1
 }
@@ -209,6 +228,11 @@ impl RunConfig {
             !(self.network.scale_by_sigma && self.graph.kind == GraphKind::Uniform),
             "network.scale_by_sigma is for absorbing graphs"
         );
+        ensure!(
+            !(self.network.parameterization == Parameterization::Mean
+                && self.graph.kind == GraphKind::Uniform),
+            "network.parameterization \"mean\" is for absorbing graphs"
+        );
         // The vocabulary is not known yet; any other number of states will do for the other fields.
         self.network_config(2).validate()?;
         Ok(())
@@ -225,6 +249,9 @@ impl RunConfig {
             heads,
             dropout,
             scale_by_sigma,
+            parameterization,
+            time_conditioned,
+            tie_embeddings,
             initial_gate: _,
         } = self.network;
         let states = vocab_size + mask;
@@ -237,6 +264,9 @@ impl RunConfig {
             heads,
             dropout,
             scale_by_sigma,
+            parameterization,
+            time_conditioned,
+            tie_embeddings,
         }
     }
 

@@ -96,6 +96,9 @@ mod tests {
             heads: 2,
             dropout: 0.0,
             scale_by_sigma: true,
+            parameterization: denoised::bundle::Parameterization::Score,
+            time_conditioned: true,
+            tie_embeddings: false,
         };
         let first = config.init(1, 0.0, &training_device()).unwrap();
         let bias = |network: &Ddit| network.state_dict().get("sigma_map.mlp.0.bias").unwrap().data[0];

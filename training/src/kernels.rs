@@ -6,6 +6,7 @@
 //! the processor at hand. `reference_test` holds values and gradients of all of them to the authors' network.
 
 mod attention;
+mod cross_entropy;
 mod elementwise;
 mod norm;
 mod score_entropy;
@@ -22,6 +23,7 @@ use burn::backend::{Autodiff, Flex};
 use burn::tensor::TensorData;
 
 pub use attention::RotaryAttention;
+pub use cross_entropy::{CrossEntropy, CrossEntropyTerm};
 pub use elementwise::{GatedResidual, Gelu};
 pub use norm::ModulatedNorm;
 pub use score_entropy::{RowTerm, ScoreEntropy};
@@ -125,6 +127,21 @@ fn entries(tensor: &FlexTensor) -> &[f32] {
         Some(entries) => entries,
         None => unreachable!("kernels see contiguous f32 tensors only"),
     }
+}
+
+/// `rows` `[rows, columns]`, each times its entry of `by` `[rows]`.
+fn scale_rows(mut rows: FlexTensor, by: &FlexTensor) -> FlexTensor {
+    let by = by.to_contiguous();
+    let columns = rows.layout().shape()[1];
+    let each = rows.storage_mut::<f32>().chunks_exact_mut(columns);
+    vectorised(|| {
+        for (row, &factor) in each.zip(entries(&by)) {
+            for entry in row {
+                *entry *= factor;
+            }
+        }
+    });
+    rows
 }
 
 /// Runs `work` with the widest instructions this processor has.

@@ -1,17 +1,23 @@
-//! The objective: denoising score entropy, weighted by the rate (SEDD, arXiv 2310.16834, eq. 10-11).
+//! The objective: denoising score entropy, weighted by the rate (SEDD, arXiv 2310.16834, eq. 10-11), or
+//! for networks that give probabilities of the clean token what it then comes to, a weighted
+//! cross-entropy (MDLM, arXiv 2406.07524, eq. 10; RADD, arXiv 2406.03736, lambda-DCE).
 //!
-//! `loss = rate(t) * sum over positions of sum_{y != x} Q(x, y) (s_y - r_y ln s_y + K(r_y))`,
+//! Score entropy: `loss = rate(t) * sum over positions of sum_{y != x} Q(x, y) (s_y - r_y ln s_y + K(r_y))`,
 //! `r_y = p(y | x0) / p(x | x0)`, `K(a) = a (ln a - 1)`, mean over the batch. Ratios are taken on the
 //! host in f64; a tensor sees `exp` of the head's output only, with the noise offset folded into
 //! the weight of the row (`e^offset` is 1e6 and more at little noise).
+//!
+//! Cross-entropy: `loss = rate(t) / (e^sigma - 1) * sum over masked positions of -ln p(x0 | x)`, which
+//! is score entropy at `s_y = p(y | x) / (e^sigma - 1)`; both bound `-ln p(x0)` alike.
 
 use burn::Tensor;
 use burn::tensor::{Int, TensorData};
+use denoised::bundle::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule, Token, score_entropy, sigma_offset};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
 
-use crate::kernels::{self, RowTerm, ScoreEntropy};
+use crate::kernels::{self, CrossEntropy, CrossEntropyTerm, RowTerm, ScoreEntropy};
 use crate::network::{Ddit, DropoutSource, token_tensor};
 
 /// Times below this are neither trained nor evaluated: the rate is steep and nothing is left to learn.
@@ -26,6 +32,8 @@ pub struct Objective {
     pub schedule: Schedule,
     /// Whether the network's log-scores lack the offset `-ln(e^sigma - 1) - ln(states - 1)`.
     pub offset: bool,
+    /// What the network gives.
+    pub parameterization: Parameterization,
 }
 
 /// Sequences after the forward process, with what the loss needs to know about them.
@@ -40,7 +48,16 @@ pub struct NoisedBatch {
     /// Positions that the loss depends on, into `[batch * length]`, ascending.
     pub rows: Vec<usize>,
     /// One term per row.
-    pub terms: Vec<RowTerm>,
+    pub terms: Terms,
+}
+
+/// What rows add to the loss.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Terms {
+    /// Of networks that give log-scores.
+    ScoreEntropy(Vec<RowTerm>),
+    /// Of networks that give logits of the clean token.
+    CrossEntropy(Vec<CrossEntropyTerm>),
 }
 
 /// A uniform draw from [0, 1) with 53 bits.
@@ -93,15 +110,26 @@ impl Objective {
         length: usize,
         noise: &[[f64; 2]],
     ) -> NoisedBatch {
-        let mut rows = Vec::with_capacity(tokens.len());
-        let mut terms = Vec::with_capacity(tokens.len());
-        for (index, (&current, &target)) in tokens.iter().zip(clean).enumerate() {
-            let [sigma, rate] = noise[index / length];
-            if let Some(term) = self.term(current, target, sigma, rate) {
-                rows.push(index);
-                terms.push(term);
+        let (rows, terms) = match (self.parameterization, self.graph.mask()) {
+            (Parameterization::Mean, Some(mask)) => {
+                let (rows, terms) = rows_of(&tokens, clean, |index, current, target| {
+                    let [sigma, rate] = noise[index / length];
+                    (current == mask).then(|| CrossEntropyTerm {
+                        mask: mask as usize,
+                        target: target as usize,
+                        weight: (rate / sigma.exp_m1()) as f32,
+                    })
+                });
+                (rows, Terms::CrossEntropy(terms))
             }
-        }
+            _ => {
+                let (rows, terms) = rows_of(&tokens, clean, |index, current, target| {
+                    let [sigma, rate] = noise[index / length];
+                    self.term(current, target, sigma, rate)
+                });
+                (rows, Terms::ScoreEntropy(terms))
+            }
+        };
         NoisedBatch {
             length,
             tokens,
@@ -154,15 +182,38 @@ impl Objective {
     }
 }
 
+/// The positions with a term, and their terms.
+fn rows_of<T>(
+    tokens: &[Token],
+    clean: &[Token],
+    term: impl Fn(usize, Token, Token) -> Option<T>,
+) -> (Vec<usize>, Vec<T>) {
+    tokens
+        .iter()
+        .zip(clean)
+        .enumerate()
+        .filter_map(|(index, (&current, &target))| Some((index, term(index, current, target)?)))
+        .unzip()
+}
+
 impl NoisedBatch {
     /// Multiplies the loss of every sequence by its weight.
     pub fn weigh(&mut self, weights: &[f64]) {
-        for (row, term) in self.rows.iter().zip(&mut self.terms) {
-            let weight = weights[row / self.length] as f32;
-            term.exponential *= weight;
-            term.linear *= weight;
-            term.target_weight *= weight;
-            term.constant *= weight;
+        let weights = self.rows.iter().map(|row| weights[row / self.length] as f32);
+        match &mut self.terms {
+            Terms::ScoreEntropy(terms) => {
+                for (weight, term) in weights.zip(terms) {
+                    term.exponential *= weight;
+                    term.linear *= weight;
+                    term.target_weight *= weight;
+                    term.constant *= weight;
+                }
+            }
+            Terms::CrossEntropy(terms) => {
+                for (weight, term) in weights.zip(terms) {
+                    term.weight *= weight;
+                }
+            }
         }
     }
 
@@ -184,13 +235,8 @@ impl NoisedBatch {
             let rows: Vec<i64> = self.rows.iter().map(|&row| row as i64).collect();
             Tensor::<1, Int>::from_data(TensorData::new(rows, [self.rows.len()]), &device)
         });
-        let log_scores = network.forward_rows(tokens, sigma, rows, dropout); // [rows, states]
-        Some(kernels::apply(
-            ScoreEntropy {
-                terms: self.terms.as_slice().into(),
-            },
-            [log_scores.into()],
-        ))
+        let output = network.forward_rows(tokens, sigma, rows, dropout); // [rows, states]
+        Some(self.terms.of(output))
     }
 
     /// The loss of each sequence under `network`, without gradients.
@@ -205,19 +251,39 @@ impl NoisedBatch {
     }
 }
 
+impl Terms {
+    /// The loss of each row of a network's output `[rows, states]`: `[rows]`.
+    fn of(&self, output: Tensor<2>) -> Tensor<1> {
+        match self {
+            Self::ScoreEntropy(terms) => {
+                let terms = terms.as_slice().into();
+                kernels::apply(ScoreEntropy { terms }, [output.into()])
+            }
+            Self::CrossEntropy(terms) => {
+                let terms = terms.as_slice().into();
+                kernels::apply(CrossEntropy { terms }, [output.into()])
+            }
+        }
+    }
+}
+
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
-    use crate::network::inference_device;
+    use crate::network::training_device;
     use rand_chacha::rand_core::SeedableRng;
 
-    /// Row terms on tensors equal `rate * score_entropy::denoising` on the host.
-    fn check(kind: GraphKind, schedule: Schedule, offset: bool) {
-        const STATES: usize = 13;
+    const STATES: usize = 13;
+
+    /// Losses of rows and their gradients on tensors, against `rate * score_entropy::denoising` in f64 and
+    /// its central differences.
+    fn check(kind: GraphKind, schedule: Schedule, offset: bool, parameterization: Parameterization) {
         let objective = Objective {
             graph: Graph::new(kind, STATES),
             schedule,
             offset,
+            parameterization,
         };
         let mut random = ChaCha8Rng::seed_from_u64(7);
         let clean: Vec<Token> = (0..24).map(|index| index % (STATES as Token - 1)).collect();
@@ -231,47 +297,87 @@ mod tests {
             let raw: Vec<f32> = (0..rows * STATES)
                 .map(|_| 4.0 * unit(&mut random) as f32 - 2.0)
                 .collect();
-            let log_scores =
-                Tensor::<2>::from_data(TensorData::new(raw.clone(), [rows, STATES]), &inference_device());
-            let kernel = ScoreEntropy {
-                terms: batch.terms.as_slice().into(),
-            };
-            let losses: Tensor<1> = kernels::apply(kernel, [log_scores.into()]);
-            let shift = if offset { sigma_offset(sigma, STATES) } else { 0.0 };
-            for ((ours, raw), &row) in losses
+            let output =
+                Tensor::<2>::from_data(TensorData::new(raw.clone(), [rows, STATES]), &training_device())
+                    .require_grad();
+            let losses = batch.terms.of(output.clone());
+            let gradients = losses.clone().sum().backward();
+            let slopes: Vec<f32> = output.grad(&gradients).unwrap().into_data().iter().collect();
+            for (index, (ours, raw)) in losses
                 .into_data()
                 .iter::<f32>()
                 .zip(raw.chunks_exact(STATES))
-                .zip(&batch.rows)
+                .enumerate()
             {
-                let log_score: Vec<f64> = raw.iter().map(|&raw| f64::from(raw) + shift).collect();
-                let entropy = score_entropy::denoising(
-                    &objective.graph,
-                    &log_score,
-                    batch.tokens[row],
-                    clean[row],
-                    sigma,
-                );
-                let expected = rate * entropy;
-                let tolerance = 1e-4 * expected.abs().max(1.0);
+                let row = batch.rows[index];
+                let raw: Vec<f64> = raw.iter().map(|&raw| f64::from(raw)).collect();
+                let loss = |output: &[f64]| {
+                    rate * score_entropy::denoising(
+                        &objective.graph,
+                        &log_scores(&objective, output, sigma),
+                        batch.tokens[row],
+                        clean[row],
+                        sigma,
+                    )
+                };
+                let expected = loss(&raw);
                 assert!(
-                    (f64::from(ours) - expected).abs() < tolerance,
-                    "{kind:?} at t = {t}: {ours} is not {expected}"
+                    (f64::from(ours) - expected).abs() < 1e-5 * rate * expected.abs().max(1.0),
+                    "{kind:?} {parameterization:?} at t = {t}: {ours} is not {expected}"
                 );
+                for y in 0..STATES {
+                    let shifted = |by: f64| {
+                        let mut raw = raw.clone();
+                        raw[y] += by;
+                        loss(&raw)
+                    };
+                    let h = 1e-4;
+                    // Fourth order: the error of the differences stays below that of f32.
+                    let slope = (8.0 * (shifted(h) - shifted(-h)) - (shifted(2.0 * h) - shifted(-2.0 * h)))
+                        / (12.0 * h);
+                    let ours = f64::from(slopes[index * STATES + y]);
+                    assert!(
+                        (ours - slope).abs() < 2e-6 * (rate + slope.abs() + expected.abs()),
+                        "{kind:?} {parameterization:?} at t = {t}: slope {ours} by {y} is not {slope}"
+                    );
+                }
+            }
+        }
+    }
+
+    /// What the server makes of a network's output.
+    fn log_scores(objective: &Objective, output: &[f64], sigma: f64) -> Vec<f64> {
+        match objective.parameterization {
+            Parameterization::Score => {
+                let offset = if objective.offset {
+                    sigma_offset(sigma, STATES)
+                } else {
+                    0.0
+                };
+                output.iter().map(|log_score| log_score + offset).collect()
+            }
+            Parameterization::Mean => {
+                let tokens = &output[..STATES - 1];
+                let total: f64 = tokens.iter().map(|logit| logit.exp()).sum();
+                let shift = total.ln() + sigma.exp_m1().ln();
+                let mut log_scores: Vec<f64> = tokens.iter().map(|logit| logit - shift).collect();
+                log_scores.push(0.0);
+                log_scores
             }
         }
     }
 
     #[test]
-    fn tensor_score_entropy_is_the_scalar_one() {
+    fn tensor_losses_and_gradients_are_the_scalar_ones() {
         let geometric = Schedule::Geometric {
             sigma_min: 1e-3,
             sigma_max: 20.0,
         };
         for schedule in [Schedule::LogLinear { eps: 1e-3 }, geometric] {
-            check(GraphKind::Absorbing, schedule, true);
-            check(GraphKind::Absorbing, schedule, false);
-            check(GraphKind::Uniform, schedule, false);
+            check(GraphKind::Absorbing, schedule, true, Parameterization::Score);
+            check(GraphKind::Absorbing, schedule, false, Parameterization::Score);
+            check(GraphKind::Absorbing, schedule, false, Parameterization::Mean);
+            check(GraphKind::Uniform, schedule, false, Parameterization::Score);
         }
     }
 

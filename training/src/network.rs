@@ -10,6 +10,7 @@ use burn::Tensor;
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Int, TensorData, activation};
+use denoised::bundle::Parameterization;
 use denoised::diffusion::{Token, sigma_offset};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -23,6 +24,10 @@ use crate::state_dict::{HostTensor, StateDict, StateDictError};
 pub const MLP_RATIO: usize = 4;
 /// Cosines and sines that describe the total noise.
 pub const NOISE_FEATURES: usize = 256;
+/// The head's matrix, `[states, width]`.
+pub(crate) const OUTPUT_WEIGHT: &str = "output_layer.linear.weight";
+/// The embedding, `[states, width]`, which stands in for the head's matrix where they are tied.
+pub(crate) const EMBEDDING: &str = "vocab_embed.embedding";
 /// A buffer of published checkpoints that follows from the head width.
 const ROTARY_BUFFER: &str = "rotary_emb.inv_freq";
 
@@ -47,6 +52,23 @@ pub struct NetworkConfig {
     pub dropout: f64,
     /// Whether log-scores are offset by `-ln(e^sigma - 1) - ln(states - 1)` (absorbing graphs only).
     pub scale_by_sigma: bool,
+    /// What the head's output means: log-scores, or logits of the clean token.
+    #[serde(default = "score")]
+    pub parameterization: Parameterization,
+    /// Whether the network sees the total noise; without, it sees 0 always.
+    #[serde(default = "yes")]
+    pub time_conditioned: bool,
+    /// Whether the head's matrix is the embedding.
+    #[serde(default)]
+    pub tie_embeddings: bool,
+}
+
+fn score() -> Parameterization {
+    Parameterization::Score
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A network's shape that cannot be built.
@@ -69,6 +91,9 @@ pub enum NetworkError {
     /// Not a probability below one.
     #[error("network.dropout is {0}, expected 0 <= dropout < 1")]
     Dropout(f64),
+    /// Probabilities know no offset.
+    #[error("network.scale_by_sigma is for network.parameterization \"score\"")]
+    Offset,
     /// Weights that do not fit.
     #[error(transparent)]
     Weights(#[from] StateDictError),
@@ -100,6 +125,9 @@ impl NetworkConfig {
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(NetworkError::Dropout(self.dropout));
         }
+        if self.scale_by_sigma && self.parameterization == Parameterization::Mean {
+            return Err(NetworkError::Offset);
+        }
         Ok(())
     }
 
@@ -108,7 +136,7 @@ impl NetworkConfig {
         let (width, condition) = (self.hidden_size, self.cond_dim);
         let mut list: Vec<(String, Vec<usize>)> = Vec::new();
         let mut add = |name: String, shape: &[usize]| list.push((name, shape.to_vec()));
-        add("vocab_embed.embedding".into(), &[self.states, width]);
+        add(EMBEDDING.into(), &[self.states, width]);
         add("sigma_map.mlp.0.weight".into(), &[condition, NOISE_FEATURES]);
         add("sigma_map.mlp.0.bias".into(), &[condition]);
         add("sigma_map.mlp.2.weight".into(), &[condition, condition]);
@@ -127,7 +155,9 @@ impl NetworkConfig {
             add("adaLN_modulation.bias", &[6 * width]);
         }
         add("output_layer.norm_final.weight".into(), &[width]);
-        add("output_layer.linear.weight".into(), &[self.states, width]);
+        if !self.tie_embeddings {
+            add(OUTPUT_WEIGHT.into(), &[self.states, width]);
+        }
         add("output_layer.linear.bias".into(), &[self.states]);
         add(
             "output_layer.adaLN_modulation.weight".into(),
@@ -208,7 +238,9 @@ pub struct Ddit {
     blocks: Vec<Block>,
     norm_final: Param<Tensor<1>>,
     modulation_final: Linear,
-    output: Linear,
+    /// None where the embedding stands in for it.
+    output_weight: Option<Param<Tensor<2>>>,
+    output_bias: Param<Tensor<1>>,
     #[module(skip)]
     config: NetworkConfig,
 }
@@ -247,17 +279,25 @@ impl Loader<'_> {
         [inputs, outputs]: [usize; 2],
         bias: bool,
     ) -> Result<Linear, StateDictError> {
-        let weight = self
-            .data(&format!("{name}.weight"), &[outputs, inputs])?
-            .transposed();
-        let weight = Tensor::from_data(TensorData::new(weight.data, [inputs, outputs]), self.device);
         let bias = bias
             .then(|| self.vector(&format!("{name}.bias"), outputs))
             .transpose()?;
         Ok(Linear {
-            weight: Param::from_tensor(weight),
+            weight: self.transposed(&format!("{name}.weight"), [inputs, outputs])?,
             bias,
         })
+    }
+
+    fn transposed(
+        &mut self,
+        name: &str,
+        [inputs, outputs]: [usize; 2],
+    ) -> Result<Param<Tensor<2>>, StateDictError> {
+        let weight = self.data(name, &[outputs, inputs])?.transposed();
+        Ok(Param::from_tensor(Tensor::from_data(
+            TensorData::new(weight.data, [inputs, outputs]),
+            self.device,
+        )))
     }
 }
 
@@ -315,7 +355,7 @@ impl Ddit {
         let mut loader = Loader { weights, device };
         let (width, condition) = (config.hidden_size, config.cond_dim);
         let network = Self {
-            embedding: loader.matrix("vocab_embed.embedding", [config.states, width])?,
+            embedding: loader.matrix(EMBEDDING, [config.states, width])?,
             sigma_0: loader.linear("sigma_map.mlp.0", [NOISE_FEATURES, condition], true)?,
             sigma_2: loader.linear("sigma_map.mlp.2", [condition, condition], true)?,
             blocks: (0..config.blocks)
@@ -334,7 +374,10 @@ impl Ddit {
                 .collect::<Result<_, StateDictError>>()?,
             norm_final: loader.vector("output_layer.norm_final.weight", width)?,
             modulation_final: loader.linear("output_layer.adaLN_modulation", [condition, 2 * width], true)?,
-            output: loader.linear("output_layer.linear", [width, config.states], true)?,
+            output_weight: (!config.tie_embeddings)
+                .then(|| loader.transposed(OUTPUT_WEIGHT, [width, config.states]))
+                .transpose()?,
+            output_bias: loader.vector("output_layer.linear.bias", config.states)?,
             config: *config,
         };
         match loader.weights.0.into_keys().next() {
@@ -366,7 +409,7 @@ impl Ddit {
     /// What `pick` finds for each parameter, by reference name.
     pub(crate) fn collect(&self, pick: &mut impl Pick) -> StateDict {
         let mut saver = Saver::default();
-        saver.tensor("vocab_embed.embedding", &self.embedding, pick);
+        saver.tensor(EMBEDDING, &self.embedding, pick);
         saver.linear("sigma_map.mlp.0", &self.sigma_0, pick);
         saver.linear("sigma_map.mlp.2", &self.sigma_2, pick);
         for (index, block) in self.blocks.iter().enumerate() {
@@ -381,13 +424,16 @@ impl Ddit {
         }
         saver.tensor("output_layer.norm_final.weight", &self.norm_final, pick);
         saver.linear("output_layer.adaLN_modulation", &self.modulation_final, pick);
-        saver.linear("output_layer.linear", &self.output, pick);
+        if let Some(weight) = self.output_weight.as_ref().and_then(|weight| pick.pick(weight)) {
+            saver.insert(OUTPUT_WEIGHT, &weight.transpose());
+        }
+        saver.tensor("output_layer.linear.bias", &self.output_bias, pick);
         saver.0
     }
 
     /// Log-scores `[batch, length, states]` of `tokens` `[batch, length]` under total noise `sigma`
     /// `[batch]`, without the offset of [`finish_log_scores`] and with the current token's entry as
-    /// the head gives it.
+    /// the head gives it; logits of the clean token, mask included, where that is what the network is for.
     pub fn forward(&self, tokens: Tensor<2, Int>, sigma: Tensor<1>) -> Tensor<3> {
         let [batch, length] = tokens.dims();
         self.forward_rows(tokens, sigma, None, None)
@@ -410,6 +456,11 @@ impl Ddit {
             heads: self.config.heads,
             rotation: RotaryAttention::rotation(length, width / self.config.heads),
         };
+        let sigma = if self.config.time_conditioned {
+            sigma
+        } else {
+            sigma.zeros_like()
+        };
         let condition = self.condition(sigma);
         let embedded = burn::tensor::module::embedding(self.embedding.val(), tokens);
         let mut x: Tensor<2> = embedded.reshape([batch * length, width]); // [batch * length, width]
@@ -428,7 +479,11 @@ impl Ddit {
             Some(rows) => x.select(0, rows),
             None => x,
         };
-        affine(x, &self.output)
+        let weight = match &self.output_weight {
+            Some(weight) => weight.val(),
+            None => self.embedding.val().transpose(),
+        };
+        x.matmul(weight) + self.output_bias.val().unsqueeze::<2>()
     }
 
     /// Noise features through their MLP, after SiLU: `[batch, cond_dim]`.

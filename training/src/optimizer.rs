@@ -118,6 +118,9 @@ mod tests {
             heads: 2,
             dropout: 0.0,
             scale_by_sigma: true,
+            parameterization: denoised::bundle::Parameterization::Score,
+            time_conditioned: true,
+            tie_embeddings: false,
         };
         let network = config.init(1, 0.0, &training_device()).unwrap();
         let filled = |value: f64| {

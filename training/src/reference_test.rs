@@ -8,6 +8,7 @@ use burn::Tensor;
 use burn::module::Param;
 use burn::optim::GradientsParams;
 use burn::tensor::TensorData;
+use denoised::bundle::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule, Token};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -70,6 +71,9 @@ impl Fixture {
             heads: number(&model["n_heads"]),
             dropout: 0.0,
             scale_by_sigma: model["scale_by_sigma"].as_bool().unwrap(),
+            parameterization: Parameterization::Score,
+            time_conditioned: true,
+            tie_embeddings: false,
         };
         let kind = if absorbing {
             GraphKind::Absorbing
@@ -90,6 +94,7 @@ impl Fixture {
             graph,
             schedule,
             offset: config.scale_by_sigma,
+            parameterization: Parameterization::Score,
         };
         let weights = tensors(&fs::read(folder.join("model.safetensors")).unwrap());
         Self {

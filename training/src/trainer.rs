@@ -170,6 +170,7 @@ pub fn objective(config: &RunConfig, shape: &NetworkConfig) -> Objective {
         graph: config.graph(shape),
         schedule: config.schedule,
         offset: shape.scale_by_sigma,
+        parameterization: shape.parameterization,
     }
 }
 

@@ -4,9 +4,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use denoised::bundle::Bundle;
+use denoised::bundle::{Bundle, Parameterization};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
 use training::checkpoint;
 use training::config::RunConfig;
 use training::data::{Corpus, prepare};
@@ -178,6 +180,102 @@ fn from_text_to_a_bundle_that_runs() {
             assert!(rows.row(1).iter().all(|s| s.is_finite()));
         })
         .unwrap();
+}
+
+/// Probabilities of the clean token that never see the time (RADD), with tied embeddings: trained,
+/// bounded, exported, and the served network bounds the same text alike.
+#[test]
+fn a_network_of_probabilities_goes_the_whole_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let corpus = corpus(root);
+    let tokenizer: PathBuf = root.join("tokenizer.json");
+    training::tokenizer::train(&corpus.read().unwrap().train, 280)
+        .unwrap()
+        .save(&tokenizer, true)
+        .unwrap();
+    let (_, validation) = prepare(&corpus, &tokenizer, &root.join("data")).unwrap();
+    let mean = |steps| {
+        let mut config = config(root, "mean", steps);
+        config.network.parameterization = Parameterization::Mean;
+        config.network.scale_by_sigma = false;
+        config.network.time_conditioned = false;
+        config.network.tie_embeddings = true;
+        config.validate().unwrap();
+        config
+    };
+    let sequences: Vec<_> = (0..validation.sequences(16))
+        .map(|i| validation.sequence(i, 16))
+        .collect();
+    let trained = |steps, resume| {
+        let config = mean(steps);
+        fit(
+            config.clone(),
+            FitOptions {
+                resume,
+                minutes: None,
+            },
+        )
+        .unwrap();
+        let (network, _) =
+            checkpoint::load_average(&checkpoint::latest(&config.run.directory).unwrap()).unwrap();
+        let objective = objective(&config, network.config());
+        let bound = bound(&network, &objective, &sequences, 8, 1, 2);
+        (network, config, bound)
+    };
+    let (_, _, early) = trained(20, false);
+    let (network, config, late) = trained(120, true);
+    assert!(
+        late.nats_per_token < 0.97 * early.nats_per_token,
+        "{early} after 20 steps, {late} after 120"
+    );
+
+    let bundle = root.join("models/mean/1");
+    let model = TrainedModel {
+        name: "mean",
+        config: network.config(),
+        weights: &network.state_dict(),
+        graph: config.graph.kind,
+        schedule: config.schedule,
+        tokenizer: None,
+        provenance: serde_json::json!({}),
+    };
+    let manifest = export::bundle(&bundle, model, Storage::F32).unwrap();
+    assert_eq!(manifest.parameterization, Parameterization::Mean);
+    assert!(!manifest.time_conditioned && !manifest.sigma_offset);
+    let bundle = Bundle::open(&bundle).unwrap();
+    let mut served = OnnxNetwork::load(&bundle, &OnnxOptions::default()).unwrap();
+    // The same noise as in the network's own loss; -ln p of the clean tokens, weighted, is that loss.
+    let (t, mask) = (0.5, manifest.mask_token.unwrap());
+    let objective = objective(&config, network.config());
+    let mut random = ChaCha8Rng::seed_from_u64(1);
+    let noised = objective.noise(&sequences[0], 16, &[t], &mut random);
+    let expected = noised.sequence_losses(&network)[0];
+    let tokens: Vec<i64> = noised.tokens.iter().map(|&token| i64::from(token)).collect();
+    let positions: Vec<i64> = (0..16)
+        .filter(|&i| tokens[i as usize] == i64::from(mask))
+        .collect();
+    assert!(positions.len() > 3, "half of the tokens are masked");
+    let sigma = config.schedule.total_noise(t);
+    let batch = Batch {
+        tokens: &tokens,
+        length: 16,
+        sigma: &[sigma as f32],
+        positions: &positions,
+    };
+    let mut loss = 0.0;
+    served
+        .log_score(&batch, &mut |rows| {
+            for (row, &position) in positions.iter().enumerate() {
+                let row = rows.row(row);
+                let total: f64 = row.iter().map(|&log| f64::from(log).exp()).sum();
+                assert!((total - 1.0).abs() < 1e-5, "probabilities sum to {total}");
+                loss -= f64::from(row[sequences[0][position as usize] as usize]);
+            }
+        })
+        .unwrap();
+    loss *= config.schedule.rate(t) / sigma.exp_m1();
+    assert!((loss / expected - 1.0).abs() < 1e-4, "{loss} is not {expected}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use burn::Tensor;
 use burn::tensor::TensorData;
-use denoised::bundle::Bundle;
+use denoised::bundle::{Bundle, Parameterization};
 use denoised::diffusion::{GraphKind, Schedule, Token, sigma_offset};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
@@ -83,6 +83,13 @@ fn random_network(seed: u64) -> (NetworkConfig, StateDict) {
         heads,
         dropout: 0.1,
         scale_by_sigma: false,
+        parameterization: if seed.is_multiple_of(2) {
+            Parameterization::Score
+        } else {
+            Parameterization::Mean
+        },
+        time_conditioned: seed % 4 < 2,
+        tie_embeddings: seed % 8 >= 4,
     };
     let mut weights = StateDict::default();
     for (name, shape) in config.parameters() {
@@ -97,6 +104,14 @@ fn random_network(seed: u64) -> (NetworkConfig, StateDict) {
         weights.insert(name, shape, data);
     }
     (config, weights)
+}
+
+/// Logits to log-probabilities, the last state, the mask, left out and marked by 0.
+fn log_softmax_without_last(row: &mut [f32]) {
+    let tokens = row.len() - 1;
+    let total: f64 = row[..tokens].iter().map(|&logit| f64::from(logit).exp()).sum();
+    row.iter_mut().for_each(|logit| *logit -= total.ln() as f32);
+    row[tokens] = 0.0;
 }
 
 /// Largest difference between network and export over batches of several shapes.
@@ -114,7 +129,12 @@ fn largest_difference_of_export(seed: u64, storage: Storage) -> f32 {
         let sigma: Vec<f32> = (0..count).map(|_| 7.0 * uniform(generator)).collect();
         let noise = Tensor::from_data(TensorData::new(sigma.clone(), [count]), &device);
         let whole = network.forward(token_tensor(&tokens, length, &device), noise);
-        let whole: Vec<f32> = whole.into_data().iter().collect();
+        let mut whole: Vec<f32> = whole.into_data().iter().collect();
+        if config.parameterization == Parameterization::Mean {
+            whole
+                .chunks_exact_mut(config.states)
+                .for_each(log_softmax_without_last);
+        }
 
         let every: Vec<i64> = (0..(count * length) as i64).collect();
         let some: Vec<i64> = every
@@ -131,7 +151,13 @@ fn largest_difference_of_export(seed: u64, storage: Storage) -> f32 {
                 sigma: &sigma,
                 positions: &positions,
             };
-            let ours = evaluate(&mut exported, &batch);
+            let mut ours = evaluate(&mut exported, &batch);
+            if config.parameterization == Parameterization::Mean {
+                for row in ours.chunks_exact_mut(config.states) {
+                    let mask = std::mem::take(&mut row[config.states - 1]);
+                    assert_eq!(mask.exp(), 0.0, "the mask is no clean token");
+                }
+            }
             let rows = positions.iter().map(|&at| at as usize * config.states);
             let expected: Vec<f32> = rows
                 .flat_map(|at| whole[at..at + config.states].to_vec())
@@ -169,6 +195,9 @@ fn half_precision_takes_about_half_the_space() {
         heads: 4,
         dropout: 0.0,
         scale_by_sigma: true,
+        parameterization: Parameterization::Score,
+        time_conditioned: true,
+        tie_embeddings: false,
     };
     let weights = config.initial_weights(1, 0.0);
     let bytes = |storage| export::onnx_model(&config, &weights, storage).unwrap().len() as f64;
@@ -224,6 +253,9 @@ fn check_reference(name: &str, graph: GraphKind) {
         heads: number(&shape["n_heads"]),
         dropout: 0.0,
         scale_by_sigma: shape["scale_by_sigma"].as_bool().unwrap(),
+        parameterization: Parameterization::Score,
+        time_conditioned: true,
+        tie_embeddings: false,
     };
     let weights = read(&folder.join("model.safetensors"));
     let mut network = exported(&config, &weights, graph, Storage::F32);
@@ -279,6 +311,9 @@ fn a_bundle_says_what_was_trained() {
         heads: 2,
         dropout: 0.0,
         scale_by_sigma: true,
+        parameterization: Parameterization::Score,
+        time_conditioned: true,
+        tie_embeddings: false,
     };
     let weights = config.initial_weights(1, 0.0);
     let root = tempfile::tempdir().unwrap();
@@ -314,7 +349,7 @@ fn a_bundle_says_what_was_trained() {
 
 #[test]
 fn weights_that_do_not_fit_are_named() {
-    let (config, weights) = random_network(5);
+    let (config, weights) = random_network(1);
     let error = |storage, change: &dyn Fn(&mut StateDict)| {
         let mut weights = weights.clone();
         change(&mut weights);

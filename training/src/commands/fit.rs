@@ -21,11 +21,12 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
-    let options = FitOptions {
-        resume: arguments.resume,
-        minutes: arguments.until_minutes,
-    };
-    let state = fit(RunConfig::read(&arguments.config)?, options)?;
+    let Arguments {
+        config,
+        resume,
+        until_minutes: minutes,
+    } = arguments;
+    let state = fit(RunConfig::read(&config)?, FitOptions { resume, minutes })?;
     println!("{} steps in {:.1} minutes", state.step, state.seconds / 60.0);
     Ok(())
 }

@@ -1,10 +1,12 @@
 //! The reference network as an ONNX graph: the twin of [`crate::network::Ddit`].
 //!
-//! Inputs `tokens` `[batch, length]`, `sigma` `[batch]`, `positions` `[rows]`; output `log_score`
+//! Inputs `tokens` `[batch, length]`, `sigma` `[batch]` (where the network sees it), `positions` `[rows]`; output `log_score`
 //! `[rows, states]`. Nothing past the last attention mixes positions, so rows that were not asked for
 //! are dropped there: the rest of the last block and the output head run for the asked rows alone.
 
 use std::f64::consts::LN_10;
+
+use denoised::bundle::Parameterization;
 
 use super::graph::{Axis, Builder, Value, float, int, ints, string};
 use super::onnx::tensor_proto::DataType;
@@ -14,6 +16,8 @@ use crate::kernels::RotaryAttention;
 use crate::network::{NOISE_FEATURES, NetworkConfig};
 use crate::state_dict::{HostTensor, StateDict, StateDictError};
 
+/// What the mask's logit is lowered by, so that its probability is 0 in float32 and float64.
+const EXCLUDED: f32 = -1e6;
 /// Guards the variance of a layer norm.
 const NORM_EPSILON: f32 = 1e-5;
 
@@ -59,7 +63,12 @@ impl<'a> Writer<'a> {
     fn network(&mut self) -> Result<Value, ExportError> {
         let [batch, length, rows] = ["batch", "length", "rows"].map(Axis::Dynamic);
         let tokens = self.graph.input("tokens", DataType::Int64, &[batch, length]);
-        let sigma = self.graph.input("sigma", DataType::Float, &[batch]);
+        let sigma = if self.config.time_conditioned {
+            self.graph.input("sigma", DataType::Float, &[batch])
+        } else {
+            // One row of no noise for the whole batch: all that follows from it is constant.
+            self.graph.floats("sigma_map.sigma", &[1], &[0.0])
+        };
         let positions = self.graph.input("positions", DataType::Int64, &[rows]);
 
         let length = self
@@ -84,7 +93,36 @@ impl<'a> Writer<'a> {
         let modulation = self.spread(&modulation, Some(&rows));
         let [shift, scale] = self.graph.nodes("Split", &[&modulation], halves());
         let x = self.modulated_norm(&x, "output_layer.norm_final.weight", &shift, &scale)?;
-        self.affine(&x, "output_layer.linear") // [rows, states]
+        let output = self.head(&x, &embedding)?;
+        Ok(match self.config.parameterization {
+            Parameterization::Score => output,
+            Parameterization::Mean => self.log_probabilities(&output),
+        })
+    }
+
+    /// The linear layer at the end: `[rows, width]` to `[rows, states]`.
+    fn head(&mut self, x: &Value, embedding: &Value) -> Result<Value, ExportError> {
+        if !self.config.tie_embeddings {
+            return self.affine(x, "output_layer.linear");
+        }
+        let weight = self
+            .graph
+            .node("Transpose", &[embedding], vec![ints("perm", &[1, 0])]);
+        let y = self.graph.node("MatMul", &[x, &weight], vec![]);
+        let bias = self.weight("output_layer.linear.bias")?;
+        Ok(self.graph.node("Add", &[&y, &bias], vec![]))
+    }
+
+    /// Logits to log-probabilities of the clean token, which is never the mask.
+    fn log_probabilities(&mut self, logits: &Value) -> Value {
+        let states = self.config.states;
+        let mut excluded = vec![0.0; states];
+        if let Some(mask) = excluded.last_mut() {
+            *mask = EXCLUDED;
+        }
+        let excluded = self.graph.floats("output_layer.excluded", &[states], &excluded);
+        let logits = self.graph.node("Add", &[logits, &excluded], vec![]);
+        self.graph.node("LogSoftmax", &[&logits], vec![int("axis", -1)])
     }
 
     /// Noise features through their MLP, after SiLU: `[batch, cond_dim]`.
@@ -216,9 +254,12 @@ impl<'a> Writer<'a> {
     }
 
     /// Something of each sequence, `[batch, n]`, for each of its positions: `[batch, 1, n]`, or of the
-    /// asked rows: `[rows, n]`.
+    /// asked rows: `[rows, n]`. Without time, sequences share one row, which stretches over all.
     fn spread(&mut self, x: &Value, rows: Option<&Rows>) -> Value {
         if let Some(rows) = rows {
+            if !self.config.time_conditioned {
+                return x.clone();
+            }
             return self.graph.node("Gather", &[x, &rows.sequence], vec![]);
         }
         let middle = self.graph.ints(&[1]);

@@ -9,7 +9,7 @@ mod graph;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use denoised::bundle::{self, BundleError, Manifest, Parameterization, TextTokenizer};
+use denoised::bundle::{self, BundleError, Manifest, TextTokenizer};
 use denoised::diffusion::{Graph, GraphKind, Schedule, Token};
 use prost::Message;
 use thiserror::Error;
@@ -76,8 +76,8 @@ pub enum ExportError {
     Bundle(#[from] BundleError),
 }
 
-/// The network as an ONNX file: inputs `tokens` int64 `[batch, length]`, `sigma` float32 `[batch]`,
-/// `positions` int64 `[rows]` (flat `b * length + i`), output `log_score` float32 `[rows, states]`.
+/// The network as an ONNX file: inputs `tokens` int64 `[batch, length]`, `sigma` float32 `[batch]` (where
+/// the network sees it), `positions` int64 `[rows]` (flat `b * length + i`), output `log_score` float32 `[rows, states]`.
 ///
 /// Weights go by reference names and layouts; each must be there, and none be left over.
 pub fn onnx_model(
@@ -158,13 +158,13 @@ pub fn bundle(directory: &Path, model: TrainedModel<'_>, storage: Storage) -> Re
         name: model.name.to_owned(),
         graph: model.graph,
         schedule: model.schedule,
-        parameterization: Parameterization::Score,
+        parameterization: config.parameterization,
         sigma_offset: config.scale_by_sigma,
         vocab_size: config.states,
         mask_token: Graph::new(model.graph, config.states).mask(),
         end_of_document: None,
         max_length: config.length,
-        time_conditioned: true,
+        time_conditioned: config.time_conditioned,
         two_stage: false,
         sha256: BTreeMap::new(),
         provenance: model.provenance,

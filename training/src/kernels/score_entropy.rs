@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::backend::flex::FlexTensor;
 
-use super::{Kernel, entries, exp, sum, tensor, vectorised};
+use super::{Kernel, entries, exp, scale_rows, sum, tensor, vectorised};
 
 /// What one row adds to the loss, over log-scores `l`:
 /// `exponential * sum_y e^l_y - linear * sum_y l_y - target_weight * l_target + constant`, both sums
@@ -67,17 +67,7 @@ impl Kernel<1> for ScoreEntropy {
         )
     }
 
-    fn backward(&self, mut slopes: FlexTensor, gradient: FlexTensor) -> [FlexTensor; 1] {
-        let gradient = gradient.to_contiguous();
-        let states = slopes.layout().shape()[1];
-        let rows = slopes.storage_mut::<f32>().chunks_exact_mut(states);
-        vectorised(|| {
-            for (slopes, &upstream) in rows.zip(entries(&gradient)) {
-                for slope in slopes {
-                    *slope *= upstream;
-                }
-            }
-        });
-        [slopes]
+    fn backward(&self, slopes: FlexTensor, gradient: FlexTensor) -> [FlexTensor; 1] {
+        [scale_rows(slopes, &gradient)]
     }
 }
