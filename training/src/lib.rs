@@ -4,6 +4,7 @@
 //! custom operations in [`kernels`]; [`loss`] is the rate-weighted denoising score entropy; [`trainer`]
 //! takes one step, [`fit`] many, with [`checkpoint`]s; [`evaluate`] bounds the likelihood of held-out text
 //! next to [`baseline`]s; [`export`] writes the bundle that the server picks up.
+//! [`import`] reads what the authors' own code wrote.
 
 pub mod baseline;
 pub mod checkpoint;
@@ -13,6 +14,7 @@ pub mod ema;
 pub mod evaluate;
 pub mod export;
 pub mod fit;
+pub mod import;
 pub mod kernels;
 pub mod loss;
 pub mod network;

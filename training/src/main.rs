@@ -5,7 +5,7 @@ mod commands;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use commands::{evaluate, export, fit, prepare, tokenizer};
+use commands::{evaluate, export, fit, import, prepare, tokenizer};
 
 /// Trains score-based discrete diffusion language models and exports them for the server.
 #[derive(Debug, Parser)]
@@ -22,6 +22,7 @@ enum Command {
     Fit(fit::Arguments),
     Evaluate(evaluate::Arguments),
     Export(export::Arguments),
+    Import(import::Arguments),
 }
 
 fn main() -> Result<()> {
@@ -31,5 +32,6 @@ fn main() -> Result<()> {
         Command::Fit(arguments) => fit::run(arguments),
         Command::Evaluate(arguments) => evaluate::run(arguments),
         Command::Export(arguments) => export::run(arguments),
+        Command::Import(arguments) => import::run(arguments),
     }
 }

@@ -3,7 +3,8 @@
 //! Names and layouts are those of the reference implementation, so that published weights load and
 //! ours can be read elsewhere: `blocks.0.attn_qkv.weight` is `[out, in]`, as PyTorch keeps it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use thiserror::Error;
 
@@ -21,7 +22,7 @@ pub struct HostTensor {
 pub struct StateDict(pub BTreeMap<String, HostTensor>);
 
 /// Why weights do not fit a network.
-#[derive(Debug, Error, PartialEq, Eq)]
+#[derive(Debug, Clone, Error, PartialEq, Eq)]
 pub enum StateDictError {
     /// The network has a parameter that the weights lack.
     #[error("tensor {name} is missing (expected shape {expected:?})")]
@@ -51,7 +52,37 @@ pub enum StateDictError {
     },
 }
 
+/// All reasons at once, one a line; none when the weights fit.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Misfits(pub Vec<StateDictError>);
+
+/// How many reasons are printed: weights of another network fail in every tensor.
+const MOST_PRINTED: usize = 20;
+
+impl fmt::Display for Misfits {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for misfit in self.0.iter().take(MOST_PRINTED) {
+            write!(formatter, "\n  {misfit}")?;
+        }
+        match self.0.len().saturating_sub(MOST_PRINTED) {
+            0 => Ok(()),
+            more => write!(formatter, "\n  and {more} more"),
+        }
+    }
+}
+
 impl HostTensor {
+    /// Why this is not the tensor `name` of the `expected` shape, if it is not.
+    fn misfit(&self, name: &str, expected: &[usize]) -> Option<StateDictError> {
+        let fits = self.shape == expected && self.data.len() == expected.iter().product::<usize>();
+        (!fits).then(|| StateDictError::Misshapen {
+            name: name.to_owned(),
+            found: self.shape.clone(),
+            entries: self.data.len(),
+            expected: expected.to_vec(),
+        })
+    }
+
     /// The transpose of a matrix `[rows, columns]`.
     #[must_use]
     pub fn transposed(&self) -> Self {
@@ -85,20 +116,33 @@ impl StateDict {
         self.0.values().map(|tensor| tensor.data.len()).sum()
     }
 
+    /// Everything that keeps these weights from being those of a network with `parameters`.
+    pub fn misfits(&self, parameters: &[(String, Vec<usize>)]) -> Misfits {
+        let mut misfits = Vec::new();
+        for (name, expected) in parameters {
+            match self.get(name) {
+                None => misfits.push(StateDictError::Missing {
+                    name: name.clone(),
+                    expected: expected.clone(),
+                }),
+                Some(tensor) => misfits.extend(tensor.misfit(name, expected)),
+            }
+        }
+        let known: BTreeSet<&str> = parameters.iter().map(|(name, _)| name.as_str()).collect();
+        let extra = self.0.keys().filter(|name| !known.contains(name.as_str()));
+        misfits.extend(extra.map(|name| StateDictError::Extra { name: name.clone() }));
+        Misfits(misfits)
+    }
+
     /// Takes the tensor `name` out, checked against the shape a network expects.
     pub(crate) fn take(&mut self, name: &str, expected: &[usize]) -> Result<HostTensor, StateDictError> {
         let tensor = self.0.remove(name).ok_or_else(|| StateDictError::Missing {
             name: name.to_owned(),
             expected: expected.to_vec(),
         })?;
-        if tensor.shape != expected || tensor.data.len() != expected.iter().product::<usize>() {
-            return Err(StateDictError::Misshapen {
-                name: name.to_owned(),
-                entries: tensor.data.len(),
-                found: tensor.shape,
-                expected: expected.to_vec(),
-            });
+        match tensor.misfit(name, expected) {
+            Some(error) => Err(error),
+            None => Ok(tensor),
         }
-        Ok(tensor)
     }
 }

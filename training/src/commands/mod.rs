@@ -4,6 +4,7 @@ mod corpus;
 pub(crate) mod evaluate;
 pub(crate) mod export;
 pub(crate) mod fit;
+pub(crate) mod import;
 pub(crate) mod prepare;
 mod run;
 pub(crate) mod tokenizer;

@@ -1,0 +1,176 @@
+//! Published and foreign checkpoints of the reference implementation, as weights of our network.
+//!
+//! Two layouts are read, told apart by their files:
+//!
+//! ```text
+//! config.json, model.safetensors | pytorch_model.bin      as on the Hugging Face hub
+//! .hydra/config.yaml, checkpoints-meta/checkpoint.pth     a run of the authors' training code
+//! ```
+//!
+//! A run holds weights twice, as they were trained and averaged; the averaged ones are meant to be used
+//! ([`Choice::Averaged`]). Every tensor's name and shape is checked against what the configuration asks for.
+
+mod configuration;
+mod weights;
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use denoised::diffusion::{GraphKind, Schedule};
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+use crate::network::{NetworkConfig, NetworkError};
+use crate::state_dict::{Misfits, StateDict};
+
+/// A checkpoint, checked.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    /// What its configuration calls it.
+    pub name: Option<String>,
+    /// Shape of the network.
+    pub network: NetworkConfig,
+    /// The noise process it was trained on.
+    pub graph: GraphKind,
+    /// The noise schedule it was trained with.
+    pub schedule: Schedule,
+    /// Its weights; each fits, and none is left over.
+    pub weights: StateDict,
+    /// The file that the weights come from.
+    pub file: PathBuf,
+}
+
+/// Which weights of a training run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Choice {
+    /// The moving average (`ema.shadow_params`).
+    #[default]
+    Averaged,
+    /// The last ones (`model`).
+    Last,
+}
+
+/// A checkpoint that cannot be used.
+#[derive(Debug, Error)]
+pub enum ImportError {
+    /// The file system said no.
+    #[error("cannot read {path}: {source}", path = path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What it said.
+        source: std::io::Error,
+    },
+    /// Neither of the two layouts.
+    #[error(
+        "{path} is no checkpoint: expected config.json with model.safetensors or pytorch_model.bin, or \
+         .hydra/config.yaml with checkpoints-meta/checkpoint.pth",
+        path = path.display()
+    )]
+    Layout {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A configuration that cannot be understood.
+    #[error("{path}: {problem}", path = path.display())]
+    Configuration {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A file of weights that cannot be understood.
+    #[error("{path}: {problem}", path = path.display())]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A shape that cannot be built.
+    #[error("{path}: {source}", path = path.display())]
+    Network {
+        /// The configuration.
+        path: PathBuf,
+        /// What is wrong with the shape.
+        source: NetworkError,
+    },
+    /// Weights of another network.
+    #[error("{path} does not fit {configuration}:{misfits}",
+        path = path.display(), configuration = configuration.display())]
+    Misfits {
+        /// The file of weights.
+        path: PathBuf,
+        /// The configuration they should fit.
+        configuration: PathBuf,
+        /// Every tensor that is missing, left over or of another shape.
+        misfits: Misfits,
+    },
+}
+
+/// Reads the checkpoint in `directory`.
+pub fn read(directory: &Path, choice: Choice) -> Result<Checkpoint, ImportError> {
+    let published = directory.join("config.json");
+    let run = directory.join(".hydra/config.yaml");
+    let (path, layout) = if published.is_file() {
+        (published, Layout::Published)
+    } else if run.is_file() {
+        (run, Layout::Run)
+    } else {
+        return Err(ImportError::Layout {
+            path: directory.to_owned(),
+        });
+    };
+    let configuration = configuration::read(&path)?;
+    let network = configuration.network(&path)?;
+    let parameters = network.parameters();
+    let (file, weights) = match layout {
+        Layout::Published => weights::published(directory)?,
+        Layout::Run => weights::of_run(directory, choice, &parameters)?,
+    };
+    let misfits = weights.misfits(&parameters);
+    if !misfits.0.is_empty() {
+        return Err(ImportError::Misfits {
+            path: file,
+            configuration: path,
+            misfits,
+        });
+    }
+    Ok(Checkpoint {
+        name: configuration.name(),
+        graph: configuration.graph(),
+        schedule: configuration.schedule(),
+        network,
+        weights,
+        file,
+    })
+}
+
+/// sha256 of a file, hexadecimal, without holding it in memory.
+pub fn sha256(path: &Path) -> Result<String, ImportError> {
+    let io = |source| ImportError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let mut hasher = Sha256::new();
+    let mut file = File::open(path).map_err(io)?;
+    let mut chunk = vec![0; 1 << 20];
+    loop {
+        let read = file.read(&mut chunk).map_err(io)?;
+        if read == 0 {
+            break;
+        }
+        hasher.update(&chunk[..read]);
+    }
+    Ok(hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}
+
+enum Layout {
+    Published,
+    Run,
+}
