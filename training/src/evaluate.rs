@@ -1,20 +1,26 @@
 //! The bound on -log p(x0) of held-out text: the time integral of the score entropy plus the KL of
 //! the prior (SEDD, arXiv 2310.16834, theorem 3.6).
 
+use std::convert::Infallible;
 use std::f64::consts::LN_2;
 use std::fmt;
 use std::panic::resume_unwind;
 use std::thread;
 
-use denoised::diffusion::{GraphKind, Token};
+use denoised::bundle::{Bundle, Manifest};
+use denoised::diffusion::{Graph, GraphKind, Token};
+use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
+use denoised::network::{Batch, NetworkError, ScoreNetwork};
 use serde::{Deserialize, Serialize};
 
-use crate::loss::{Objective, stratified_times, unit};
+use crate::loss::{NoisedBatch, Objective, stratified_times, unit};
 use crate::network::Ddit;
 use crate::trainer::{Purpose, generator};
 
-/// Sequences per run of the network.
+/// Sequences per run of the network, at most.
 const BATCH: usize = 16;
+/// Numbers per run that the network gives, at most, but for one sequence: bounds memory.
+const MOST_OUTPUTS: usize = 1 << 25;
 
 /// An upper bound on the average -ln p of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -33,6 +39,11 @@ impl Bound {
     /// Bits per token.
     pub fn bits_per_token(&self) -> f64 {
         self.nats_per_token / LN_2
+    }
+
+    /// Perplexity of a token.
+    pub fn perplexity(&self) -> f64 {
+        self.nats_per_token.exp()
     }
 
     /// Bits per byte and their standard error, for text of this many bytes per token.
@@ -71,11 +82,37 @@ pub fn prior_nats(objective: &Objective) -> f64 {
     }
 }
 
-/// Estimates the bound for `sequences` with `draws` times each, spread evenly over time. The same
-/// seed gives the same estimate, whatever the threads.
-///
-/// Times before [`EARLIEST`](crate::loss::EARLIEST), a thousandth of the integral, count as the average
-/// of the rest, as in the reference. Tokens are easiest to guess there, so that this is no gain.
+/// Something that knows the losses of noised sequences.
+pub trait Evaluator {
+    /// Why it may fail.
+    type Error: Send;
+
+    /// The loss of each sequence.
+    fn sequence_losses(&mut self, batch: &NoisedBatch) -> Result<Vec<f64>, Self::Error>;
+}
+
+impl Evaluator for &Ddit {
+    type Error = Infallible;
+
+    fn sequence_losses(&mut self, batch: &NoisedBatch) -> Result<Vec<f64>, Infallible> {
+        Ok(batch.sequence_losses(self))
+    }
+}
+
+/// How to estimate a bound.
+#[derive(Debug, Clone, Copy)]
+pub struct Estimate {
+    /// What is bounded.
+    pub objective: Objective,
+    /// Times drawn for every sequence.
+    pub draws: usize,
+    /// Decides times and noise.
+    pub seed: u64,
+    /// Threads that share the sequences; no part of the result.
+    pub threads: usize,
+}
+
+/// The bound for `sequences` under `network`.
 pub fn bound(
     network: &Ddit,
     objective: &Objective,
@@ -84,63 +121,167 @@ pub fn bound(
     seed: u64,
     threads: usize,
 ) -> Bound {
-    let mut losses: Vec<Vec<f64>> = Vec::new();
-    thread::scope(|scope| {
-        let handles: Vec<_> = (0..threads)
-            .map(|part| {
-                scope.spawn(move || {
-                    let batches = sequences.chunks(BATCH).enumerate().skip(part).step_by(threads);
-                    batches
-                        .map(|(index, batch)| {
-                            (index, batch_losses(network, objective, batch, draws, seed, index))
-                        })
-                        .collect::<Vec<_>>()
-                })
-            })
-            .collect();
-        let mut parts: Vec<_> = handles
-            .into_iter()
-            // Sequences that are missing would pass for a better bound.
-            .flat_map(|handle| handle.join().unwrap_or_else(|panic| resume_unwind(panic)))
-            .collect();
-        parts.sort_by_key(|(index, _)| *index);
-        losses.extend(parts.into_iter().map(|(_, losses)| losses));
-    });
-    let length = network.config().length as f64;
-    let per_token: Vec<f64> = losses.into_iter().flatten().map(|loss| loss / length).collect();
-    let count = per_token.len() as f64;
-    let mean = per_token.iter().sum::<f64>() / count;
-    let squares: f64 = per_token.iter().map(|loss| (loss - mean) * (loss - mean)).sum();
-    Bound {
-        nats_per_token: mean + prior_nats(objective),
-        standard_error: (squares / (count - 1.0).max(1.0) / count).sqrt(),
-        sequences: per_token.len(),
+    let estimate = Estimate {
+        objective: *objective,
         draws,
+        seed,
+        threads,
+    };
+    let Ok(bound) = estimate.bound(&|| Ok(network), sequences);
+    bound
+}
+
+impl Estimate {
+    /// Estimates the bound for `sequences`, all of one length, with an evaluator per thread. The same seed
+    /// gives the same estimate, whatever the threads.
+    ///
+    /// Times before [`EARLIEST`](crate::loss::EARLIEST), a thousandth of the integral, count as the average
+    /// of the rest, as in the reference. Tokens are easiest to guess there, so that this is no gain.
+    pub fn bound<E: Evaluator>(
+        &self,
+        evaluator: &(impl Fn() -> Result<E, E::Error> + Sync),
+        sequences: &[Vec<Token>],
+    ) -> Result<Bound, E::Error> {
+        let length = sequences.first().map_or(1, Vec::len);
+        let size = (MOST_OUTPUTS / (length * self.objective.graph.states())).clamp(1, BATCH);
+        let of_thread = |part: usize| -> Result<Vec<(usize, Vec<f64>)>, E::Error> {
+            let mut evaluator = evaluator()?;
+            let batches = sequences.chunks(size).enumerate();
+            batches
+                .skip(part)
+                .step_by(self.threads)
+                .map(|(index, batch)| Ok((index, self.losses(&mut evaluator, batch, index)?)))
+                .collect()
+        };
+        let parts: Result<Vec<_>, E::Error> = thread::scope(|scope| {
+            let of_thread = &of_thread;
+            let handles: Vec<_> = (0..self.threads)
+                .map(|part| scope.spawn(move || of_thread(part)))
+                .collect();
+            handles
+                .into_iter()
+                // Sequences that are missing would pass for a better bound.
+                .map(|handle| handle.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        });
+        let mut parts: Vec<_> = parts?.into_iter().flatten().collect();
+        parts.sort_by_key(|(index, _)| *index);
+        let losses = parts.into_iter().flat_map(|(_, losses)| losses);
+        let per_token: Vec<f64> = losses.map(|loss| loss / length as f64).collect();
+        let count = per_token.len() as f64;
+        let mean = per_token.iter().sum::<f64>() / count;
+        let squares: f64 = per_token.iter().map(|loss| (loss - mean) * (loss - mean)).sum();
+        Ok(Bound {
+            nats_per_token: mean + prior_nats(&self.objective),
+            standard_error: (squares / (count - 1.0).max(1.0) / count).sqrt(),
+            sequences: per_token.len(),
+            draws: self.draws,
+        })
+    }
+
+    /// The mean loss of each sequence of batch `index`.
+    fn losses<E: Evaluator>(
+        &self,
+        evaluator: &mut E,
+        batch: &[Vec<Token>],
+        index: usize,
+    ) -> Result<Vec<f64>, E::Error> {
+        let mut random = generator(self.seed, Purpose::Evaluation, index as u64);
+        let times: Vec<Vec<f64>> = batch
+            .iter()
+            .map(|_| stratified_times(self.draws, unit(&mut random)).collect())
+            .collect();
+        let length = batch.first().map_or(1, Vec::len);
+        let clean: Vec<Token> = batch.concat();
+        let mut losses = vec![0.0; batch.len()];
+        for draw in 0..self.draws {
+            let times: Vec<f64> = times.iter().map(|times| times[draw]).collect();
+            let noised = self.objective.noise(&clean, length, &times, &mut random);
+            for (loss, drawn) in losses.iter_mut().zip(evaluator.sequence_losses(&noised)?) {
+                *loss += drawn / self.draws as f64;
+            }
+        }
+        Ok(losses)
     }
 }
 
-/// The mean loss of each sequence of one batch.
-fn batch_losses(
-    network: &Ddit,
-    objective: &Objective,
-    batch: &[Vec<Token>],
-    draws: usize,
-    seed: u64,
-    index: usize,
-) -> Vec<f64> {
-    let mut random = generator(seed, Purpose::Evaluation, index as u64);
-    let times: Vec<Vec<f64>> = batch
-        .iter()
-        .map(|_| stratified_times(draws, unit(&mut random)).collect())
-        .collect();
-    let clean: Vec<Token> = batch.concat();
-    let mut losses = vec![0.0; batch.len()];
-    for draw in 0..draws {
-        let times: Vec<f64> = times.iter().map(|times| times[draw]).collect();
-        let noised = objective.noise(&clean, network.config().length, &times, &mut random);
-        for (loss, drawn) in losses.iter_mut().zip(noised.sequence_losses(network)) {
-            *loss += drawn / draws as f64;
+/// A bundle's network in ONNX Runtime, as the server runs it.
+#[derive(Debug)]
+pub struct Served {
+    network: OnnxNetwork,
+}
+
+impl Served {
+    /// The network of `bundle`, on the CPU with one thread.
+    pub fn load(bundle: &Bundle) -> Result<Self, NetworkError> {
+        Ok(Self {
+            network: OnnxNetwork::load(bundle, &OnnxOptions::default())?,
+        })
+    }
+
+    /// What its bundle was trained to bring down.
+    pub fn objective(manifest: &Manifest) -> Objective {
+        Objective {
+            graph: Graph::new(manifest.graph, manifest.vocab_size),
+            schedule: manifest.schedule,
+            offset: manifest.sigma_offset,
+            parameterization: manifest.parameterization,
         }
     }
-    losses
+}
+
+impl Evaluator for Served {
+    type Error = NetworkError;
+
+    fn sequence_losses(&mut self, noised: &NoisedBatch) -> Result<Vec<f64>, NetworkError> {
+        let mut losses = vec![0.0; noised.sequences()];
+        if noised.rows.is_empty() {
+            return Ok(losses);
+        }
+        let tokens: Vec<i64> = noised.tokens.iter().map(|&token| i64::from(token)).collect();
+        let sigma: Vec<f32> = noised.sigma.iter().map(|&sigma| sigma as f32).collect();
+        let positions: Vec<i64> = noised.rows.iter().map(|&row| row as i64).collect();
+        let batch = Batch {
+            tokens: &tokens,
+            length: noised.length,
+            sigma: &sigma,
+            positions: &positions,
+        };
+        self.network.log_score(&batch, &mut |rows| {
+            for (index, &row) in noised.rows.iter().enumerate() {
+                losses[row / noised.length] += noised.terms.of_served(index, rows.row(index));
+            }
+        })?;
+        Ok(losses)
+    }
+}
+
+/// Text as sequences of a network's length.
+#[derive(Debug, Clone)]
+pub struct Text {
+    /// Each of the same length; what is left over at the end is dropped.
+    pub sequences: Vec<Vec<Token>>,
+    /// Bytes of a token, on average over the whole text; document ends count as no bytes.
+    pub bytes_per_token: f64,
+}
+
+impl Text {
+    /// Encodes `documents` one after another, each with `end` behind it where there is one.
+    pub fn encode<E>(
+        documents: &[String],
+        length: usize,
+        end: Option<Token>,
+        encode: impl Fn(&str) -> Result<Vec<Token>, E>,
+    ) -> Result<Self, E> {
+        let mut tokens = Vec::new();
+        for document in documents {
+            tokens.extend(encode(document)?);
+            tokens.extend(end);
+        }
+        let bytes: usize = documents.iter().map(String::len).sum();
+        Ok(Self {
+            sequences: tokens.chunks_exact(length).map(<[_]>::to_vec).collect(),
+            bytes_per_token: bytes as f64 / tokens.len().max(1) as f64,
+        })
+    }
 }

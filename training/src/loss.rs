@@ -252,6 +252,18 @@ impl NoisedBatch {
 }
 
 impl Terms {
+    /// The loss of row `index` given what a bundle's network says of it, `[states]`.
+    pub(crate) fn of_served(&self, index: usize, row: &[f32]) -> f64 {
+        match self {
+            Self::ScoreEntropy(terms) => terms[index].loss(row),
+            // Bundles hold log-probabilities, not logits.
+            Self::CrossEntropy(terms) => {
+                let term = terms[index];
+                -f64::from(term.weight) * f64::from(row[term.target])
+            }
+        }
+    }
+
     /// The loss of each row of a network's output `[rows, states]`: `[rows]`.
     fn of(&self, output: Tensor<2>) -> Tensor<1> {
         match self {

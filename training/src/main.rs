@@ -30,7 +30,7 @@ fn main() -> Result<()> {
         Command::Tokenizer(arguments) => tokenizer::run(arguments),
         Command::Prepare(arguments) => prepare::run(arguments),
         Command::Fit(arguments) => fit::run(arguments),
-        Command::Evaluate(arguments) => evaluate::run(arguments),
+        Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Export(arguments) => export::run(arguments),
         Command::Import(arguments) => import::run(arguments),
     }

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use denoised::bundle::{Bundle, Parameterization};
+use denoised::diffusion::Token;
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
 use rand_chacha::ChaCha8Rng;
@@ -12,9 +13,10 @@ use rand_chacha::rand_core::SeedableRng;
 use training::checkpoint;
 use training::config::RunConfig;
 use training::data::{Corpus, prepare};
-use training::evaluate::bound;
+use training::evaluate::{Estimate, Served, bound};
 use training::export::{self, Storage, TrainedModel};
 use training::fit::{FitOptions, fit};
+use training::network::Ddit;
 use training::trainer::objective;
 
 fn corpus(folder: &Path) -> Corpus {
@@ -85,6 +87,23 @@ fn fresh() -> FitOptions {
         resume: false,
         minutes: None,
     }
+}
+
+/// A network and its bundle in ONNX Runtime give the same bound, for the same noise.
+fn agree(network: &Ddit, bundle: &Bundle, sequences: &[Vec<Token>]) {
+    let estimate = Estimate {
+        objective: Served::objective(bundle.manifest()),
+        draws: 4,
+        seed: 3,
+        threads: 2,
+    };
+    let Ok(ours) = estimate.bound(&|| Ok(network), sequences);
+    let served = estimate.bound(&|| Served::load(bundle), sequences).unwrap();
+    let difference = (served.nats_per_token / ours.nats_per_token - 1.0).abs();
+    assert!(
+        difference < 1e-5,
+        "{served} from the bundle, {ours} from the network"
+    );
 }
 
 #[test]
@@ -167,6 +186,7 @@ fn from_text_to_a_bundle_that_runs() {
         bundle.tokenizer().unwrap().unwrap().decode(&[5]).unwrap().len(),
         1
     );
+    agree(&network, &bundle, &sequences);
     let mut served = OnnxNetwork::load(&bundle, &OnnxOptions::default()).unwrap();
     let mask = i64::from(bundle.manifest().mask_token.unwrap());
     let batch = Batch {
@@ -276,6 +296,8 @@ fn a_network_of_probabilities_goes_the_whole_way() {
         .unwrap();
     loss *= config.schedule.rate(t) / sigma.exp_m1();
     assert!((loss / expected - 1.0).abs() < 1e-4, "{loss} is not {expected}");
+
+    agree(&network, &bundle, &sequences);
 }
 
 #[test]

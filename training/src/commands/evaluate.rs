@@ -1,41 +1,168 @@
 //! `training evaluate`.
 
-use std::path::PathBuf;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::thread;
 
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
+use denoised::bundle::Bundle;
+use serde_json::json;
+use tokenizers::Tokenizer;
 use training::config::RunConfig;
+use training::evaluate::{Bound, Estimate, Served, Text};
+use training::tokenizer::END_OF_DOCUMENT;
 
 use super::run::Run;
 
-/// Bounds the negative log-likelihood of the run's held-out text.
+/// Bounds the negative log-likelihood of text, of a run's held-out text unless other is given.
+///
+/// All numbers are upper bounds: the time integral of the score entropy, by Monte Carlo, plus what the
+/// prior costs. The error is the standard error over sequences.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The run's file.
-    config: PathBuf,
+    /// The run's file; its latest averaged weights are evaluated.
+    #[arg(required_unless_present = "bundle", conflicts_with = "bundle")]
+    config: Option<PathBuf>,
+    /// A bundle instead of a run, evaluated by ONNX Runtime as the server does.
+    #[arg(long, value_name = "DIR", requires = "text")]
+    bundle: Option<PathBuf>,
+    /// Text files, a document each, instead of the run's held-out text.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    text: Vec<PathBuf>,
     /// Times drawn for every sequence.
     #[arg(long, value_name = "N", default_value_t = 32)]
     draws: usize,
+    /// Decides times and noise.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Threads; no part of the result.
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
     /// Also measure a byte 4-gram and xz -9 on the same text, which `prepare` left beside the tokens.
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["text", "bundle"])]
     baselines: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
 }
 
-pub(crate) fn run(arguments: Arguments) -> Result<()> {
-    let Arguments {
-        config,
-        draws,
-        baselines,
-    } = arguments;
-    let run = Run::latest(&RunConfig::read(&config)?)?;
-    let (bound, bytes_per_token) = run.evaluate(draws)?;
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    ensure!(arguments.draws > 0, "--draws must be at least 1");
+    let threads = arguments
+        .threads
+        .or_else(|| thread::available_parallelism().ok())
+        .map_or(1, NonZeroUsize::get);
+    let mut baselines = None;
+    let (bound, bytes_per_token) = match (&arguments.config, &arguments.bundle) {
+        (Some(config), _) => {
+            let run = Run::latest(&RunConfig::read(config)?)?;
+            if arguments.baselines {
+                baselines = Some(run.baselines()?);
+            }
+            let text = if arguments.text.is_empty() {
+                run.held_out()?
+            } else {
+                run.encode(&documents(&arguments.text)?)?
+            };
+            ensure!(!text.sequences.is_empty(), too_short(run.network.config().length));
+            let estimate = Estimate {
+                objective: run.objective(),
+                draws: arguments.draws,
+                seed: arguments.seed,
+                threads,
+            };
+            let Ok(bound) = estimate.bound(&|| Ok(&run.network), &text.sequences);
+            (bound, text.bytes_per_token)
+        }
+        (None, Some(bundle)) => of_bundle(bundle, arguments, threads)?,
+        (None, None) => return Err(anyhow!("neither a run nor --bundle is given")),
+    };
+    print(arguments, bound, bytes_per_token, baselines)
+}
+
+fn of_bundle(directory: &Path, arguments: &Arguments, threads: usize) -> Result<(Bound, f64)> {
+    let bundle = Bundle::open(directory)?;
+    let manifest = bundle.manifest();
+    let tokenizer = bundle
+        .tokenizer()?
+        .with_context(|| format!("{} has no tokenizer.json", directory.display()))?;
+    let text = Text::encode(
+        &documents(&arguments.text)?,
+        manifest.max_length,
+        manifest.end_of_document,
+        |text| tokenizer.encode(text),
+    )?;
+    ensure!(!text.sequences.is_empty(), too_short(manifest.max_length));
+    let estimate = Estimate {
+        objective: Served::objective(manifest),
+        draws: arguments.draws,
+        seed: arguments.seed,
+        threads,
+    };
+    let bound = estimate.bound(&|| Served::load(&bundle), &text.sequences)?;
+    Ok((bound, text.bytes_per_token))
+}
+
+fn too_short(length: usize) -> String {
+    format!("the text is shorter than one sequence of {length} tokens")
+}
+
+fn documents(paths: &[PathBuf]) -> Result<Vec<String>> {
+    paths
+        .iter()
+        .map(|path| std::fs::read_to_string(path).with_context(|| path.display().to_string()))
+        .collect()
+}
+
+fn print(
+    arguments: &Arguments,
+    bound: Bound,
+    bytes_per_token: f64,
+    baselines: Option<serde_json::Value>,
+) -> Result<()> {
     let [bits, error] = bound.bits_per_byte(bytes_per_token);
+    if arguments.json {
+        let mut object = json!({
+            "bound_nats_per_token": bound.nats_per_token,
+            "standard_error_nats_per_token": bound.standard_error,
+            "bound_bits_per_token": bound.bits_per_token(),
+            "bound_bits_per_byte": bits,
+            "standard_error_bits_per_byte": error,
+            "perplexity": bound.perplexity(),
+            "bytes_per_token": bytes_per_token,
+            "sequences": bound.sequences,
+            "draws": bound.draws,
+        });
+        if let Some(baselines) = baselines {
+            object["baselines"] = baselines;
+        }
+        println!("{}", serde_json::to_string(&object)?);
+        return Ok(());
+    }
     println!(
-        "{bound}; {bits:.4} ± {error:.4} bits per byte ({} sequences, {draws} times each)",
-        bound.sequences
+        "{bound}; {bits:.4} ± {error:.4} bits per byte; perplexity {:.2} ({} sequences, {} times each)",
+        bound.perplexity(),
+        bound.sequences,
+        bound.draws
     );
-    if baselines {
-        println!("{}", serde_json::to_string(&run.baselines()?)?);
+    if let Some(baselines) = baselines {
+        println!("{}", serde_json::to_string(&baselines)?);
     }
     Ok(())
+}
+
+impl Run {
+    /// `documents` under the run's tokenizer.
+    fn encode(&self, documents: &[String]) -> Result<Text> {
+        let path = &self.config.data.tokenizer;
+        let tokenizer = Tokenizer::from_file(path).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        let end = tokenizer.token_to_id(END_OF_DOCUMENT);
+        Text::encode(documents, self.network.config().length, end, |text| {
+            let encoding = tokenizer
+                .encode_fast(text, false)
+                .map_err(|e| anyhow!("{}: {e}", path.display()))?;
+            Ok(encoding.get_ids().to_vec())
+        })
+    }
 }

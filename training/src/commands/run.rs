@@ -8,7 +8,8 @@ use tokenizers::Tokenizer;
 use training::checkpoint::{self, State};
 use training::config::RunConfig;
 use training::data::TokenFile;
-use training::evaluate::{Bound, bound};
+use training::evaluate::{Text, bound};
+use training::loss::Objective;
 use training::network::Ddit;
 use training::{baseline, trainer};
 
@@ -29,27 +30,23 @@ impl Run {
         })
     }
 
-    /// The bound on held-out text, and the bytes of a token there.
-    pub(super) fn evaluate(&self, draws: usize) -> Result<(Bound, f64)> {
-        let shape = self.network.config();
+    /// What its weights were trained to bring down.
+    pub(super) fn objective(&self) -> Objective {
+        trainer::objective(&self.config, self.network.config())
+    }
+
+    /// The held-out text.
+    pub(super) fn held_out(&self) -> Result<Text> {
+        let length = self.network.config().length;
         let file = TokenFile::open(&self.config.data.validation)?;
         let tokenizer = Tokenizer::from_file(&self.config.data.tokenizer)
             .map_err(|e| anyhow!("{}: {e}", self.config.data.tokenizer.display()))?;
-        let count = file.sequences(shape.length);
-        let sequences: Vec<_> = (0..count)
-            .map(|index| file.sequence(index, shape.length))
-            .collect();
-        let bytes = file.bytes_of_first(count * shape.length, &tokenizer)?;
-        let objective = trainer::objective(&self.config, shape);
-        let bound = bound(
-            &self.network,
-            &objective,
-            &sequences,
-            draws,
-            self.config.run.seed,
-            self.config.run.threads,
-        );
-        Ok((bound, bytes as f64 / (count * shape.length) as f64))
+        let count = file.sequences(length);
+        let bytes = file.bytes_of_first(count * length, &tokenizer)?;
+        Ok(Text {
+            sequences: (0..count).map(|index| file.sequence(index, length)).collect(),
+            bytes_per_token: bytes as f64 / (count * length) as f64,
+        })
     }
 
     /// What simple models make of the same held-out text.
@@ -70,8 +67,17 @@ impl Run {
 
     /// Where the weights come from and how good they are, for the bundle.
     pub(super) fn provenance(&self, corpus: &str) -> Result<serde_json::Value> {
-        let (bound, bytes_per_token) = self.evaluate(32)?;
-        let [bits, error] = bound.bits_per_byte(bytes_per_token);
+        let text = self.held_out()?;
+        let run = &self.config.run;
+        let bound = bound(
+            &self.network,
+            &self.objective(),
+            &text.sequences,
+            32,
+            run.seed,
+            run.threads,
+        );
+        let [bits, error] = bound.bits_per_byte(text.bytes_per_token);
         let train = std::fs::read(&self.config.data.train)
             .with_context(|| self.config.data.train.display().to_string())?;
         Ok(json!({

@@ -25,6 +25,23 @@ pub struct RowTerm {
     pub constant: f32,
 }
 
+impl RowTerm {
+    /// The term over given log-scores.
+    pub fn loss(&self, log_scores: &[f32]) -> f64 {
+        let others = || {
+            let all = log_scores.iter().enumerate();
+            all.filter(|(y, _)| *y != self.current)
+                .map(|(_, &log_score)| f64::from(log_score))
+        };
+        let mut loss = f64::from(self.constant);
+        loss += f64::from(self.exponential) * others().map(f64::exp).sum::<f64>();
+        if self.linear != 0.0 {
+            loss -= f64::from(self.linear) * others().sum::<f64>();
+        }
+        loss - f64::from(self.target_weight) * f64::from(log_scores[self.target])
+    }
+}
+
 /// Log-scores `[rows, states]` to the terms of the rows, `[rows]`.
 #[derive(Debug, Clone)]
 pub struct ScoreEntropy {
