@@ -10,18 +10,20 @@
 //! has been checked against its manifest, and no file beside those is ever opened.
 
 mod embedded;
+mod external_data;
 mod manifest;
 pub mod repository;
 mod tokenizer;
+mod writer;
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
 
 pub use embedded::demo;
 pub use manifest::{FORMAT, Manifest, Parameterization};
 pub use tokenizer::{TextTokenizer, TokenizerError};
+pub use writer::{BundleFile, BundleWriter, refuse_existing};
 
 use sha2::{Digest, Sha256};
 
@@ -29,6 +31,8 @@ use sha2::{Digest, Sha256};
 pub const MANIFEST: &str = "manifest.json";
 /// File name of the network.
 pub const MODEL: &str = "model.onnx";
+/// File name of weights that do not lie in [`MODEL`] itself, which protobuf keeps below 2 GB.
+pub const EXTERNAL_DATA: &str = "model.onnx.data";
 /// File name of the tokenizer, in the format of Hugging Face `tokenizers`.
 pub const TOKENIZER: &str = "tokenizer.json";
 
@@ -64,6 +68,9 @@ pub enum BundleError {
         /// What is wrong with it.
         problem: &'static str,
     },
+    /// The network is not an ONNX file.
+    #[error("{MODEL}: {0}")]
+    Model(String),
     /// The tokenizer does not fit.
     #[error("{TOKENIZER}: {0}")]
     Tokenizer(#[from] TokenizerError),
@@ -111,8 +118,24 @@ impl Bundle {
             }
         }
         for (name, expected) in &manifest.sha256 {
-            check_hash(name, expected, &read(&directory.join(name))?)?;
+            check_hash(name, expected, sha256_of_file(name, &directory.join(name))?)?;
         }
+        Self::of_files_just_hashed(directory, manifest)
+    }
+
+    /// The bundle in `directory`, whose files are known to have the hashes of `manifest`.
+    fn of_files_just_hashed(directory: &Path, manifest: Manifest) -> Result<Self, BundleError> {
+        let path = directory.join(MODEL);
+        let file = File::open(&path).map_err(|e| io_error(&path, e))?;
+        let length = file.metadata().map_err(|e| io_error(&path, e))?.len();
+        check_external_data(BufReader::new(file), length, |name| {
+            // Names in the manifest are plain: what it lists lies in the bundle.
+            if manifest.sha256.contains_key(name) {
+                Ok(())
+            } else {
+                Err("is named by the network as external data, but not listed in the manifest")
+            }
+        })?;
         Ok(Self {
             manifest,
             files: Files::Directory(directory.to_owned()),
@@ -134,8 +157,13 @@ impl Bundle {
         let manifest = Manifest::from_json(find(MANIFEST).ok_or_else(|| missing(MANIFEST))?)
             .map_err(BundleError::Manifest)?;
         for (name, expected) in &manifest.sha256 {
-            check_hash(name, expected, find(name).ok_or_else(|| missing(name))?)?;
+            let bytes = find(name).ok_or_else(|| missing(name))?;
+            check_hash(name, expected, sha256(bytes))?;
         }
+        let model = find(MODEL).ok_or_else(|| missing(MODEL))?;
+        check_external_data(Cursor::new(model), model.len() as u64, |_| {
+            Err("is named by the network as external data, which an embedded bundle cannot have")
+        })?;
         Ok(Self {
             manifest,
             files: Files::Embedded(files),
@@ -180,33 +208,28 @@ impl Bundle {
 ///
 /// `files` are [`MODEL`] and, if there is one, [`TOKENIZER`]; their hashes are filled into `manifest`.
 pub fn write(directory: &Path, manifest: &mut Manifest, files: &[(&str, &[u8])]) -> Result<(), BundleError> {
-    manifest.sha256 = files
-        .iter()
-        .map(|(name, bytes)| ((*name).to_owned(), sha256(bytes)))
-        .collect::<BTreeMap<_, _>>();
-    manifest.check().map_err(BundleError::Manifest)?;
-    if directory.exists() {
-        let source = io::Error::new(io::ErrorKind::AlreadyExists, "exists already");
-        return Err(io_error(directory, source));
+    refuse_existing(directory)?;
+    let mut writer = BundleWriter::new(directory.parent().unwrap_or(Path::new("")))?;
+    for (name, bytes) in files {
+        writer.add(name, bytes)?;
     }
-    // Written beside its final place and then renamed, so that a watching server never sees half of it.
-    let mut partial = directory.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    if partial.exists() {
-        fs::remove_dir_all(&partial).map_err(|e| io_error(&partial, e))?;
-    }
-    fs::create_dir_all(&partial).map_err(|e| io_error(&partial, e))?;
-    let json = serde_json::to_vec_pretty(manifest).map_err(|e| BundleError::Manifest(e.to_string()))?;
-    for (name, bytes) in files.iter().copied().chain([(MANIFEST, json.as_slice())]) {
-        let path = partial.join(name);
-        fs::write(&path, bytes).map_err(|e| io_error(&path, e))?;
-    }
-    fs::rename(&partial, directory).map_err(|e| io_error(directory, e))
+    writer.describe(manifest)?;
+    writer.commit(directory)
 }
 
-fn check_hash(file: &str, expected: &str, bytes: &[u8]) -> Result<(), BundleError> {
-    let found = sha256(bytes);
+/// Asks `allowed` about every file that the network wants to read beside itself.
+fn check_external_data(
+    model: impl BufRead + Seek,
+    length: u64,
+    allowed: impl Fn(&str) -> Result<(), &'static str>,
+) -> Result<(), BundleError> {
+    for file in external_data::files(model, length).map_err(BundleError::Model)? {
+        allowed(&file).map_err(|problem| BundleError::File { file, problem })?;
+    }
+    Ok(())
+}
+
+fn check_hash(file: &str, expected: &str, found: String) -> Result<(), BundleError> {
     if found == expected {
         return Ok(());
     }
@@ -219,10 +242,32 @@ fn check_hash(file: &str, expected: &str, bytes: &[u8]) -> Result<(), BundleErro
 
 /// Lower-case hexadecimal sha256.
 pub fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+/// sha256 of a file, which may be larger than memory.
+fn sha256_of_file(name: &str, path: &Path) -> Result<String, BundleError> {
+    let io = |e| io_error(path, e);
+    let mut file = File::open(path).map_err(io)?;
+    // A pipe or a device would never end.
+    if !file.metadata().map_err(io)?.is_file() {
+        return Err(BundleError::File {
+            file: name.to_owned(),
+            problem: "is not a file",
+        });
+    }
+    let mut hash = Sha256::new();
+    let mut chunk = vec![0; 1 << 18];
+    loop {
+        match file.read(&mut chunk).map_err(io)? {
+            0 => return Ok(hexadecimal(&hash.finalize())),
+            length => hash.update(&chunk[..length]),
+        }
+    }
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
@@ -244,7 +289,7 @@ mod tests {
     fn written(root: &Path) -> PathBuf {
         let directory = root.join("tiny/1");
         let mut manifest = manifest::tests::tiny();
-        write(&directory, &mut manifest, &[(MODEL, b"not really a network")]).unwrap();
+        write(&directory, &mut manifest, &[(MODEL, b"")]).unwrap();
         directory
     }
 
@@ -262,6 +307,44 @@ mod tests {
         let directory = written(root.path());
         fs::write(directory.join(MODEL), b"another network").unwrap();
         assert!(matches!(Bundle::open(&directory), Err(BundleError::Hash { .. })));
+    }
+
+    #[test]
+    fn external_data_must_be_listed() {
+        let root = tempfile::tempdir().unwrap();
+        let files = |location| {
+            let model = external_data::tests::model_with_external_data(location);
+            let directory = root.path().join("tiny/2");
+            let files: [(&str, &[u8]); 2] = [(MODEL, &model), (EXTERNAL_DATA, b"weights")];
+            write(&directory, &mut manifest::tests::tiny(), &files)?;
+            Bundle::open(&directory)
+        };
+        for elsewhere in ["/etc/passwd", "../1/model.onnx", "./model.onnx.data", ""] {
+            let refused = files(elsewhere).unwrap_err();
+            assert!(
+                matches!(&refused, BundleError::File { file, .. } if file == elsewhere),
+                "{elsewhere}: {refused}"
+            );
+        }
+        files(EXTERNAL_DATA).unwrap();
+        // Damage there is found like damage anywhere.
+        let data = root.path().join("tiny/2").join(EXTERNAL_DATA);
+        fs::write(&data, b"Weights").unwrap();
+        let refused = Bundle::open(&root.path().join("tiny/2")).unwrap_err();
+        assert!(matches!(refused, BundleError::Hash { file, .. } if file == EXTERNAL_DATA));
+    }
+
+    #[test]
+    fn what_is_no_network_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("tiny/1");
+        let refused = write(
+            &directory,
+            &mut manifest::tests::tiny(),
+            &[(MODEL, b"not really a network")],
+        );
+        assert!(matches!(refused, Err(BundleError::Model(_))));
+        assert!(!directory.exists());
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::BundleError;
 use super::manifest::is_name;
+use super::{BundleError, MANIFEST};
 
 /// One bundle's place in the repository.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -19,8 +19,8 @@ pub struct Entry {
 
 /// All `<model>/<version>` directories below `root`, by name and then version.
 ///
-/// What does not look like one (other files, versions that are not positive integers, half-written
-/// bundles) is passed over; bundles are not opened here.
+/// What does not look like one (other files, hidden folders, versions that are not positive integers,
+/// versions without manifest, which are still being written) is passed over; bundles are not opened here.
 pub fn scan(root: &Path) -> Result<Vec<Entry>, BundleError> {
     let mut entries = Vec::new();
     for (name, model) in directories(root)? {
@@ -28,7 +28,10 @@ pub fn scan(root: &Path) -> Result<Vec<Entry>, BundleError> {
             continue;
         }
         for (version, path) in directories(&model)? {
-            if let Some(version) = version.parse::<u64>().ok().filter(|v| *v > 0) {
+            // The manifest comes last, where a folder cannot be renamed into place.
+            if let Some(version) = parse_version(&version)
+                && path.join(MANIFEST).is_file()
+            {
                 entries.push(Entry {
                     name: name.clone(),
                     version,
@@ -39,6 +42,20 @@ pub fn scan(root: &Path) -> Result<Vec<Entry>, BundleError> {
     }
     entries.sort();
     Ok(entries)
+}
+
+/// The version that a folder of this name holds: a positive integer as people write it.
+pub fn parse_version(name: &str) -> Option<u64> {
+    name.parse().ok().filter(|v: &u64| *v > 0 && v.to_string() == name)
+}
+
+/// The version after all that the folder `model` of a repository holds, finished or not; 1 if there is none.
+pub fn next_version(model: &Path) -> Result<u64, BundleError> {
+    if !model.exists() {
+        return Ok(1);
+    }
+    let taken = directories(model)?;
+    Ok(1 + taken.iter().filter_map(|(name, _)| parse_version(name)).max().unwrap_or(0))
 }
 
 fn directories(path: &Path) -> Result<Vec<(String, PathBuf)>, BundleError> {
@@ -67,11 +84,18 @@ mod tests {
             "a/1.partial",
             "a/0",
             "a/latest",
+            "a/01",
+            "a/+2",
+            "a/.partial-17-0",
             ".hidden/1",
             "Upper/1",
         ] {
-            fs::create_dir_all(root.path().join(place)).unwrap();
+            let place = root.path().join(place);
+            fs::create_dir_all(&place).unwrap();
+            fs::write(place.join(MANIFEST), "").unwrap();
         }
+        // Its manifest is yet to come.
+        fs::create_dir_all(root.path().join("a/3")).unwrap();
         fs::write(root.path().join("README"), "not a model").unwrap();
         let found: Vec<(String, u64)> = scan(root.path())
             .unwrap()
@@ -79,5 +103,7 @@ mod tests {
             .map(|e| (e.name, e.version))
             .collect();
         assert_eq!(found, [("a".into(), 1), ("b".into(), 2), ("b".into(), 10)]);
+        let next = ["a", "b", "c"].map(|model| next_version(&root.path().join(model)).unwrap());
+        assert_eq!(next, [4, 11, 1]);
     }
 }

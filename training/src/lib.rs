@@ -3,7 +3,8 @@
 //! Text becomes tokens ([`tokenizer`], [`data`]); [`network`] is the reference architecture in Burn, with
 //! custom operations in [`kernels`]; [`loss`] is the rate-weighted denoising score entropy; [`trainer`]
 //! takes one step, [`fit`] many, with [`checkpoint`]s; [`evaluate`] bounds the likelihood of held-out text
-//! next to [`baseline`]s; [`export`] writes the bundle that the server picks up.
+//! next to [`baseline`]s; [`export`] writes the bundle that the server picks up, [`publish`] puts it where
+//! the server looks.
 //! [`import`] reads what the authors' own code wrote.
 
 pub mod baseline;
@@ -19,6 +20,7 @@ pub mod kernels;
 pub mod loss;
 pub mod network;
 pub mod optimizer;
+pub mod publish;
 pub mod state_dict;
 pub mod tokenizer;
 pub mod trainer;

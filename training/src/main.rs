@@ -5,7 +5,7 @@ mod commands;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use commands::{evaluate, export, fit, import, prepare, tokenizer};
+use commands::{evaluate, export, fit, import, prepare, publish, tokenizer};
 
 /// Trains score-based discrete diffusion language models and exports them for the server.
 #[derive(Debug, Parser)]
@@ -23,6 +23,7 @@ enum Command {
     Evaluate(evaluate::Arguments),
     Export(export::Arguments),
     Import(import::Arguments),
+    Publish(publish::Arguments),
 }
 
 fn main() -> Result<()> {
@@ -33,5 +34,6 @@ fn main() -> Result<()> {
         Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Export(arguments) => export::run(arguments),
         Command::Import(arguments) => import::run(arguments),
+        Command::Publish(arguments) => publish::run(arguments),
     }
 }

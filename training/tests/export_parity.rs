@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
-use training::export::{self, ExportError, Storage, TrainedModel};
+use training::export::{self, ExportError, Options, Storage, TrainedModel};
 use training::network::{Ddit, NetworkConfig, inference_device, token_tensor};
 use training::state_dict::StateDict;
 use training::tokenizer;
@@ -185,8 +185,127 @@ fn half_precision_matrices_stay_close() {
 }
 
 #[test]
-fn half_precision_takes_about_half_the_space() {
+fn whole_numbers_stay_close() {
+    for seed in 0..12 {
+        let difference = largest_difference_of_export(seed, Storage::Int8);
+        println!("seed {seed}: {difference}");
+        assert!(difference < 0.2, "seed {seed}: off by {difference}");
+    }
+}
+
+/// A sequence's scores do not depend on what else is in the batch, although steps follow the data.
+#[test]
+fn whole_numbers_of_one_canvas_do_not_depend_on_the_others() {
+    let (config, weights) = random_network(2);
+    let mut network = exported(&config, &weights, GraphKind::Absorbing, Storage::Int8);
+    let generator = &mut ChaCha8Rng::seed_from_u64(9);
+    let length = config.length;
+    let tokens: Vec<i64> = (0..3 * length)
+        .map(|_| below(generator, config.states) as i64)
+        .collect();
+    let sigma = [0.1, 3.0, 6.0];
+    let mut scores = |from: usize, to: usize| {
+        let positions: Vec<i64> = (0..((to - from) * length) as i64).collect();
+        let batch = Batch {
+            tokens: &tokens[from * length..to * length],
+            length,
+            sigma: &sigma[from..to],
+            positions: &positions,
+        };
+        evaluate(&mut network, &batch)
+    };
+    let together = scores(0, 3);
+    let alone = [scores(0, 1), scores(1, 2), scores(2, 3)].concat();
+    let difference = largest_difference(&together, &alone);
+    assert!(difference < 1e-5, "off by {difference}");
+}
+
+/// Weights beside the graph are the same weights.
+#[test]
+fn external_data_says_what_the_whole_file_says() {
     let config = NetworkConfig {
+        length: 24,
+        ..wide()
+    };
+    let weights = config.initial_weights(1, 0.3);
+    let root = tempfile::tempdir().unwrap();
+    let tokens: Vec<i64> = (0..24).map(|i| i * 17 % 499).collect();
+    let batch = Batch {
+        tokens: &tokens,
+        length: 24,
+        sigma: &[0.7],
+        positions: &(0..24).collect::<Vec<_>>(),
+    };
+    for storage in [Storage::F32, Storage::F16, Storage::Int8] {
+        let scores = |above: u64| {
+            let directory = root.path().join(format!("{storage}-{above}"));
+            let options = Options {
+                storage,
+                external_above: above,
+                ..Options::default()
+            };
+            export::bundle_with(&directory, model(&config, &weights, GraphKind::Absorbing), &options)
+                .unwrap();
+            let bundle = Bundle::open(&directory).unwrap();
+            let files: Vec<_> = bundle.manifest().sha256.keys().cloned().collect();
+            let size = fs::metadata(directory.join(denoised::bundle::MODEL)).unwrap().len();
+            let mut network = OnnxNetwork::load(&bundle, &OnnxOptions::default()).unwrap();
+            (files, size, evaluate(&mut network, &batch))
+        };
+        let (files, whole_size, whole) = scores(u64::MAX);
+        assert_eq!(files, ["model.onnx"]);
+        let (files, graph_size, beside) = scores(0);
+        assert_eq!(files, ["model.onnx", "model.onnx.data"]);
+        assert_eq!(whole, beside, "{storage}");
+        assert!(
+            graph_size < whole_size / 4,
+            "{graph_size} bytes beside {whole_size}"
+        );
+    }
+}
+
+#[test]
+fn a_manifest_says_what_its_storage_costs() {
+    let (config, weights) = random_network(4);
+    let root = tempfile::tempdir().unwrap();
+    let text: Vec<Vec<Token>> = vec![vec![1; config.length]; 4];
+    let export = |storage, text| {
+        let options = Options {
+            storage,
+            text,
+            ..Options::default()
+        };
+        let directory = root.path().join(storage.to_string());
+        let model = model(&config, &weights, GraphKind::Absorbing);
+        export::bundle_with(&directory, model, &options).unwrap();
+        let bundle = Bundle::open(&directory).unwrap();
+        bundle.manifest().provenance["export"].clone()
+    };
+    assert_eq!(export(Storage::F32, &[]), json!({"storage": "f32"}));
+    let half = export(Storage::F16, &text);
+    let whole = export(Storage::Int8, &[]);
+    for (name, export, source, most) in [
+        ("f16", half, "held_out_text", 1e-2),
+        ("int8", whole, "random_tokens", 0.2),
+    ] {
+        assert_eq!(export["storage"], name);
+        let difference = &export["difference_from_f32"];
+        assert_eq!(difference["sequences"], source);
+        let of = |key: &str| difference[key].as_f64().unwrap();
+        assert!(of("largest") > 0.0 && of("largest") < most, "{name}: {difference}");
+        assert!(of("mean") < of("largest") / 2.0, "{name}: {difference}");
+        assert!(
+            of("divergence") > 0.0 && of("divergence") < most * most,
+            "{difference}"
+        );
+    }
+    // Nothing is left of the networks that were only compared with.
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 3);
+}
+
+/// A network that is wide enough for its matrices to outweigh the rest.
+fn wide() -> NetworkConfig {
+    NetworkConfig {
         states: 500,
         length: 16,
         hidden_size: 128,
@@ -198,7 +317,12 @@ fn half_precision_takes_about_half_the_space() {
         parameterization: Parameterization::Score,
         time_conditioned: true,
         tie_embeddings: false,
-    };
+    }
+}
+
+#[test]
+fn half_precision_takes_about_half_the_space() {
+    let config = wide();
     let weights = config.initial_weights(1, 0.0);
     let bytes = |storage| export::onnx_model(&config, &weights, storage).unwrap().len() as f64;
     let ratio = bytes(Storage::F16) / bytes(Storage::F32);
@@ -236,8 +360,11 @@ fn read(path: &Path) -> StateDict {
     tensors
 }
 
+/// How far log-scores of an export may be from the reference's.
+const TOLERANCES: [(Storage, f32); 3] = [(Storage::F32, 2e-5), (Storage::F16, 2e-3), (Storage::Int8, 5e-2)];
+
 /// Exports a checkpoint of the authors' implementation and compares with what that computed.
-fn check_reference(name: &str, graph: GraphKind) {
+fn check_reference(name: &str, graph: GraphKind, storage: Storage, tolerance: f32) {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("../tests/fixtures")
         .join(name);
@@ -258,7 +385,7 @@ fn check_reference(name: &str, graph: GraphKind) {
         tie_embeddings: false,
     };
     let weights = read(&folder.join("model.safetensors"));
-    let mut network = exported(&config, &weights, graph, Storage::F32);
+    let mut network = exported(&config, &weights, graph, storage);
 
     let io = read(&folder.join("io.safetensors"));
     let tokens: Vec<i64> = io
@@ -285,17 +412,22 @@ fn check_reference(name: &str, graph: GraphKind) {
         row[tokens[at] as usize] = 0.0;
     }
     let difference = largest_difference(&log_scores, &io.get("log_score").unwrap().data);
-    assert!(difference < 2e-4, "off by {difference}");
+    println!("{name} {storage}: {difference}");
+    assert!(difference < tolerance, "{storage}: off by {difference}");
 }
 
 #[test]
 fn an_absorbing_checkpoint_says_what_the_reference_says() {
-    check_reference("sedd-tiny-absorb", GraphKind::Absorbing);
+    for (storage, tolerance) in TOLERANCES {
+        check_reference("sedd-tiny-absorb", GraphKind::Absorbing, storage, tolerance);
+    }
 }
 
 #[test]
 fn a_uniform_checkpoint_says_what_the_reference_says() {
-    check_reference("sedd-tiny-uniform", GraphKind::Uniform);
+    for (storage, tolerance) in TOLERANCES {
+        check_reference("sedd-tiny-uniform", GraphKind::Uniform, storage, tolerance);
+    }
 }
 
 #[test]
@@ -335,7 +467,7 @@ fn a_bundle_says_what_was_trained() {
     assert!(manifest.end_of_document.is_some());
     assert_eq!((manifest.max_length, manifest.schedule), (8, LOG_LINEAR));
     assert!(manifest.sigma_offset && manifest.time_conditioned);
-    assert_eq!(manifest.provenance, json!({"steps": 1}));
+    assert_eq!(manifest.provenance["steps"], 1);
     assert!(bundle.tokenizer().unwrap().is_some());
 
     let narrow = NetworkConfig {

@@ -6,5 +6,6 @@ pub(crate) mod export;
 pub(crate) mod fit;
 pub(crate) mod import;
 pub(crate) mod prepare;
+pub(crate) mod publish;
 mod run;
 pub(crate) mod tokenizer;

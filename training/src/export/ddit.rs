@@ -6,14 +6,14 @@
 
 use std::f64::consts::LN_10;
 
-use denoised::bundle::Parameterization;
+use denoised::bundle::{BundleFile, Parameterization};
 
 use super::graph::{Axis, Builder, Value, float, int, ints, string};
-use super::onnx::tensor_proto::DataType;
-use super::onnx::{AttributeProto, GraphProto};
+use super::schema::tensor_proto::DataType;
+use super::schema::{AttributeProto, GraphProto};
 use super::{ExportError, Storage};
 use crate::kernels::RotaryAttention;
-use crate::network::{NOISE_FEATURES, NetworkConfig};
+use crate::network::{EMBEDDING, NOISE_FEATURES, NetworkConfig};
 use crate::state_dict::{HostTensor, StateDict, StateDictError};
 
 /// What the mask's logit is lowered by, so that its probability is 0 in float32 and float64.
@@ -21,28 +21,32 @@ const EXCLUDED: f32 = -1e6;
 /// Guards the variance of a layer norm.
 const NORM_EPSILON: f32 = 1e-5;
 
-/// The graph of a network whose weights are known to fit `config`.
+/// The graph of a network whose weights are known to fit `config`, large ones in `external`.
 pub(super) fn graph(
     config: &NetworkConfig,
     weights: &StateDict,
     storage: Storage,
+    external: Option<&mut BundleFile>,
 ) -> Result<GraphProto, ExportError> {
     let mut writer = Writer {
         config,
         weights,
-        graph: Builder::new("ddit", storage),
+        storage,
+        graph: Builder::new("ddit", storage, external),
     };
     let log_score = writer.network()?;
     let shape = [Axis::Dynamic("rows"), Axis::Fixed(config.states)];
-    Ok(writer
+    let graph = writer
         .graph
-        .finish(&log_score, "log_score", DataType::Float, &shape))
+        .finish(&log_score, "log_score", DataType::Float, &shape);
+    graph.map_err(ExportError::ExternalData)
 }
 
 struct Writer<'a> {
     config: &'a NetworkConfig,
     weights: &'a StateDict,
-    graph: Builder,
+    storage: Storage,
+    graph: Builder<'a>,
 }
 
 /// Where the rows that were asked for lie.
@@ -81,8 +85,7 @@ impl<'a> Writer<'a> {
         let condition = self.condition(&sigma)?; // [batch, cond_dim]
 
         self.graph.scope("vocab_embed.");
-        let embedding = self.weight("vocab_embed.embedding")?;
-        let mut x = self.graph.node("Gather", &[&embedding, &tokens], vec![]); // [batch, length, width]
+        let (mut x, embedding) = self.embed(&tokens)?; // [batch, length, width]
         for block in 0..self.config.blocks {
             let rows = (block + 1 == self.config.blocks).then_some(&rows);
             x = self.block(block, &x, &condition, &rotation, rows)?;
@@ -93,24 +96,46 @@ impl<'a> Writer<'a> {
         let modulation = self.spread(&modulation, Some(&rows));
         let [shift, scale] = self.graph.nodes("Split", &[&modulation], halves());
         let x = self.modulated_norm(&x, "output_layer.norm_final.weight", &shift, &scale)?;
-        let output = self.head(&x, &embedding)?;
+        let output = self.head(&x, embedding.as_ref())?;
         Ok(match self.config.parameterization {
             Parameterization::Score => output,
             Parameterization::Mean => self.log_probabilities(&output),
         })
     }
 
-    /// The linear layer at the end: `[rows, width]` to `[rows, states]`.
-    fn head(&mut self, x: &Value, embedding: &Value) -> Result<Value, ExportError> {
-        if !self.config.tie_embeddings {
-            return self.affine(x, "output_layer.linear");
+    /// Rows of the embedding, `[batch, length, width]`, and the whole of it where the head shares it.
+    fn embed(&mut self, tokens: &Value) -> Result<(Value, Option<Value>), ExportError> {
+        if self.config.tie_embeddings {
+            let embedding = self.weight(EMBEDDING)?;
+            let x = self.graph.node("Gather", &[&embedding, tokens], vec![]);
+            return Ok((x, Some(embedding)));
         }
+        let tensor = self.tensor(EMBEDDING)?;
+        let x = match self.storage {
+            Storage::F32 => {
+                let embedding = self.graph.weight(EMBEDDING, &tensor.shape, &tensor.data)?;
+                self.graph.node("Gather", &[&embedding, tokens], vec![])
+            }
+            // Converted after the look-up: the table stays small in memory, too.
+            Storage::F16 | Storage::Int8 => {
+                let embedding = self.graph.half_weight(EMBEDDING, &tensor.shape, &tensor.data)?;
+                let x = self.graph.node("Gather", &[&embedding, tokens], vec![]);
+                self.graph.to_float(&x)
+            }
+        };
+        Ok((x, None))
+    }
+
+    /// The linear layer at the end: `[rows, width]` to `[rows, states]`.
+    fn head(&mut self, x: &Value, embedding: Option<&Value>) -> Result<Value, ExportError> {
+        let Some(embedding) = embedding else {
+            return self.affine(x, "output_layer.linear");
+        };
         let weight = self
             .graph
             .node("Transpose", &[embedding], vec![ints("perm", &[1, 0])]);
         let y = self.graph.node("MatMul", &[x, &weight], vec![]);
-        let bias = self.weight("output_layer.linear.bias")?;
-        Ok(self.graph.node("Add", &[&y, &bias], vec![]))
+        self.biased(&y, "output_layer.linear")
     }
 
     /// Logits to log-probabilities of the clean token, which is never the mask.
@@ -184,18 +209,20 @@ impl<'a> Writer<'a> {
                 .nodes("Split", &[&after], vec![int("axis", -1), int("num_outputs", 4)]);
 
         let y = self.modulated_norm(x, &name("norm1.weight"), &shift_attention, &scale_attention)?;
-        let qkv = self.linear(&y, &name("attn_qkv"))?; // [batch, length, 3 width]
+        let qkv = self.product(&y, &name("attn_qkv"))?; // [batch, length, 3 width]
         let y = self.attention(&qkv, rotation);
         let [x, y] = [x, &y].map(|x| rows.map_or_else(|| x.clone(), |rows| self.take(x, rows)));
-        let y = self.linear(&y, &name("attn_out"))?;
+        let y = self.product(&y, &name("attn_out"))?;
         let x = self.gated_residual(&x, &y, &gate_attention);
 
         let y = self.modulated_norm(&x, &name("norm2.weight"), &shift_mlp, &scale_mlp)?;
-        let y = self.affine(&y, &name("mlp.0"))?; // [.., 4 width]
+        let y = self.product(&y, &name("mlp.0"))?;
+        let y = self.biased(&y, &name("mlp.0"))?; // [.., 4 width]
         let y = self
             .graph
             .node("Gelu", &[&y], vec![string("approximate", "tanh")]);
-        let y = self.affine(&y, &name("mlp.2"))?;
+        let y = self.product(&y, &name("mlp.2"))?;
+        let y = self.biased(&y, &name("mlp.2"))?;
         Ok(self.gated_residual(&x, &y, &gate_mlp))
     }
 
@@ -297,8 +324,25 @@ impl<'a> Writer<'a> {
     /// `x W + b`, with the layer's weight and bias.
     fn affine(&mut self, x: &Value, layer: &str) -> Result<Value, ExportError> {
         let y = self.linear(x, layer)?;
+        self.biased(&y, layer)
+    }
+
+    /// `x + b`, with the layer's bias.
+    fn biased(&mut self, x: &Value, layer: &str) -> Result<Value, ExportError> {
         let bias = self.weight(&format!("{layer}.bias"))?;
-        Ok(self.graph.node("Add", &[&y, &bias], vec![]))
+        Ok(self.graph.node("Add", &[x, &bias], vec![]))
+    }
+
+    /// `x W` with a weight of a block, where nearly all time goes: in whole numbers if the storage is.
+    fn product(&mut self, x: &Value, layer: &str) -> Result<Value, ExportError> {
+        let name = format!("{layer}.weight");
+        if self.storage != Storage::Int8 {
+            return self.linear(x, layer);
+        }
+        debug_assert!(is_product(&name), "{name}");
+        let weight = self.tensor(&name)?.transposed();
+        self.graph
+            .quantized_product(x, &name, &weight.shape, &weight.data)
     }
 
     /// `x W`, with the layer's weight, which the reference keeps as `[out, in]`.
@@ -321,6 +365,13 @@ impl<'a> Writer<'a> {
         };
         self.weights.get(name).ok_or_else(missing)
     }
+}
+
+/// Whether `name` is a matrix that [`Storage::Int8`] keeps as integers: those whose products take nearly
+/// all of the time. The modulation has one row per sequence and decides how much each branch counts.
+pub(super) fn is_product(name: &str) -> bool {
+    let products = ["attn_qkv", "attn_out", "mlp.0", "mlp.2"];
+    name.starts_with("blocks.") && products.iter().any(|part| name.ends_with(&format!("{part}.weight")))
 }
 
 /// Splits the last axis in two.

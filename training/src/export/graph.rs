@@ -1,34 +1,55 @@
-//! Writes ONNX graphs: nodes and stored tensors in, one `GraphProto` out.
+//! Writes ONNX graphs: nodes and stored tensors in, one `GraphProto` out, with the tensors in it or in a
+//! file beside it.
 //!
 //! Knows the file format and nothing of the network.
 
 use std::collections::BTreeSet;
+use std::io::{self, Write};
+
+use denoised::bundle::BundleFile;
 
 use half::f16;
 
-use super::onnx::tensor_proto::DataType;
-use super::onnx::tensor_shape_proto::{Dimension, dimension};
-use super::onnx::{
-    AttributeProto, GraphProto, NodeProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto,
-    attribute_proto, type_proto,
+use super::schema::tensor_proto::DataType;
+use super::schema::tensor_shape_proto::{Dimension, dimension};
+use super::schema::{
+    AttributeProto, GraphProto, NodeProto, StringStringEntryProto, TensorProto, TensorShapeProto, TypeProto,
+    ValueInfoProto, attribute_proto, tensor_proto, type_proto,
 };
 use super::{ExportError, Storage};
+
+/// Tensors of fewer bytes stay in the graph, where tools see the constants that shapes follow from.
+const SMALLEST_EXTERNAL: usize = 1024;
+/// Tensors in a file of their own begin at multiples of a page, so that they can be mapped.
+const ALIGNMENT: u64 = 4096;
+/// Bytes that are converted at a time on their way to a file.
+const CHUNK: usize = 1 << 16;
+/// Largest magnitude of a symmetric int8.
+const MOST_INT8: f32 = 127.0;
+/// The zero of a uint8 that is used as a signed number.
+const ZERO_UINT8: u8 = 128;
+/// Smallest step between quantised numbers, so that a row of zeros can be divided by it.
+const LEAST_STEP: f32 = 1e-12;
 
 /// Name of a tensor in the graph.
 pub(super) type Value = String;
 
 /// A graph under construction; nodes run in the order in which they are added.
 #[derive(Debug)]
-pub(super) struct Builder {
+pub(super) struct Builder<'a> {
     storage: Storage,
     scope: String,
     graph: GraphProto,
     constants: BTreeSet<String>,
+    /// Where large tensors go as they come; without, into the graph.
+    external: Option<&'a mut BundleFile>,
+    /// What writing there met first.
+    failure: Option<io::Error>,
 }
 
-impl Builder {
-    /// An empty graph called `name`, whose matrices are kept as `storage`.
-    pub(super) fn new(name: &str, storage: Storage) -> Self {
+impl<'a> Builder<'a> {
+    /// An empty graph called `name`, whose matrices are kept as `storage`, large ones in `external`.
+    pub(super) fn new(name: &str, storage: Storage, external: Option<&'a mut BundleFile>) -> Self {
         let graph = GraphProto {
             name: Some(name.to_owned()),
             ..GraphProto::default()
@@ -38,6 +59,8 @@ impl Builder {
             scope: String::new(),
             graph,
             constants: BTreeSet::new(),
+            external,
+            failure: None,
         }
     }
 
@@ -89,47 +112,104 @@ impl Builder {
         output
     }
 
-    /// A stored tensor of the network; matrices are kept in the storage type and read as float32.
+    /// A stored tensor of the network, as float32; matrices may be kept as float16 and rounded by that.
     ///
     /// # Errors
     /// An entry that is not a number, or too large for the storage type.
     pub(super) fn weight(&mut self, name: &str, shape: &[usize], data: &[f32]) -> Result<Value, ExportError> {
-        let half = self.storage == Storage::F16 && shape.len() >= 2;
-        let fits = |x: &f32| {
-            if half {
-                f16::from_f32(*x).is_finite()
-            } else {
-                x.is_finite()
-            }
-        };
-        if let Some(&entry) = data.iter().find(|x| !fits(x)) {
-            return Err(ExportError::Entry {
-                name: name.to_owned(),
-                entry,
-            });
+        if self.storage == Storage::F16 && shape.len() >= 2 {
+            let stored = self.half_weight(name, shape, data)?;
+            // A function of constants alone: the runtime evaluates it once, when it loads the graph.
+            return Ok(self.to_float(&stored));
         }
-        if !half {
-            return Ok(self.floats(name, shape, data));
-        }
+        refuse_entries(name, data, |x| x.is_finite())?;
+        Ok(self.floats(name, shape, data))
+    }
+
+    /// A stored tensor of the network, as float16.
+    ///
+    /// # Errors
+    /// An entry that is not a number, or too large for float16.
+    pub(super) fn half_weight(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        data: &[f32],
+    ) -> Result<Value, ExportError> {
+        refuse_entries(name, data, |x| f16::from_f32(x).is_finite())?;
         let stored = format!("{name}.f16");
-        let bytes = data
+        let halves = data.iter().map(|x| f16::from_f32(*x).to_le_bytes());
+        self.store(&stored, DataType::Float16, shape, halves);
+        Ok(stored)
+    }
+
+    /// `x W` for a float32 `x` `[.., inputs]` and a stored matrix of the shape `[inputs, outputs]`, in whole
+    /// numbers.
+    ///
+    /// Each column of the matrix and each row of `x` is a signed byte times a step of its own. The rule of
+    /// `DynamicQuantizeLinear` would be one step for all of `x`: canvases that share a batch would change
+    /// each other's scores, and the error is two to three times as large.
+    ///
+    /// # Errors
+    /// An entry that is not a number.
+    pub(super) fn quantized_product(
+        &mut self,
+        x: &Value,
+        name: &str,
+        shape: &[usize],
+        data: &[f32],
+    ) -> Result<Value, ExportError> {
+        refuse_entries(name, data, |x| x.is_finite())?;
+        let outputs = shape.last().map_or(1, |&outputs| outputs.max(1));
+        let mut steps = vec![0.0_f32; outputs];
+        for row in data.chunks_exact(outputs) {
+            for (step, x) in steps.iter_mut().zip(row) {
+                *step = step.max(x.abs() / MOST_INT8);
+            }
+        }
+        steps.iter_mut().for_each(|step| *step = step.max(LEAST_STEP));
+        let quantized = data
             .iter()
-            .flat_map(|x| f16::from_f32(*x).to_le_bytes())
-            .collect();
-        self.store(&stored, DataType::Float16, shape, bytes);
-        // A function of constants alone: the runtime evaluates it once, when it loads the graph.
-        Ok(self.node("Cast", &[&stored], vec![int("to", DataType::Float as i64)]))
+            .zip(steps.iter().cycle())
+            .map(|(x, step)| ((x / step).round() as i8).to_le_bytes());
+        let weight = format!("{name}.i8");
+        self.store(&weight, DataType::Int8, shape, quantized);
+        let weight_step = self.floats(&format!("{name}.step"), &[outputs], &steps);
+
+        let magnitude = self.node("Abs", &[x], vec![]);
+        let last = self.ints(&[-1]);
+        let largest = self.node("ReduceMax", &[&magnitude, &last], vec![]); // [.., 1]
+        let part = self.float(1.0 / MOST_INT8);
+        let step = self.node("Mul", &[&largest, &part], vec![]);
+        let least = self.float(LEAST_STEP);
+        let step = self.node("Max", &[&step, &least], vec![]);
+        let x = self.node("Div", &[x, &step], vec![]);
+        let (one, zero) = (self.float(1.0), self.byte(ZERO_UINT8));
+        let x = self.node("QuantizeLinear", &[&x, &one, &zero], vec![]);
+        let y = self.node("MatMulInteger", &[&x, &weight, &zero], vec![]);
+        let y = self.to_float(&y);
+        let y = self.node("Mul", &[&y, &weight_step], vec![]);
+        Ok(self.node("Mul", &[&y, &step], vec![]))
+    }
+
+    /// `x` as float32.
+    pub(super) fn to_float(&mut self, x: &Value) -> Value {
+        self.node("Cast", &[x], vec![int("to", DataType::Float as i64)])
     }
 
     /// A stored float32 tensor.
     pub(super) fn floats(&mut self, name: &str, shape: &[usize], data: &[f32]) -> Value {
-        self.store(
-            name,
-            DataType::Float,
-            shape,
-            data.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        );
+        self.store(name, DataType::Float, shape, data.iter().map(|x| x.to_le_bytes()));
         name.to_owned()
+    }
+
+    /// A uint8 constant without axes.
+    fn byte(&mut self, value: u8) -> Value {
+        let name = format!("uint8 {value}");
+        if self.constants.insert(name.clone()) {
+            self.store(&name, DataType::Uint8, &[], [[value]].into_iter());
+        }
+        name
     }
 
     /// A float32 constant without axes.
@@ -145,36 +225,104 @@ impl Builder {
     pub(super) fn ints(&mut self, values: &[i64]) -> Value {
         let name = format!("{values:?}");
         if self.constants.insert(name.clone()) {
-            let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-            self.store(&name, DataType::Int64, &[values.len()], bytes);
+            let entries = values.iter().map(|x| x.to_le_bytes());
+            self.store(&name, DataType::Int64, &[values.len()], entries);
         }
         name
     }
 
     /// The graph, with `value`, which no node may read, as its only output under the name `name`.
+    ///
+    /// # Errors
+    /// A tensor could not be written to its file.
     pub(super) fn finish(
         mut self,
         value: &Value,
         name: &str,
         element: DataType,
         shape: &[Axis],
-    ) -> GraphProto {
+    ) -> io::Result<GraphProto> {
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
         let outputs = self.graph.node.iter_mut().flat_map(|node| node.output.iter_mut());
         for output in outputs.filter(|output| *output == value) {
             name.clone_into(output);
         }
         self.graph.output.push(value_info(name, element, shape));
-        self.graph
+        Ok(self.graph)
     }
 
-    fn store(&mut self, name: &str, element: DataType, shape: &[usize], raw_data: Vec<u8>) {
-        self.graph.initializer.push(TensorProto {
+    fn store<const BYTES: usize>(
+        &mut self,
+        name: &str,
+        element: DataType,
+        shape: &[usize],
+        entries: impl Iterator<Item = [u8; BYTES]>,
+    ) {
+        let mut tensor = TensorProto {
             name: Some(name.to_owned()),
             data_type: Some(element as i32),
             dims: shape.iter().map(|&length| length as i64).collect(),
-            raw_data: Some(raw_data),
             ..TensorProto::default()
-        });
+        };
+        let bytes = shape.iter().product::<usize>() * BYTES;
+        match &mut self.external {
+            Some(file) if bytes >= SMALLEST_EXTERNAL => {
+                tensor.data_location = Some(tensor_proto::DataLocation::External as i32);
+                match write_aligned(file, entries) {
+                    Ok(offset) => tensor.external_data = place(file.name(), offset, bytes),
+                    Err(error) => drop(self.failure.get_or_insert(error)),
+                }
+            }
+            _ => tensor.raw_data = Some(entries.flatten().collect()),
+        }
+        self.graph.initializer.push(tensor);
+    }
+}
+
+/// Appends a tensor to a file of many, and returns where it begins.
+fn write_aligned<const BYTES: usize>(
+    file: &mut BundleFile,
+    mut entries: impl Iterator<Item = [u8; BYTES]>,
+) -> io::Result<u64> {
+    let offset = file.length().next_multiple_of(ALIGNMENT);
+    let padding = (offset - file.length()) as usize;
+    file.write_all(&[0; ALIGNMENT as usize][..padding])?;
+    let mut chunk = Vec::with_capacity(CHUNK);
+    loop {
+        chunk.clear();
+        chunk.extend(entries.by_ref().take(CHUNK / BYTES).flatten());
+        if chunk.is_empty() {
+            return Ok(offset);
+        }
+        file.write_all(&chunk)?;
+    }
+}
+
+/// Where a tensor's data lies, as properties.
+fn place(location: &str, offset: u64, length: usize) -> Vec<StringStringEntryProto> {
+    let properties = [
+        ("location", location.to_owned()),
+        ("offset", offset.to_string()),
+        ("length", length.to_string()),
+    ];
+    properties
+        .into_iter()
+        .map(|(key, value)| StringStringEntryProto {
+            key: Some(key.to_owned()),
+            value: Some(value),
+        })
+        .collect()
+}
+
+fn refuse_entries(name: &str, data: &[f32], fits: impl Fn(f32) -> bool) -> Result<(), ExportError> {
+    match data.iter().find(|x| !fits(**x)) {
+        Some(&entry) => Err(ExportError::Entry {
+            name: name.to_owned(),
+            entry,
+        }),
+        None => Ok(()),
     }
 }
 

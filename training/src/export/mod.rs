@@ -1,17 +1,27 @@
 //! From weights to what the server runs: an ONNX graph, and the bundle around it.
 //!
 //! `ddit` writes the network with `graph`, which writes the format of `onnx.proto`. The graph leaves
-//! the sigma offset and the zero at the current token to its reader, which adds them in f64.
+//! the sigma offset and the zero at the current token to its reader, which adds them in f64. What a
+//! storage of fewer bits costs is measured by [`difference`] before anybody sees the bundle.
 
 mod ddit;
+pub mod difference;
 mod graph;
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
 use std::path::Path;
 
-use denoised::bundle::{self, BundleError, Manifest, TextTokenizer};
+use clap::ValueEnum;
+use denoised::bundle::{self, Bundle, BundleError, BundleFile, BundleWriter, Manifest, TextTokenizer};
 use denoised::diffusion::{Graph, GraphKind, Schedule, Token};
+use denoised::network::NetworkError as RuntimeError;
+use denoised::network::onnx;
+use difference::{Difference, Probe};
 use prost::Message;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokenizers::Tokenizer;
 
@@ -27,7 +37,7 @@ use crate::tokenizer::END_OF_DOCUMENT;
     clippy::pedantic,
     reason = "generated"
 )]
-pub(crate) mod onnx {
+pub(crate) mod schema {
     include!(concat!(env!("OUT_DIR"), "/onnx.rs"));
 }
 
@@ -41,14 +51,33 @@ const MOST_BYTES: usize = i32::MAX as usize;
 /// A buffer of published checkpoints, which the graph holds as tables of its own.
 const ROTARY_BUFFER: &str = "rotary_emb.inv_freq";
 
-/// How weights are kept in the file; sums are taken in float32 either way.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// Weights of more bytes than this lie in a file beside the network: well before protobuf ends, since a
+/// model in one piece is held in memory more than once while it is written and read.
+pub const EXTERNAL_ABOVE: u64 = 1 << 30;
+
+/// How weights are kept in the file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
 pub enum Storage {
     /// As they are.
     #[default]
     F32,
-    /// Matrices as float16, in half the space: three decimal digits, up to 65504.
+    /// Matrices as float16, in half the space: three decimal digits, up to 65504. Sums are taken in float32.
     F16,
+    /// The matrices of the blocks as 8-bit integers, with a step per output, and multiplied as such; the
+    /// embedding as float16; the head, the noise condition and all else as they are. For CPUs.
+    Int8,
+}
+
+impl fmt::Display for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Int8 => "int8",
+        })
+    }
 }
 
 /// Why a network cannot be exported.
@@ -69,8 +98,14 @@ pub enum ExportError {
         entry: f32,
     },
     /// More than one file can hold.
-    #[error("the graph takes {0} bytes, an ONNX file may have {MOST_BYTES}; keep matrices as float16")]
+    #[error("the graph takes {0} bytes, an ONNX file may have {MOST_BYTES} without external data")]
     Size(usize),
+    /// Weights cannot be written beside the graph.
+    #[error("{file}: {0}", file = bundle::EXTERNAL_DATA)]
+    ExternalData(io::Error),
+    /// The network cannot be run, to measure what its storage costs.
+    #[error(transparent)]
+    Run(#[from] RuntimeError),
     /// The bundle cannot be written.
     #[error(transparent)]
     Bundle(#[from] BundleError),
@@ -85,19 +120,29 @@ pub fn onnx_model(
     weights: &StateDict,
     storage: Storage,
 ) -> Result<Vec<u8>, ExportError> {
+    encoded(config, weights, storage, None)
+}
+
+/// The same, with large tensors in `external`.
+fn encoded(
+    config: &NetworkConfig,
+    weights: &StateDict,
+    storage: Storage,
+    external: Option<&mut BundleFile>,
+) -> Result<Vec<u8>, ExportError> {
     config.validate()?;
     check(config, weights)?;
-    let operators = onnx::OperatorSetIdProto {
+    let operators = schema::OperatorSetIdProto {
         domain: Some(String::new()),
         version: Some(OPERATORS),
     };
-    let model = onnx::ModelProto {
+    let model = schema::ModelProto {
         ir_version: Some(FILE_FORMAT),
         opset_import: vec![operators],
         producer_name: Some(env!("CARGO_PKG_NAME").to_owned()),
         producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
-        graph: Some(ddit::graph(config, weights, storage)?),
-        ..onnx::ModelProto::default()
+        graph: Some(ddit::graph(config, weights, storage, external)?),
+        ..schema::ModelProto::default()
     };
     match model.encoded_len() {
         0..=MOST_BYTES => Ok(model.encode_to_vec()),
@@ -149,8 +194,72 @@ pub struct TrainedModel<'a> {
     pub provenance: serde_json::Value,
 }
 
-/// Writes the bundle of `model` into `directory`, which must not exist yet.
+/// How to write a bundle.
+#[derive(Debug, Clone, Copy)]
+pub struct Options<'a> {
+    /// How weights are kept.
+    pub storage: Storage,
+    /// Weights of more bytes than this lie in [`bundle::EXTERNAL_DATA`], beside the graph.
+    pub external_above: u64,
+    /// Clean sequences to measure the cost of the storage on; without, random tokens.
+    pub text: &'a [Vec<Token>],
+}
+
+impl Default for Options<'_> {
+    fn default() -> Self {
+        Self {
+            storage: Storage::default(),
+            external_above: EXTERNAL_ABOVE,
+            text: &[],
+        }
+    }
+}
+
+/// Writes the bundle of `model` into `directory`, which must not exist yet, with the default [`Options`].
 pub fn bundle(directory: &Path, model: TrainedModel<'_>, storage: Storage) -> Result<Manifest, ExportError> {
+    let options = Options {
+        storage,
+        ..Options::default()
+    };
+    bundle_with(directory, model, &options)
+}
+
+/// Writes the bundle of `model` into `directory`, which must not exist yet.
+///
+/// `provenance.export` of its manifest holds the storage and, unless that is float32, the
+/// [`Difference`] from the float32 graph, both run by ONNX Runtime.
+pub fn bundle_with(
+    directory: &Path,
+    model: TrainedModel<'_>,
+    options: &Options<'_>,
+) -> Result<Manifest, ExportError> {
+    if options.storage != Storage::F32 {
+        // A missing runtime is told before anything is written.
+        onnx::runtime()?;
+    }
+    bundle::refuse_existing(directory)?;
+    let mut manifest = manifest(&model)?;
+    let parent = directory.parent().unwrap_or(Path::new(""));
+    let mut writer = BundleWriter::new(parent)?;
+    write_network(&mut writer, &model, options)?;
+    if let Some(json) = model.tokenizer {
+        writer.add(bundle::TOKENIZER, json)?;
+    }
+    let candidate = writer.describe(&mut manifest)?;
+
+    let mut export = json!({"storage": options.storage});
+    if options.storage != Storage::F32 {
+        let measured = difference_from_float32(parent, &candidate, &model, options)?;
+        export["difference_from_f32"] = json!(measured);
+    }
+    manifest.provenance = with_export(model.provenance, export);
+    writer.describe(&mut manifest)?;
+    writer.commit(directory)?;
+    Ok(manifest)
+}
+
+/// All that a manifest says but the hashes.
+fn manifest(model: &TrainedModel<'_>) -> Result<Manifest, ExportError> {
     let config = model.config;
     config.validate()?;
     let mut manifest = Manifest {
@@ -167,18 +276,84 @@ pub fn bundle(directory: &Path, model: TrainedModel<'_>, storage: Storage) -> Re
         time_conditioned: config.time_conditioned,
         two_stage: false,
         sha256: BTreeMap::new(),
-        provenance: model.provenance,
+        provenance: model.provenance.clone(),
     };
     if let Some(json) = model.tokenizer {
         let tokenizer = |error| ExportError::Bundle(BundleError::Tokenizer(error));
         TextTokenizer::from_json(json, &manifest).map_err(tokenizer)?;
         manifest.end_of_document = end_of_document(json);
     }
-    let network = onnx_model(config, model.weights, storage)?;
-    let mut files = vec![(bundle::MODEL, network.as_slice())];
-    files.extend(model.tokenizer.map(|json| (bundle::TOKENIZER, json)));
-    bundle::write(directory, &mut manifest, &files)?;
     Ok(manifest)
+}
+
+/// The graph, and its weights in a file beside it if they are many.
+fn write_network(
+    writer: &mut BundleWriter,
+    model: &TrainedModel<'_>,
+    options: &Options<'_>,
+) -> Result<(), ExportError> {
+    let (config, weights, storage) = (model.config, model.weights, options.storage);
+    let network = if stored_bytes(config, storage) > options.external_above {
+        let mut data = writer.create(bundle::EXTERNAL_DATA)?;
+        let network = encoded(config, weights, storage, Some(&mut data))?;
+        writer.close(data)?;
+        network
+    } else {
+        encoded(config, weights, storage, None)?
+    };
+    writer.add(bundle::MODEL, &network)?;
+    Ok(())
+}
+
+/// About how many bytes the weights take, a little more rather than less.
+fn stored_bytes(config: &NetworkConfig, storage: Storage) -> u64 {
+    let parameters = config.parameters();
+    let bytes = parameters.iter().map(|(name, shape)| {
+        let entries = shape.iter().product::<usize>() as u64;
+        match storage {
+            Storage::F16 if shape.len() >= 2 => 2 * entries,
+            Storage::Int8 if ddit::is_product(name) => entries,
+            Storage::F32 | Storage::F16 | Storage::Int8 => 4 * entries,
+        }
+    });
+    let rotation = 4 * config.length * config.hidden_size / config.heads;
+    bytes.sum::<u64>() + rotation as u64
+}
+
+/// Runs `candidate` beside the same network in float32, which is written beside it for as long.
+fn difference_from_float32(
+    parent: &Path,
+    candidate: &Bundle,
+    model: &TrainedModel<'_>,
+    options: &Options<'_>,
+) -> Result<Difference, ExportError> {
+    let probe = Probe::new(candidate.manifest(), options.text);
+    let mut reference = BundleWriter::new(parent)?;
+    let options = Options {
+        storage: Storage::F32,
+        ..*options
+    };
+    write_network(&mut reference, model, &options)?;
+    let reference = reference_network(&reference, candidate.manifest())?;
+    let candidate = onnx::OnnxNetwork::load(candidate, &onnx::OnnxOptions::default())?;
+    Ok(Difference::measure(reference, candidate, &probe)?)
+}
+
+fn reference_network(writer: &BundleWriter, manifest: &Manifest) -> Result<onnx::OnnxNetwork, ExportError> {
+    let bundle = writer.describe(&mut manifest.clone())?;
+    let network = onnx::OnnxNetwork::load(&bundle, &onnx::OnnxOptions::default())?;
+    Ok(network)
+}
+
+/// `provenance` with a key `export`.
+fn with_export(provenance: Value, export: Value) -> Value {
+    let mut keys = match provenance {
+        Value::Object(keys) => keys,
+        Value::Null => Map::new(),
+        other => Map::from_iter([("source".to_owned(), other)]),
+    };
+    keys.insert("export".to_owned(), export);
+    Value::Object(keys)
 }
 
 /// The token between documents, if the tokenizer has one.

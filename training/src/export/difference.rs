@@ -1,0 +1,210 @@
+//! What keeping weights in fewer bits costs: two exports of one network, run beside each other on the same
+//! noised sequences.
+
+use denoised::bundle::Manifest;
+use denoised::diffusion::Token;
+use denoised::network::{Batch, NetworkError, ScoreNetwork};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde::Serialize;
+
+use crate::loss::unit;
+
+/// Times at which sequences are noised, from nearly clean to nearly all noise.
+const TIMES: [f64; 6] = [0.05, 0.2, 0.4, 0.6, 0.8, 0.95];
+/// Sequences that are noised at each time.
+const SEQUENCES: usize = 4;
+/// Longest part of a sequence that is used.
+const MOST_LENGTH: usize = 256;
+/// Most positions of a sequence that are compared, so that large vocabularies fit into memory.
+const MOST_POSITIONS: usize = 64;
+/// Where the noise and, without text, the tokens come from: the same for every export.
+const SEED: u64 = 1;
+
+/// Where the sequences of a [`Probe`] come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// Text that the network was not trained on.
+    HeldOutText,
+    /// Tokens drawn evenly from the vocabulary.
+    RandomTokens,
+}
+
+/// Noised sequences: always the same for the same model and text.
+#[derive(Debug, Clone)]
+pub struct Probe {
+    source: Source,
+    canvases: Vec<Canvas>,
+}
+
+/// One noised sequence, and where its scores matter.
+#[derive(Debug, Clone)]
+struct Canvas {
+    tokens: Vec<i64>,
+    sigma: f64,
+    positions: Vec<i64>,
+}
+
+impl Probe {
+    /// The first sequences of `text`, or random tokens, noised as the model's noise process does.
+    pub fn new(manifest: &Manifest, text: &[Vec<Token>]) -> Self {
+        let graph = manifest.graph();
+        let random = &mut ChaCha8Rng::seed_from_u64(SEED);
+        let length = manifest.max_length.min(MOST_LENGTH);
+        let clean: Vec<Vec<Token>> = if text.is_empty() {
+            let tokens = manifest.vocab_size - usize::from(graph.mask().is_some());
+            let token = |random: &mut ChaCha8Rng| (random.next_u64() % tokens as u64) as Token;
+            (0..SEQUENCES)
+                .map(|_| (0..length).map(|_| token(random)).collect())
+                .collect()
+        } else {
+            let parts = text.iter().take(SEQUENCES);
+            parts
+                .map(|tokens| tokens[..tokens.len().min(length)].to_vec())
+                .collect()
+        };
+        let mut canvases = Vec::new();
+        for t in TIMES {
+            let sigma = manifest.schedule.total_noise(t);
+            for clean in &clean {
+                let noised: Vec<Token> = clean
+                    .iter()
+                    .map(|&token| graph.sample_transition(token, sigma, unit(random)))
+                    .collect();
+                // Where there are masks, only they are ever asked about.
+                let asked: Vec<i64> = (0..noised.len())
+                    .filter(|&at| graph.mask().is_none_or(|mask| noised[at] == mask))
+                    .map(|at| at as i64)
+                    .collect();
+                let every = asked.len().div_ceil(MOST_POSITIONS).max(1);
+                let positions: Vec<i64> = asked.into_iter().step_by(every).collect();
+                if !positions.is_empty() {
+                    canvases.push(Canvas {
+                        tokens: noised.into_iter().map(i64::from).collect(),
+                        sigma,
+                        positions,
+                    });
+                }
+            }
+        }
+        Self {
+            source: if text.is_empty() {
+                Source::RandomTokens
+            } else {
+                Source::HeldOutText
+            },
+            canvases,
+        }
+    }
+}
+
+/// How far the log-scores of a network are from those of another, over tokens other than the current one.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Difference {
+    /// Largest absolute difference of a log-score.
+    pub largest: f64,
+    /// Mean absolute difference of a log-score.
+    pub mean: f64,
+    /// Mean divergence in nats, KL(first || second), of the laws to which the scores of a position
+    /// normalise: what the samples see of the difference.
+    pub divergence: f64,
+    /// Positions that were compared.
+    pub positions: usize,
+    /// Total noise of the sequences.
+    pub sigma: Vec<f64>,
+    /// Where the sequences come from.
+    pub sequences: Source,
+}
+
+impl Difference {
+    /// Runs both networks over `probe`.
+    pub fn measure(
+        mut reference: impl ScoreNetwork,
+        mut candidate: impl ScoreNetwork,
+        probe: &Probe,
+    ) -> Result<Self, NetworkError> {
+        let (mut largest, mut total, mut entries) = (0.0_f64, 0.0, 0_usize);
+        let (mut divergence, mut positions) = (0.0, 0);
+        let mut expected: Vec<Vec<f32>> = Vec::new();
+        for canvas in &probe.canvases {
+            let batch = Batch {
+                tokens: &canvas.tokens,
+                length: canvas.tokens.len(),
+                sigma: &[canvas.sigma as f32],
+                positions: &canvas.positions,
+            };
+            let rows = canvas.positions.len();
+            reference.log_score(&batch, &mut |scores| {
+                expected = (0..rows).map(|row| scores.row(row).to_vec()).collect();
+            })?;
+            candidate.log_score(&batch, &mut |scores| {
+                for (row, expected) in expected.iter().enumerate() {
+                    let current = canvas.tokens[canvas.positions[row] as usize] as usize;
+                    let scores = scores.row(row);
+                    for (_, [a, b]) in pairs(expected, scores, current) {
+                        let difference = (a - b).abs();
+                        // Not `max`, in which a NaN gets lost.
+                        if !(difference <= largest) {
+                            largest = difference;
+                        }
+                        total += difference;
+                        entries += 1;
+                    }
+                    divergence += kullback_leibler(expected, scores, current);
+                }
+            })?;
+            positions += rows;
+        }
+        let mut sigma: Vec<f64> = probe.canvases.iter().map(|canvas| canvas.sigma).collect();
+        sigma.dedup();
+        Ok(Self {
+            largest,
+            mean: total / entries.max(1) as f64,
+            divergence: divergence / positions.max(1) as f64,
+            positions,
+            sigma,
+            sequences: probe.source,
+        })
+    }
+}
+
+/// Entries of two rows in f64, but for the one at `current`.
+fn pairs<'a>(a: &'a [f32], b: &'a [f32], current: usize) -> impl Iterator<Item = (usize, [f64; 2])> {
+    let both = a.iter().zip(b).map(|(&a, &b)| [f64::from(a), f64::from(b)]);
+    both.enumerate().filter(move |(token, _)| *token != current)
+}
+
+fn kullback_leibler(a: &[f32], b: &[f32], current: usize) -> f64 {
+    let highest = pairs(a, b, current).fold([f64::NEG_INFINITY; 2], |high, (_, pair)| {
+        [high[0].max(pair[0]), high[1].max(pair[1])]
+    });
+    let total = pairs(a, b, current).fold([0.0; 2], |total, (_, pair)| {
+        [
+            total[0] + (pair[0] - highest[0]).exp(),
+            total[1] + (pair[1] - highest[1]).exp(),
+        ]
+    });
+    let normalised = |which: usize, x: f64| x - highest[which] - total[which].ln();
+    pairs(a, b, current)
+        .map(|(_, pair)| {
+            let [a, b] = [normalised(0, pair[0]), normalised(1, pair[1])];
+            a.exp() * (a - b)
+        })
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_divergence_is_that_of_the_laws_and_passes_over_the_current_token() {
+        let [a, b] = [[0.5, 0.5, 99.0], [0.25, 0.75, 1e-9]].map(|p: [f32; 3]| p.map(f32::ln));
+        let expected = 0.5 * (2.0_f64.ln() + (2.0_f64 / 3.0).ln());
+        assert!((kullback_leibler(&a, &b, 2) - expected).abs() < 1e-7);
+        // An offset of all scores is no difference in law.
+        let shifted = a.map(|x| x + 5.0);
+        assert!(kullback_leibler(&a, &shifted, 2).abs() < 1e-7);
+    }
+}

@@ -1,0 +1,89 @@
+//! Adds a bundle to a model repository as the next version of its model, all of it or nothing.
+//!
+//! A repository is a folder ([`directory`]) or, with the feature `object-store`, a place in an object
+//! store ([`object_store`]). Two who publish at once get different versions, and whoever reads meanwhile
+//! sees a version whole or not at all.
+
+pub mod directory;
+#[cfg(feature = "object-store")]
+pub mod object_store;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use denoised::bundle::{Bundle, BundleError};
+use thiserror::Error;
+
+/// Versions that are tried before giving up: each was taken by somebody else in between.
+const TRIES: usize = 1000;
+
+/// A version that readers of the repository see from now on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// Name of the model.
+    pub name: String,
+    /// Its new version.
+    pub version: u64,
+}
+
+impl fmt::Display for Published {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.name, self.version)
+    }
+}
+
+/// Why a bundle is not published.
+#[derive(Debug, Error)]
+pub enum PublishError {
+    /// The bundle is damaged, or the folder cannot be written.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// Not a place that this program can write to.
+    #[error("repository {place:?}: {problem}")]
+    Place {
+        /// What was asked for.
+        place: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Others took every version that was tried.
+    #[error("{name}: {TRIES} versions in a row were taken by others")]
+    Crowded {
+        /// Name of the model.
+        name: String,
+    },
+    /// The object store said no.
+    #[cfg(feature = "object-store")]
+    #[error(transparent)]
+    Store(#[from] ::object_store::Error),
+    /// A file of the bundle cannot be read.
+    #[error("{path}: {source}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Publishes the bundle in the folder `bundle` to `repository`, a folder or a URL.
+pub fn publish(bundle: &Path, repository: &str) -> Result<Published, PublishError> {
+    let opened = Bundle::open(bundle)?;
+    match repository.split_once("://") {
+        None => directory::publish(&opened, bundle, Path::new(repository)),
+        Some(("file", path)) if path.starts_with('/') => {
+            directory::publish(&opened, bundle, Path::new(path))
+        }
+        Some(("file", _)) => Err(PublishError::Place {
+            place: repository.to_owned(),
+            problem: "a file URL has three slashes, as in file:///models".to_owned(),
+        }),
+        #[cfg(feature = "object-store")]
+        Some(_) => object_store::publish_to_url(&opened, bundle, repository),
+        #[cfg(not(feature = "object-store"))]
+        Some(_) => Err(PublishError::Place {
+            place: repository.to_owned(),
+            problem: "this binary was built without the feature \"object-store\"".to_owned(),
+        }),
+    }
+}
