@@ -142,7 +142,10 @@ impl<R: BufRead + Seek> Reader<R> {
                 return Ok(value);
             }
         }
-        Err(format!("it is damaged at byte {} (a number without end)", self.at))
+        Err(format!(
+            "it is damaged at byte {} (a number without end)",
+            self.at
+        ))
     }
 
     fn text(&mut self, length: u64) -> Result<Vec<u8>, String> {
@@ -188,10 +191,19 @@ pub(super) mod tests {
     }
 
     fn tensor(location: &str) -> Vec<u8> {
-        let property =
-            |key: &str, value: &str| field(13, &[field(1, key.as_bytes()), field(2, value.as_bytes())].concat());
+        let property = |key: &str, value: &str| {
+            field(
+                13,
+                &[field(1, key.as_bytes()), field(2, value.as_bytes())].concat(),
+            )
+        };
         let weights = field(9, &[0; 40]);
-        [weights, property("location", location), property("offset", "4096")].concat()
+        [
+            weights,
+            property("location", location),
+            property("offset", "4096"),
+        ]
+        .concat()
     }
 
     /// A model whose only weight lies in the file `location`.

@@ -46,7 +46,9 @@ pub fn scan(root: &Path) -> Result<Vec<Entry>, BundleError> {
 
 /// The version that a folder of this name holds: a positive integer as people write it.
 pub fn parse_version(name: &str) -> Option<u64> {
-    name.parse().ok().filter(|v: &u64| *v > 0 && v.to_string() == name)
+    name.parse()
+        .ok()
+        .filter(|v: &u64| *v > 0 && v.to_string() == name)
 }
 
 /// The version after all that the folder `model` of a repository holds, finished or not; 1 if there is none.
@@ -55,7 +57,8 @@ pub fn next_version(model: &Path) -> Result<u64, BundleError> {
         return Ok(1);
     }
     let taken = directories(model)?;
-    Ok(1 + taken.iter().filter_map(|(name, _)| parse_version(name)).max().unwrap_or(0))
+    let versions = taken.iter().filter_map(|(name, _)| parse_version(name));
+    Ok(versions.max().map_or(1, |version| version.saturating_add(1)))
 }
 
 fn directories(path: &Path) -> Result<Vec<(String, PathBuf)>, BundleError> {

@@ -71,9 +71,7 @@ pub fn publish(bundle: &Path, repository: &str) -> Result<Published, PublishErro
     let opened = Bundle::open(bundle)?;
     match repository.split_once("://") {
         None => directory::publish(&opened, bundle, Path::new(repository)),
-        Some(("file", path)) if path.starts_with('/') => {
-            directory::publish(&opened, bundle, Path::new(path))
-        }
+        Some(("file", path)) if path.starts_with('/') => directory::publish(&opened, bundle, Path::new(path)),
         Some(("file", _)) => Err(PublishError::Place {
             place: repository.to_owned(),
             problem: "a file URL has three slashes, as in file:///models".to_owned(),

@@ -120,7 +120,7 @@ impl<'a> Writer<'a> {
             Storage::F16 | Storage::Int8 => {
                 let embedding = self.graph.half_weight(EMBEDDING, &tensor.shape, &tensor.data)?;
                 let x = self.graph.node("Gather", &[&embedding, tokens], vec![]);
-                self.graph.to_float(&x)
+                self.graph.float_of(&x)
             }
         };
         Ok((x, None))
@@ -371,7 +371,10 @@ impl<'a> Writer<'a> {
 /// all of the time. The modulation has one row per sequence and decides how much each branch counts.
 pub(super) fn is_product(name: &str) -> bool {
     let products = ["attn_qkv", "attn_out", "mlp.0", "mlp.2"];
-    name.starts_with("blocks.") && products.iter().any(|part| name.ends_with(&format!("{part}.weight")))
+    name.starts_with("blocks.")
+        && products
+            .iter()
+            .any(|part| name.ends_with(&format!("{part}.weight")))
 }
 
 /// Splits the last axis in two.

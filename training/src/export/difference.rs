@@ -119,6 +119,9 @@ pub struct Difference {
 
 impl Difference {
     /// Runs both networks over `probe`.
+    ///
+    /// # Errors
+    /// A network cannot be run, or gives log-scores that are not finite.
     pub fn measure(
         mut reference: impl ScoreNetwork,
         mut candidate: impl ScoreNetwork,
@@ -144,10 +147,7 @@ impl Difference {
                     let scores = scores.row(row);
                     for (_, [a, b]) in pairs(expected, scores, current) {
                         let difference = (a - b).abs();
-                        // Not `max`, in which a NaN gets lost.
-                        if !(difference <= largest) {
-                            largest = difference;
-                        }
+                        largest = largest.max(difference);
                         total += difference;
                         entries += 1;
                     }
@@ -155,6 +155,10 @@ impl Difference {
                 }
             })?;
             positions += rows;
+        }
+        // In a maximum, something that is no number would get lost.
+        if !(total + divergence).is_finite() {
+            return Err(NetworkError::Run("some log-scores are not finite".to_owned()));
         }
         let mut sigma: Vec<f64> = probe.canvases.iter().map(|canvas| canvas.sigma).collect();
         sigma.dedup();

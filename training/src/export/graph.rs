@@ -120,9 +120,9 @@ impl<'a> Builder<'a> {
         if self.storage == Storage::F16 && shape.len() >= 2 {
             let stored = self.half_weight(name, shape, data)?;
             // A function of constants alone: the runtime evaluates it once, when it loads the graph.
-            return Ok(self.to_float(&stored));
+            return Ok(self.float_of(&stored));
         }
-        refuse_entries(name, data, |x| x.is_finite())?;
+        refuse_entries(name, data, f32::is_finite)?;
         Ok(self.floats(name, shape, data))
     }
 
@@ -159,7 +159,7 @@ impl<'a> Builder<'a> {
         shape: &[usize],
         data: &[f32],
     ) -> Result<Value, ExportError> {
-        refuse_entries(name, data, |x| x.is_finite())?;
+        refuse_entries(name, data, f32::is_finite)?;
         let outputs = shape.last().map_or(1, |&outputs| outputs.max(1));
         let mut steps = vec![0.0_f32; outputs];
         for row in data.chunks_exact(outputs) {
@@ -187,13 +187,13 @@ impl<'a> Builder<'a> {
         let (one, zero) = (self.float(1.0), self.byte(ZERO_UINT8));
         let x = self.node("QuantizeLinear", &[&x, &one, &zero], vec![]);
         let y = self.node("MatMulInteger", &[&x, &weight, &zero], vec![]);
-        let y = self.to_float(&y);
+        let y = self.float_of(&y);
         let y = self.node("Mul", &[&y, &weight_step], vec![]);
         Ok(self.node("Mul", &[&y, &step], vec![]))
     }
 
     /// `x` as float32.
-    pub(super) fn to_float(&mut self, x: &Value) -> Value {
+    pub(super) fn float_of(&mut self, x: &Value) -> Value {
         self.node("Cast", &[x], vec![int("to", DataType::Float as i64)])
     }
 

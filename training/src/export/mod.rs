@@ -347,10 +347,10 @@ fn reference_network(writer: &BundleWriter, manifest: &Manifest) -> Result<onnx:
 
 /// `provenance` with a key `export`.
 fn with_export(provenance: Value, export: Value) -> Value {
-    let mut keys = match provenance {
-        Value::Object(keys) => keys,
-        Value::Null => Map::new(),
-        other => Map::from_iter([("source".to_owned(), other)]),
+    let mut keys = if let Value::Object(keys) = provenance {
+        keys
+    } else {
+        Map::from_iter([("source".to_owned(), provenance)])
     };
     keys.insert("export".to_owned(), export);
     Value::Object(keys)

@@ -122,7 +122,8 @@ async fn upload(
             }));
         }
     }
-    let json = serde_json::to_vec_pretty(bundle.manifest()).map_err(|e| BundleError::Manifest(e.to_string()))?;
+    let json =
+        serde_json::to_vec_pretty(bundle.manifest()).map_err(|e| BundleError::Manifest(e.to_string()))?;
     let place = folder.clone().join(MANIFEST);
     store.put_opts(&place, json.into(), create()).await?;
     Ok(())
@@ -138,7 +139,10 @@ async fn upload_file(path: &Path, store: &dyn ObjectStore, place: &Place) -> Res
     let mut hash = Sha256::new();
     let mut next = || {
         let mut part = Vec::with_capacity(PART.min(1 << 16));
-        (&mut file).take(PART as u64).read_to_end(&mut part).map_err(read)?;
+        (&mut file)
+            .take(PART as u64)
+            .read_to_end(&mut part)
+            .map_err(read)?;
         hash.update(&part);
         Ok::<_, PublishError>(part)
     };
