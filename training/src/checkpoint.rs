@@ -1,30 +1,36 @@
 //! A run's state on disk: enough to go on as if it had never stopped.
 //!
 //! `<run>/checkpoints/<step>/` holds `network`, `average` and `optimizer` as Burn records and
-//! `state.json`. A checkpoint is written under another name and renamed when complete, so that one
-//! that is there is whole. The last [`KEPT`] and the best remain.
+//! `state.json`, which has their hashes. A checkpoint is written under another name, made durable and
+//! renamed when complete, so that one that is there is whole; what damages it later is found by its
+//! hashes. One that is there is never written again. The last `run.keep` and the best remain.
+//! Checkpoints that `--resume-from` went back behind become `abandoned-<step>`, for people to delete.
 
-use std::fs;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use burn::module::Module;
+use burn::Tensor;
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::OptimizerRecord;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::config::RunConfig;
 use crate::ema::Ema;
 use crate::network::{Ddit, NetworkConfig, inference_device, training_device};
 use crate::trainer::{Trainer, objective};
-
-/// How many of the latest checkpoints stay.
-pub const KEPT: usize = 2;
+use crate::watch::Watch;
 
 const FORMAT: u32 = 1;
 const NETWORK: &str = "network.bpk";
 const AVERAGE: &str = "average.bpk";
 const OPTIMIZER: &str = "optimizer.bpk";
 const STATE: &str = "state.json";
+const DRAFT: &str = "draft-";
+const ABANDONED: &str = "abandoned-";
 
 /// What a checkpoint holds besides tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -33,6 +39,9 @@ pub struct State {
     pub format: u32,
     /// Optimizer steps done.
     pub step: u64,
+    /// Tokens learned from.
+    #[serde(default)]
+    pub tokens: u64,
     /// Updates of the moving average.
     pub average_updates: u64,
     /// Seconds of training so far, all sessions together.
@@ -49,6 +58,12 @@ pub struct State {
     /// Best validation bound so far, in nats per token, and its step.
     #[serde(default)]
     pub best: Option<(f64, u64)>,
+    /// The course of the loss.
+    #[serde(default)]
+    pub watch: Watch,
+    /// sha256 of the files beside `state.json`.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
 }
 
 fn root(run: &Path) -> PathBuf {
@@ -83,45 +98,100 @@ pub fn folder(run: &Path, step: u64) -> PathBuf {
 pub fn save(trainer: &Trainer, state: &State) -> Result<PathBuf> {
     let run = &state.config.run.directory;
     let target = folder(run, state.step);
-    let draft = root(run).join(format!("draft-{}", state.step));
-    if draft.exists() {
-        fs::remove_dir_all(&draft).with_context(|| format!("cannot clear {}", draft.display()))?;
+    ensure!(!target.exists(), "{} is there already", target.display());
+    ensure!(
+        is_finite(&trainer.network) && is_finite(trainer.ema.network()),
+        "weights are no longer finite after step {}",
+        state.step
+    );
+    let draft = root(run).join(format!("{DRAFT}{}", state.step));
+    if let Err(error) = write(trainer, state, &draft, &target) {
+        // Half a checkpoint is of no use, and what is left may be all the room there is.
+        drop(fs::remove_dir_all(&draft));
+        return Err(error);
     }
-    fs::create_dir_all(&draft).with_context(|| format!("cannot create {}", draft.display()))?;
-    let context = || format!("cannot write {}", draft.display());
-    trainer
-        .network
-        .valid()
-        .into_record()
-        .save(draft.join(NETWORK))
-        .with_context(context)?;
-    trainer
-        .ema
-        .network()
-        .clone()
-        .into_record()
-        .save(draft.join(AVERAGE))
-        .with_context(context)?;
-    trainer
-        .optimizer
-        .to_record()
-        .save(draft.join(OPTIMIZER))
-        .with_context(context)?;
-    fs::write(draft.join(STATE), serde_json::to_vec_pretty(state)?).with_context(context)?;
-    if target.exists() {
-        fs::remove_dir_all(&target).with_context(|| format!("cannot replace {}", target.display()))?;
-    }
-    fs::rename(&draft, &target).with_context(|| format!("cannot rename {}", draft.display()))?;
-
     let steps = steps(run);
     let best = state.best.map(|(_, step)| step);
-    for &step in &steps[..steps.len().saturating_sub(KEPT)] {
+    let kept = state.config.run.keep;
+    for &step in &steps[..steps.len().saturating_sub(kept)] {
         if Some(step) != best {
             let old = folder(run, step);
             fs::remove_dir_all(&old).with_context(|| format!("cannot remove {}", old.display()))?;
         }
     }
     Ok(target)
+}
+
+fn write(trainer: &Trainer, state: &State, draft: &Path, target: &Path) -> Result<()> {
+    if draft.exists() {
+        fs::remove_dir_all(draft).with_context(|| format!("cannot clear {}", draft.display()))?;
+    }
+    fs::create_dir_all(draft).with_context(|| format!("cannot create {}", draft.display()))?;
+    let average = trainer.ema.network().clone().into_record();
+    // Burn makes each of its files durable.
+    for (name, written) in [
+        (
+            NETWORK,
+            trainer.network.valid().into_record().save(draft.join(NETWORK)),
+        ),
+        (AVERAGE, average.save(draft.join(AVERAGE))),
+        (
+            OPTIMIZER,
+            trainer.optimizer.to_record().save(draft.join(OPTIMIZER)),
+        ),
+    ] {
+        written.with_context(|| format!("cannot write {}", draft.join(name).display()))?;
+    }
+    let mut state = state.clone();
+    state.files = [NETWORK, AVERAGE, OPTIMIZER]
+        .into_iter()
+        .map(|name| Ok((name.to_owned(), sha256(&draft.join(name))?)))
+        .collect::<Result<_>>()?;
+    let path = draft.join(STATE);
+    durable(&path, &serde_json::to_vec_pretty(&state)?)
+        .and_then(|()| File::open(draft)?.sync_all())
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    fs::rename(draft, target)
+        .and_then(|()| File::open(target.parent().unwrap_or(target))?.sync_all())
+        .with_context(|| format!("cannot rename {}", draft.display()))
+}
+
+/// Writes a file and waits until the disk has it.
+fn durable(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    io::Write::write_all(&mut file, bytes)?;
+    file.sync_all()
+}
+
+/// sha256 of a file of any size, hexadecimal.
+pub(crate) fn sha256(path: &Path) -> Result<String> {
+    let context = || format!("cannot read {}", path.display());
+    let mut file = File::open(path).with_context(context)?;
+    let mut hash = Sha256::new();
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        match io::Read::read(&mut file, &mut piece).with_context(context)? {
+            0 => break,
+            read => hash.update(&piece[..read]),
+        }
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn is_finite(network: &Ddit) -> bool {
+    let mut entries = Entries(Vec::new());
+    network.visit(&mut entries);
+    // What is finite times 0 is 0, all else NaN.
+    let sums = Tensor::cat(entries.0, 0).into_data();
+    sums.iter::<f32>().all(|sum| sum == 0.0)
+}
+
+struct Entries(Vec<Tensor<1>>);
+
+impl ModuleVisitor for Entries {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0.push(param.val().detach().mul_scalar(0.0).sum());
+    }
 }
 
 /// Reads the `state.json` of a checkpoint.
@@ -143,9 +213,93 @@ pub fn read_state(folder: &Path) -> Result<State> {
     Ok(state)
 }
 
+/// Whether a checkpoint's files are what was written.
+pub fn verify(folder: &Path) -> Result<State> {
+    let state = read_state(folder)?;
+    for name in [NETWORK, AVERAGE, OPTIMIZER] {
+        check(folder, &state, name)?;
+    }
+    Ok(state)
+}
+
+fn check(folder: &Path, state: &State, name: &str) -> Result<()> {
+    let path = folder.join(name);
+    let found = sha256(&path)?;
+    ensure!(
+        // The first checkpoints of this format had no hashes.
+        state.files.get(name).is_none_or(|written| *written == found),
+        "{} is damaged: its sha256 is {found}",
+        path.display()
+    );
+    Ok(())
+}
+
+/// The checkpoint of a run to go on from: the latest, or the one after `step` steps. Where it is
+/// damaged, the error names the latest one that is whole.
+pub fn choose(run: &Path, step: Option<u64>) -> Result<PathBuf> {
+    let all = steps(run);
+    let chosen = match step {
+        None => latest(run)?,
+        Some(step) => {
+            ensure!(
+                all.contains(&step),
+                "{} has no checkpoint of step {step}, only of {all:?}",
+                run.display()
+            );
+            folder(run, step)
+        }
+    };
+    let Err(damage) = verify(&chosen) else {
+        return Ok(chosen);
+    };
+    let whole = all
+        .into_iter()
+        .rev()
+        .find(|&step| folder(run, step) != chosen && verify(&folder(run, step)).is_ok());
+    Err(damage.context(match whole {
+        Some(step) => format!(
+            "cannot go on from {}; {} is whole, and --resume-from {step} goes on from there",
+            chosen.display(),
+            folder(run, step).display()
+        ),
+        None => format!(
+            "cannot go on from {}, and no other checkpoint is whole",
+            chosen.display()
+        ),
+    }))
+}
+
+/// Takes the checkpoints after `step` steps out of the run, and keeps them under another name.
+pub fn abandon_after(run: &Path, step: u64) -> Result<()> {
+    for later in steps(run).into_iter().filter(|later| *later > step) {
+        let (from, to) = (
+            folder(run, later),
+            root(run).join(format!("{ABANDONED}{later:08}")),
+        );
+        if to.exists() {
+            fs::remove_dir_all(&to).with_context(|| format!("cannot remove {}", to.display()))?;
+        }
+        fs::rename(&from, &to).with_context(|| format!("cannot rename {}", from.display()))?;
+    }
+    Ok(())
+}
+
+/// Removes what saves that were cut short left behind.
+pub fn clear_drafts(run: &Path) -> Result<()> {
+    for entry in fs::read_dir(root(run)).into_iter().flatten() {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(DRAFT) {
+            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
 /// The averaged network of a checkpoint, for evaluation and export.
 pub fn load_average(folder: &Path) -> Result<(Ddit, State)> {
     let state = read_state(folder)?;
+    check(folder, &state, AVERAGE)?;
     Ok((
         load_network(
             &folder.join(AVERAGE),
@@ -200,6 +354,7 @@ impl State {
         Self {
             format: FORMAT,
             step: trainer.step,
+            tokens: 0,
             average_updates: trainer.ema.updates(),
             seconds,
             network: *trainer.network.config(),
@@ -207,6 +362,8 @@ impl State {
             tokenizer_sha256: tokenizer_sha256.to_owned(),
             minutes: None,
             best: None,
+            watch: Watch::default(),
+            files: BTreeMap::new(),
         }
     }
 }

@@ -9,6 +9,7 @@ use denoised::diffusion::{Graph, GraphKind, Schedule};
 use serde::{Deserialize, Serialize};
 
 use crate::network::NetworkConfig;
+use crate::times::TimeSampling;
 
 /// A training run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -108,6 +109,9 @@ pub struct OptimizerSection {
     pub gradient_clip_norm: f64,
     /// Largest decay of the moving average of weights.
     pub ema_decay: f64,
+    /// How the times of a step's sequences go together: `stratified` or `independent`.
+    #[serde(default)]
+    pub time_sampling: TimeSampling,
     /// Times are drawn as a uniform to this power, and weighted so that the loss has the same mean. 1 is
     /// the reference; more looks more often at little noise, where each masked position weighs most.
     #[serde(default = "default_time_power")]
@@ -133,16 +137,38 @@ pub struct RunSection {
     pub seed: u64,
     /// Sequences per step.
     pub batch_size: usize,
+    /// Parts that a step's sequences are learned from one after another, with their gradients summed:
+    /// the same step in less memory.
+    #[serde(default = "default_accumulate")]
+    pub accumulate: usize,
     /// Optimizer steps.
     pub steps: u64,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
+    /// Minutes after which there is a checkpoint, whatever the steps; without, steps alone decide.
+    #[serde(default)]
+    pub checkpoint_minutes: Option<f64>,
+    /// How many of the latest checkpoints stay; the one with the best bound stays as well.
+    #[serde(default = "default_keep")]
+    pub keep: usize,
     /// Steps between estimates of the validation bound.
     pub validate_every: u64,
+    /// Steps between samples of the averaged network; without, there are none.
+    #[serde(default)]
+    pub sample_every: Option<u64>,
+    /// Steps between lines of `metrics.jsonl`.
+    #[serde(default = "default_log_every")]
+    pub log_every: u64,
+    /// A run whose smoothed loss (over about 50 steps) stays above this multiple of its best...
+    #[serde(default = "default_explosion_factor")]
+    pub explosion_factor: f64,
+    /// ... for this many steps on end has exploded, and stops.
+    #[serde(default = "default_explosion_steps")]
+    pub explosion_steps: u64,
     /// Threads that share a batch; part of the arithmetic, since it fixes the order of sums.
     #[serde(default = "default_threads")]
     pub threads: usize,
-    /// Where checkpoints go.
+    /// Where checkpoints, metrics, curves and samples go.
     pub directory: PathBuf,
 }
 
@@ -164,6 +190,26 @@ fn default_time_conditioned() -> bool {
 
 fn default_threads() -> usize {
     1
+}
+
+fn default_accumulate() -> usize {
+    1
+}
+
+fn default_keep() -> usize {
+    2
+}
+
+fn default_log_every() -> u64 {
+    10
+}
+
+fn default_explosion_factor() -> f64 {
+    3.0
+}
+
+fn default_explosion_steps() -> u64 {
+    100
 }
 
 impl RunConfig {
@@ -215,14 +261,33 @@ impl RunConfig {
             ("run.checkpoint_every", run.checkpoint_every),
             ("run.validate_every", run.validate_every),
             ("run.threads", run.threads as u64),
+            ("run.accumulate", run.accumulate as u64),
+            ("run.keep", run.keep as u64),
+            ("run.sample_every", run.sample_every.unwrap_or(1)),
+            ("run.log_every", run.log_every),
+            ("run.explosion_steps", run.explosion_steps),
         ] {
             ensure!(value > 0, "{name} must be at least 1");
         }
         ensure!(
-            run.threads <= run.batch_size,
-            "run.threads is {}, more than the {} sequences of run.batch_size",
+            run.threads
+                .checked_mul(run.accumulate)
+                .is_some_and(|parts| parts <= run.batch_size),
+            "run.threads {} times run.accumulate {} is more than the {} sequences of run.batch_size",
             run.threads,
+            run.accumulate,
             run.batch_size
+        );
+        if let Some(minutes) = run.checkpoint_minutes {
+            ensure!(
+                minutes.is_finite() && minutes > 0.0,
+                "run.checkpoint_minutes is {minutes}, expected a positive number"
+            );
+        }
+        ensure!(
+            run.explosion_factor.is_finite() && run.explosion_factor > 1.0,
+            "run.explosion_factor is {}, expected a number above 1",
+            run.explosion_factor
         );
         ensure!(
             !(self.network.scale_by_sigma && self.graph.kind == GraphKind::Uniform),

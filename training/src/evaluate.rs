@@ -13,8 +13,9 @@ use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, NetworkError, ScoreNetwork};
 use serde::{Deserialize, Serialize};
 
-use crate::loss::{NoisedBatch, Objective, stratified_times, unit};
+use crate::loss::{NoisedBatch, Objective};
 use crate::network::Ddit;
+use crate::times::{stratified, unit};
 use crate::trainer::{Purpose, generator};
 
 /// Sequences per run of the network, at most.
@@ -135,7 +136,7 @@ impl Estimate {
     /// Estimates the bound for `sequences`, all of one length, with an evaluator per thread. The same seed
     /// gives the same estimate, whatever the threads.
     ///
-    /// Times before [`EARLIEST`](crate::loss::EARLIEST), a thousandth of the integral, count as the average
+    /// Times before [`EARLIEST`](crate::times::EARLIEST), a thousandth of the integral, count as the average
     /// of the rest, as in the reference. Tokens are easiest to guess there, so that this is no gain.
     pub fn bound<E: Evaluator>(
         &self,
@@ -189,7 +190,7 @@ impl Estimate {
         let mut random = generator(self.seed, Purpose::Evaluation, index as u64);
         let times: Vec<Vec<f64>> = batch
             .iter()
-            .map(|_| stratified_times(self.draws, unit(&mut random)).collect())
+            .map(|_| stratified(self.draws, unit(&mut random)).collect())
             .collect();
         let length = batch.first().map_or(1, Vec::len);
         let clean: Vec<Token> = batch.concat();

@@ -1,32 +1,69 @@
-//! The training loop: data in order, steps, checkpoints, validation, progress.
+//! The training loop: data in order, steps, validation, samples, checkpoints, and a good end.
+//!
+//! Every step is measured before it is taken: a checkpoint that is due is written once the loss and
+//! the gradient of the next batch are known to be sound, so that weights which a last step has ruined
+//! are never saved. A loss that is not finite, or that has exploded (see [`watch`](crate::watch)), stops
+//! the run. A request to stop is answered after the step at hand, with a checkpoint.
 
-use std::io::{IsTerminal, stderr};
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use denoised::diffusion::Token;
-use indicatif::{ProgressBar, ProgressStyle};
 use rand_chacha::rand_core::Rng;
+use serde_json::Value;
+use tokenizers::Tokenizer;
 
 use crate::checkpoint::{self, State};
-use crate::config::RunConfig;
+use crate::config::{RunConfig, RunSection};
 use crate::data::TokenFile;
 use crate::evaluate;
-use crate::trainer::{Purpose, StepReport, Trainer, generator};
+use crate::journal::{DataFile, Journal, Line, Lock, Provenance, Session, StepLine, ValidationLine};
+use crate::progress::Progress;
+use crate::samples;
+use crate::trainer::{Gradient, Purpose, Trainer, generator};
+use crate::watch::Watch;
 
 /// Held-out sequences that guide a run; `training evaluate` takes all.
 const VALIDATION_SEQUENCES: usize = 128;
 const VALIDATION_DRAWS: usize = 2;
-/// Between two log lines where there is no terminal.
-const LOG_EVERY: Duration = Duration::from_secs(20);
+/// Sequences per `samples/STEP.txt`.
+const SAMPLES: usize = 4;
+/// What the smoothed time of a step keeps of its past.
+const PACE_MEMORY: f64 = 0.9;
 
 /// How to start and end a run.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct FitOptions {
-    /// Go on from the latest checkpoint.
-    pub resume: bool,
+    /// Where to start.
+    pub start: Start,
     /// Complete the schedule within this wall-clock time, whatever the steps done by then.
     pub minutes: Option<f64>,
+    /// Set to stop after the step at hand.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// Where a run starts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Start {
+    /// With fresh weights, in a directory without checkpoints.
+    #[default]
+    Fresh,
+    /// At the latest checkpoint.
+    Resume,
+    /// At the checkpoint after so many steps; later ones are put aside.
+    ResumeFrom(u64),
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// All of its steps are done, or its time is over.
+    Complete,
+    /// It was asked to stop, and can go on.
+    Interrupted,
 }
 
 /// Sequences in an order that depends on (seed, epoch) alone: every epoch cuts the tokens at another
@@ -83,169 +120,409 @@ impl Epochs {
     }
 }
 
-/// Trains as `config` says. Returns the state after the last step.
-pub fn fit(config: RunConfig, options: FitOptions) -> Result<State> {
-    let train = TokenFile::open(&config.data.train)?;
-    let validation = TokenFile::open(&config.data.validation)?;
+/// Trains as `config` says. Returns the state after the last step, and why that was the last.
+pub fn fit(config: RunConfig, options: FitOptions) -> Result<(State, End)> {
+    let directory = config.run.directory.clone();
+    let mut run = Run::start(config, options)?;
+    run.go_on().with_context(|| match checkpoint::latest(&directory) {
+        Ok(folder) => format!(
+            "stopped after step {}; the last good checkpoint is {}, and --resume goes on from it",
+            run.trainer.step(),
+            folder.display()
+        ),
+        Err(_) => format!(
+            "stopped after step {}, before the first checkpoint",
+            run.trainer.step()
+        ),
+    })
+}
+
+/// A run under way.
+struct Run {
+    settings: RunSection,
+    trainer: Trainer,
+    state: State,
+    epochs: Epochs,
+    held_out: Vec<Vec<Token>>,
+    tokenizer: Tokenizer,
+    journal: Journal,
+    progress: Progress,
+    watch: Watch,
+    stop: Arc<AtomicBool>,
+    /// Steps done before this session; what was due then was done then.
+    first: u64,
+    /// Seconds of the sessions before, and the start of this one.
+    before: f64,
+    started: Instant,
+    saved: Instant,
+    /// Smoothed seconds per step.
+    pace: Option<f64>,
+}
+
+impl Run {
+    fn start(config: RunConfig, options: FitOptions) -> Result<Self> {
+        let train = TokenFile::open(&config.data.train)?;
+        let validation = TokenFile::open(&config.data.validation)?;
+        let tokenizer = matching_tokenizer(&config, &train, &validation)?;
+        let shape = config.network_config(train.vocab_size());
+        let held_out: Vec<Vec<Token>> = (0..validation.sequences(shape.length).min(VALIDATION_SEQUENCES))
+            .map(|index| validation.sequence(index, shape.length))
+            .collect();
+        let epochs = Epochs::new(train.sequence(0, train.tokens()), shape.length, config.run.seed)?;
+
+        let settings = config.run.clone();
+        let directory = &settings.directory;
+        let lock = Lock::acquire(directory)?;
+        checkpoint::clear_drafts(directory)?;
+        let folder = match options.start {
+            Start::Fresh => {
+                ensure!(
+                    checkpoint::steps(directory).is_empty(),
+                    "{} already holds checkpoints: --resume goes on from them, another run.directory \
+                     starts afresh",
+                    directory.display()
+                );
+                None
+            }
+            Start::Resume => Some(checkpoint::choose(directory, None)?),
+            Start::ResumeFrom(step) => Some(checkpoint::choose(directory, Some(step))?),
+        };
+        let data = Provenance {
+            train: DataFile::of(&config.data.train, train.tokens(), train.bytes())?,
+            validation: DataFile::of(&config.data.validation, validation.tokens(), validation.bytes())?,
+            tokenizer_sha256: train.tokenizer_sha256().to_owned(),
+            ..Provenance::default()
+        };
+        let (trainer, mut state) = match &folder {
+            None => {
+                let trainer = Trainer::new(config.clone(), &shape)?;
+                let state = State::of(&trainer, train.tokenizer_sha256(), 0.0);
+                (trainer, state)
+            }
+            Some(folder) => checkpoint::resume(folder, config.clone(), &shape)?,
+        };
+        ensure!(
+            state.tokenizer_sha256 == train.tokenizer_sha256(),
+            "{} was trained with another tokenizer than {} was made with",
+            directory.display(),
+            config.data.train.display()
+        );
+        if let Start::ResumeFrom(step) = options.start {
+            checkpoint::abandon_after(directory, step)?;
+        }
+        let changed = changes(&state.config, &config)?;
+        state.config = config;
+        state.minutes = options.minutes.or(state.minutes);
+
+        let step = trainer.step();
+        let parameters = trainer.averaged().state_dict().parameters();
+        let journal = Journal::open(lock, &state.config, step)?;
+        let provenance = Provenance {
+            parameters: parameters as u64,
+            ..data
+        };
+        let train_sha256 = provenance.train.sha256.clone();
+        let earlier = journal.provenance(provenance, Session::now(step))?;
+
+        let now = Instant::now();
+        let share = share(&settings, &state, step, state.seconds);
+        let run = Self {
+            progress: Progress::new(settings.steps, step, share),
+            watch: state.watch,
+            first: step,
+            before: state.seconds,
+            started: now,
+            saved: now,
+            pace: None,
+            stop: options.stop,
+            settings,
+            trainer,
+            state,
+            epochs,
+            held_out,
+            tokenizer,
+            journal,
+        };
+        run.progress.note(&format!(
+            "{parameters} parameters, {} training tokens, {} states, steps {step}..{}",
+            train.tokens(),
+            shape.states,
+            run.settings.steps
+        ));
+        for change in changed {
+            run.progress
+                .note(&format!("changed since the checkpoint: {change}"));
+        }
+        if earlier.is_some_and(|earlier| earlier.train.sha256 != train_sha256) {
+            run.progress
+                .note("changed since the checkpoint: the tokens to train on");
+        }
+        Ok(run)
+    }
+
+    fn go_on(&mut self) -> Result<(State, End)> {
+        loop {
+            let (step, share) = (self.trainer.step(), self.share());
+            let over = share >= 1.0;
+            if over && step == self.first {
+                return Ok((self.state.clone(), End::Complete));
+            }
+            if over || self.is_due(self.settings.validate_every) {
+                self.validate()?;
+            }
+            if let Some(every) = self.settings.sample_every
+                && (over || self.is_due(every))
+            {
+                self.sample()?;
+            }
+            let gradient = if over { None } else { Some(self.measure()?) };
+            let watch = gradient.as_ref().map_or(self.watch, |gradient| {
+                self.watch.observe(gradient.loss, &self.settings)
+            });
+            if watch.has_exploded(&self.settings) || over && watch.is_suspect() {
+                bail!(
+                    "the loss has exploded: it is {:.4} nats/token, its best was {:.4} (both over about 50 \
+                     steps), and run.explosion_factor is {}; a lower optimizer.lr may help",
+                    watch.smoothed(),
+                    watch.best().unwrap_or_default(),
+                    self.settings.explosion_factor
+                );
+            }
+            let stop = self.stop.load(Ordering::Relaxed);
+            let minutes = self.settings.checkpoint_minutes;
+            let late = minutes.is_some_and(|minutes| self.saved.elapsed() >= seconds(60.0 * minutes));
+            if over || stop || self.is_due(self.settings.checkpoint_every) || late {
+                self.save(watch)?;
+            }
+            let Some(gradient) = gradient else {
+                self.finish()?;
+                return Ok((self.state.clone(), End::Complete));
+            };
+            if stop {
+                self.finish()?;
+                return Ok((self.state.clone(), End::Interrupted));
+            }
+            self.advance(gradient, watch, share)?;
+        }
+    }
+
+    fn seconds(&self) -> f64 {
+        self.before + self.started.elapsed().as_secs_f64()
+    }
+
+    /// How much of the run is over, in [0, 1].
+    fn share(&self) -> f64 {
+        share(&self.settings, &self.state, self.trainer.step(), self.seconds())
+    }
+
+    /// Whether something that happens `every` so many steps happens now.
+    fn is_due(&self, every: u64) -> bool {
+        let step = self.trainer.step();
+        step > self.first && step.is_multiple_of(every)
+    }
+
+    /// The loss and gradient of the next step, which must be finite.
+    fn measure(&mut self) -> Result<Gradient> {
+        let started = Instant::now();
+        let batch = self.epochs.batch(self.trainer.step(), self.settings.batch_size);
+        let gradient = self.trainer.gradient(&batch);
+        self.pace_of(started.elapsed());
+        ensure!(
+            gradient.loss.is_finite() && gradient.norm.is_finite(),
+            "the loss is {} and its gradient's norm {}; a lower optimizer.lr may help",
+            gradient.loss,
+            gradient.norm
+        );
+        Ok(gradient)
+    }
+
+    fn pace_of(&mut self, step: Duration) {
+        let step = step.as_secs_f64();
+        let pace = self
+            .pace
+            .map_or(step, |pace| PACE_MEMORY * pace + (1.0 - PACE_MEMORY) * step);
+        self.pace = Some(pace);
+    }
+
+    /// Takes the step that `gradient` points to.
+    fn advance(&mut self, gradient: Gradient, watch: Watch, share: f64) -> Result<()> {
+        let report = self.trainer.apply(gradient, share);
+        self.watch = watch;
+        let step_tokens = self.settings.batch_size * self.state.network.length;
+        self.state.tokens += step_tokens as u64;
+        let line = StepLine {
+            step: self.trainer.step(),
+            tokens: self.state.tokens,
+            seconds: self.seconds(),
+            loss: report.loss,
+            smoothed_loss: self.watch.smoothed(),
+            gradient_norm: report.gradient_norm,
+            learning_rate: report.learning_rate,
+            tokens_per_second: step_tokens as f64 / self.pace.unwrap_or(1.0).max(1e-9),
+        };
+        if line.step.is_multiple_of(self.settings.log_every) {
+            self.journal.record(Line::Step(line))?;
+        }
+        let share = self.share();
+        self.progress.step(&line, share);
+        Ok(())
+    }
+
+    fn validate(&mut self) -> Result<()> {
+        if self.held_out.is_empty() {
+            return Ok(());
+        }
+        let step = self.trainer.step();
+        let (network, objective) = (self.trainer.averaged(), self.trainer.objective());
+        let RunSection { seed, threads, .. } = self.settings;
+        let bound = evaluate::bound(
+            network,
+            objective,
+            &self.held_out,
+            VALIDATION_DRAWS,
+            seed,
+            threads,
+        );
+        ensure!(
+            bound.nats_per_token.is_finite(),
+            "the validation bound is {}; a lower optimizer.lr may help",
+            bound.nats_per_token
+        );
+        self.progress
+            .note(&format!("step {step}: validation bound {bound}"));
+        if self
+            .state
+            .best
+            .is_none_or(|(best, _)| bound.nats_per_token < best)
+        {
+            self.state.best = Some((bound.nats_per_token, step));
+        }
+        self.journal.record(Line::Validation(ValidationLine {
+            step,
+            tokens: self.state.tokens,
+            seconds: self.seconds(),
+            bound: bound.nats_per_token,
+            standard_error: bound.standard_error,
+        }))
+    }
+
+    fn sample(&mut self) -> Result<()> {
+        let step = self.trainer.step();
+        let (network, objective) = (self.trainer.averaged(), self.trainer.objective());
+        let RunSection { seed, threads, .. } = self.settings;
+        match samples::draw(network, objective, SAMPLES, seed, threads) {
+            Ok(sequences) => {
+                let texts: Vec<String> = sequences
+                    .iter()
+                    .map(|tokens| self.tokenizer.decode(tokens, true))
+                    .collect::<Result<_, _>>()
+                    .map_err(|error| anyhow!("cannot decode samples: {error}"))?;
+                self.journal.sample(step, &texts)
+            }
+            // A network that cannot be sampled from yet can still learn.
+            Err(error) => {
+                self.progress.note(&format!("step {step}: no samples: {error}"));
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes a checkpoint of the steps done, unless there is one or `next`, which knows the loss of
+    /// these weights, finds it too high.
+    fn save(&mut self, next: Watch) -> Result<()> {
+        let step = self.trainer.step();
+        let exists = checkpoint::folder(&self.settings.directory, step).exists();
+        if exists || next.is_suspect() {
+            if !exists {
+                self.progress.note(&format!(
+                    "step {step}: no checkpoint, since the loss is {:.4}",
+                    next.smoothed()
+                ));
+            }
+            return Ok(());
+        }
+        self.journal.sync()?;
+        self.state = State {
+            tokens: self.state.tokens,
+            minutes: self.state.minutes,
+            best: self.state.best,
+            watch: self.watch,
+            ..State::of(&self.trainer, &self.state.tokenizer_sha256, self.seconds())
+        };
+        let folder = checkpoint::save(&self.trainer, &self.state)?;
+        self.saved = Instant::now();
+        self.progress
+            .note(&format!("step {step}: wrote {}", folder.display()));
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.progress.finish();
+        self.journal.draw()
+    }
+}
+
+fn share(settings: &RunSection, state: &State, step: u64, seconds: f64) -> f64 {
+    let spent = state.minutes.map_or(0.0, |minutes| seconds / (60.0 * minutes));
+    (step as f64 / settings.steps as f64).max(spent)
+}
+
+fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+/// The run's tokenizer, which must be the one that made its token files.
+fn matching_tokenizer(config: &RunConfig, train: &TokenFile, validation: &TokenFile) -> Result<Tokenizer> {
+    let data = &config.data;
     ensure!(
         train.tokenizer_sha256() == validation.tokenizer_sha256(),
         "{} and {} were made with different tokenizers",
-        config.data.train.display(),
-        config.data.validation.display()
+        data.train.display(),
+        data.validation.display()
     );
-    let shape = config.network_config(train.vocab_size());
-    let held_out: Vec<Vec<Token>> = (0..validation.sequences(shape.length).min(VALIDATION_SEQUENCES))
-        .map(|index| validation.sequence(index, shape.length))
-        .collect();
-    let mut epochs = Epochs::new(train.sequence(0, train.tokens()), shape.length, config.run.seed)?;
-
-    let run = config.run.clone();
-    let (mut trainer, mut state) = if options.resume {
-        checkpoint::resume(&checkpoint::latest(&run.directory)?, config, &shape)?
-    } else {
-        ensure!(
-            checkpoint::steps(&run.directory).is_empty(),
-            "{} already holds checkpoints: --resume goes on from them, another run.directory starts afresh",
-            run.directory.display()
-        );
-        let trainer = Trainer::new(config, &shape)?;
-        let state = State::of(&trainer, train.tokenizer_sha256(), 0.0);
-        (trainer, state)
-    };
+    let path = data.tokenizer.display();
+    let json = fs::read(&data.tokenizer).with_context(|| format!("cannot read data.tokenizer {path}"))?;
     ensure!(
-        state.tokenizer_sha256 == train.tokenizer_sha256(),
-        "the checkpoint was trained with another tokenizer than {}",
-        run.directory.display()
+        denoised::bundle::sha256(&json) == train.tokenizer_sha256(),
+        "data.tokenizer {path} is not the tokenizer that {} was made with; `training prepare` makes tokens \
+         anew",
+        data.train.display()
     );
-    state.minutes = options.minutes.or(state.minutes);
+    let tokenizer = Tokenizer::from_bytes(&json).map_err(|error| anyhow!("{path}: {error}"))?;
+    let size = tokenizer.get_vocab_size(true);
+    ensure!(
+        size == train.vocab_size(),
+        "data.tokenizer {path} has {size} tokens, {} was made for {}",
+        data.train.display(),
+        train.vocab_size()
+    );
+    Ok(tokenizer)
+}
 
-    let mut progress = Progress::new(&run, &trainer, shape.length);
-    progress.note(&format!(
-        "{} parameters, {} training tokens, {} states, steps {}..{}",
-        trainer.averaged().state_dict().parameters(),
-        train.tokens(),
-        shape.states,
-        trainer.step(),
-        run.steps
-    ));
-    let (before, start) = (state.seconds, Instant::now());
-    loop {
-        let seconds = before + start.elapsed().as_secs_f64();
-        let spent = state.minutes.map_or(0.0, |minutes| seconds / (60.0 * minutes));
-        let share = (trainer.step() as f64 / run.steps as f64).max(spent);
-        let over = share >= 1.0;
-        let step = trainer.step();
-        if step > 0 && (over || step.is_multiple_of(run.validate_every)) && !held_out.is_empty() {
-            let (network, objective) = (trainer.averaged(), trainer.objective());
-            let bound = evaluate::bound(
-                network,
-                objective,
-                &held_out,
-                VALIDATION_DRAWS,
-                run.seed,
-                run.threads,
-            );
-            progress.note(&format!("step {step}: validation bound {bound}"));
-            if state.best.is_none_or(|(best, _)| bound.nats_per_token < best) {
-                state.best = Some((bound.nats_per_token, step));
-            }
-        }
-        if step > 0 && (over || step.is_multiple_of(run.checkpoint_every)) {
-            state = State {
-                minutes: state.minutes,
-                best: state.best,
-                ..State::of(&trainer, &state.tokenizer_sha256, seconds)
+/// Settings that differ, as `name: before -> now`.
+fn changes(before: &RunConfig, now: &RunConfig) -> Result<Vec<String>> {
+    let mut list = Vec::new();
+    compare(
+        "",
+        &serde_json::to_value(before)?,
+        &serde_json::to_value(now)?,
+        &mut list,
+    );
+    Ok(list)
+}
+
+fn compare(name: &str, before: &Value, now: &Value, list: &mut Vec<String>) {
+    if let (Value::Object(before), Value::Object(now)) = (before, now) {
+        for (key, now) in now {
+            let before = before.get(key).unwrap_or(&Value::Null);
+            let name = if name.is_empty() {
+                key.clone()
+            } else {
+                format!("{name}.{key}")
             };
-            let folder = checkpoint::save(&trainer, &state)?;
-            progress.note(&format!("step {step}: wrote {}", folder.display()));
+            compare(&name, before, now, list);
         }
-        if over {
-            progress.finish();
-            return Ok(state);
-        }
-        let report = trainer.learn(&epochs.batch(step, run.batch_size), share);
-        ensure!(
-            report.loss.is_finite() && report.gradient_norm.is_finite(),
-            "step {step}: the loss is {} and its gradient's norm {}; a lower optimizer.lr may help",
-            report.loss,
-            report.gradient_norm
-        );
-        progress.step(&report, share);
-    }
-}
-
-/// A bar on a terminal, lines elsewhere.
-struct Progress {
-    bar: ProgressBar,
-    terminal: bool,
-    tokens_per_step: f64,
-    first: u64,
-    step: u64,
-    start: Instant,
-    logged: Instant,
-    loss: f64,
-    /// Weight of the smoothed loss, which starts at 0 and must be divided out.
-    weight: f64,
-}
-
-impl Progress {
-    fn new(run: &crate::config::RunSection, trainer: &Trainer, length: usize) -> Self {
-        let terminal = stderr().is_terminal();
-        let bar = if terminal {
-            ProgressBar::new(run.steps)
-        } else {
-            ProgressBar::hidden()
-        };
-        if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}") {
-            bar.set_style(style);
-        }
-        bar.set_position(trainer.step());
-        let now = Instant::now();
-        Self {
-            bar,
-            terminal,
-            tokens_per_step: (run.batch_size * length) as f64,
-            first: trainer.step(),
-            step: trainer.step(),
-            start: now,
-            logged: now,
-            loss: 0.0,
-            weight: 0.0,
-        }
-    }
-
-    fn note(&self, line: &str) {
-        if self.terminal {
-            self.bar.println(line);
-        } else {
-            eprintln!("{line}");
-        }
-    }
-
-    fn step(&mut self, report: &StepReport, share: f64) {
-        self.step += 1;
-        self.loss = 0.98 * self.loss + 0.02 * report.loss;
-        self.weight = 0.98 * self.weight + 0.02;
-        let elapsed = self.start.elapsed().as_secs_f64();
-        let speed = (self.step - self.first) as f64 * self.tokens_per_step / elapsed;
-        let left = elapsed * (1.0 - share) / share.max(f64::MIN_POSITIVE);
-        let line = format!(
-            "loss {:.4} nats/token, {speed:.0} tokens/s, gradient {:.1}, lr {:.2e}, {:.1} min left",
-            self.loss / self.weight,
-            report.gradient_norm,
-            report.learning_rate,
-            left / 60.0
-        );
-        if self.terminal {
-            self.bar.set_message(line);
-            self.bar.set_position(self.step);
-        } else if self.logged.elapsed() >= LOG_EVERY {
-            self.logged = Instant::now();
-            eprintln!("step {}: {line}", self.step);
-        }
-    }
-
-    fn finish(&self) {
-        self.bar.finish();
+    } else if before != now {
+        list.push(format!("{name}: {before} -> {now}"));
     }
 }

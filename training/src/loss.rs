@@ -15,13 +15,10 @@ use burn::tensor::{Int, TensorData};
 use denoised::bundle::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule, Token, score_entropy, sigma_offset};
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::Rng;
 
 use crate::kernels::{self, CrossEntropy, CrossEntropyTerm, RowTerm, ScoreEntropy};
 use crate::network::{Ddit, DropoutSource, token_tensor};
-
-/// Times below this are neither trained nor evaluated: the rate is steep and nothing is left to learn.
-pub const EARLIEST: f64 = 1e-3;
+use crate::times::unit;
 
 /// What is minimised, apart from the network.
 #[derive(Debug, Clone, Copy)]
@@ -58,23 +55,6 @@ pub enum Terms {
     ScoreEntropy(Vec<RowTerm>),
     /// Of networks that give logits of the clean token.
     CrossEntropy(Vec<CrossEntropyTerm>),
-}
-
-/// A uniform draw from [0, 1) with 53 bits.
-pub fn unit(generator: &mut ChaCha8Rng) -> f64 {
-    (generator.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
-}
-
-/// `count` times that cover [`EARLIEST`, 1] evenly, all shifted by the same `u` in [0, 1): the loss
-/// over a batch varies less than with independent times, and has the same mean.
-pub fn stratified_times(count: usize, u: f64) -> impl Iterator<Item = f64> {
-    (0..count).map(move |index| EARLIEST + (1.0 - EARLIEST) * (index as f64 + u) / count as f64)
-}
-
-/// `count` times as from [`stratified_times`], moved towards [`EARLIEST`] by raising a uniform to
-/// `power`, each with the weight that keeps the mean of the loss.
-pub fn weighted_times(count: usize, u: f64, power: f64) -> impl Iterator<Item = (f64, f64)> {
-    stratified_times(count, u).map(move |u| (u.powf(power).max(EARLIEST), power * u.powf(power - 1.0)))
 }
 
 impl Objective {
@@ -284,6 +264,7 @@ impl Terms {
 mod tests {
     use super::*;
     use crate::network::training_device;
+    use crate::times::EARLIEST;
     use rand_chacha::rand_core::SeedableRng;
 
     const STATES: usize = 13;
@@ -390,21 +371,6 @@ mod tests {
             check(GraphKind::Absorbing, schedule, false, Parameterization::Score);
             check(GraphKind::Absorbing, schedule, false, Parameterization::Mean);
             check(GraphKind::Uniform, schedule, false, Parameterization::Score);
-        }
-    }
-
-    #[test]
-    fn weighted_times_keep_the_mean() {
-        for power in [1.0, 2.0] {
-            let count = 1000;
-            let mean = |f: &dyn Fn(f64) -> f64| {
-                weighted_times(count, 0.5, power)
-                    .map(|(t, weight)| weight * f(t))
-                    .sum::<f64>()
-                    / count as f64
-            };
-            assert!((mean(&|_| 1.0) - 1.0).abs() < 2e-3);
-            assert!((mean(&|t| t * t) - 1.0 / 3.0).abs() < 2e-3);
         }
     }
 }

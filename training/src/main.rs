@@ -5,7 +5,7 @@ mod commands;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use commands::{evaluate, export, fit, import, prepare, publish, tokenizer};
+use commands::{evaluate, export, fit, import, prepare, publish, report, tokenizer};
 
 /// Trains score-based discrete diffusion language models and exports them for the server.
 #[derive(Debug, Parser)]
@@ -20,6 +20,7 @@ enum Command {
     Tokenizer(tokenizer::Arguments),
     Prepare(prepare::Arguments),
     Fit(fit::Arguments),
+    Report(report::Arguments),
     Evaluate(evaluate::Arguments),
     Export(export::Arguments),
     Import(import::Arguments),
@@ -30,8 +31,9 @@ fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::Tokenizer(arguments) => tokenizer::run(arguments),
         Command::Prepare(arguments) => prepare::run(arguments),
-        Command::Fit(arguments) => fit::run(arguments),
+        Command::Fit(arguments) => fit::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
+        Command::Report(arguments) => report::run(arguments),
         Command::Export(arguments) => export::run(arguments),
         Command::Import(arguments) => import::run(arguments),
         Command::Publish(arguments) => publish::run(arguments),

@@ -29,21 +29,40 @@ impl OptimizerSection {
     }
 }
 
-/// Sums gradients over `parts` in their order and scales the sum down to `largest` if its Euclidean
-/// norm over all parameters is more. Returns it with its norm before scaling.
-pub fn combine(network: &Ddit, parts: Vec<GradientsParams>, largest: f64) -> (GradientsParams, f64) {
+/// Sums gradients over `parts` in their order, so that the same parts give the same bits.
+pub fn sum(network: &Ddit, parts: Vec<GradientsParams>) -> GradientsParams {
     let mut total = Sum {
         parts,
         sum: GradientsParams::new(),
-        squares: 0.0,
     };
     network.visit(&mut total);
-    let norm = total.squares.sqrt();
+    total.sum
+}
+
+/// Scales `gradients` down to `largest` if their Euclidean norm over all parameters is more. Returns
+/// them with their norm before that.
+pub fn clip(network: &Ddit, gradients: GradientsParams, largest: f64) -> (GradientsParams, f64) {
+    let mut squares = Squares {
+        gradients: &gradients,
+        squares: Vec::new(),
+    };
+    network.visit(&mut squares);
+    let squares = squares.squares;
+    if squares.is_empty() {
+        return (gradients, 0.0);
+    }
+    // Read at once: every read waits for the device.
+    let norm = Tensor::cat(squares, 0)
+        .into_data()
+        .iter::<f32>()
+        .map(f64::from)
+        .sum::<f64>()
+        .sqrt();
     if norm <= largest {
-        return (total.sum, norm);
+        return (gradients, norm);
     }
     let mut scaled = Scale {
-        gradients: total.sum,
+        gradients,
         factor: largest / norm,
     };
     network.visit(&mut scaled);
@@ -53,7 +72,6 @@ pub fn combine(network: &Ddit, parts: Vec<GradientsParams>, largest: f64) -> (Gr
 struct Sum {
     parts: Vec<GradientsParams>,
     sum: GradientsParams,
-    squares: f64,
 }
 
 impl ModuleVisitor for Sum {
@@ -63,8 +81,20 @@ impl ModuleVisitor for Sum {
             .iter_mut()
             .filter_map(|part| part.remove::<D>(param.id));
         if let Some(sum) = gradients.reduce(|sum, part| sum + part) {
-            self.squares += f64::from(sum.clone().square().sum().into_scalar::<f32>());
             self.sum.register(param.id, sum);
+        }
+    }
+}
+
+struct Squares<'a> {
+    gradients: &'a GradientsParams,
+    squares: Vec<Tensor<1>>,
+}
+
+impl ModuleVisitor for Squares<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = self.gradients.get::<D>(param.id) {
+            self.squares.push(gradient.square().sum());
         }
     }
 }
@@ -130,9 +160,9 @@ mod tests {
         };
         let all = (network.num_params() as f64).sqrt();
         for (largest, expected) in [(1.0, 1.0), (1e6, 3.0 * all)] {
-            let (sum, before) = combine(&network, vec![filled(1.0), filled(2.0)], largest);
+            let (clipped, before) = clip(&network, sum(&network, vec![filled(1.0), filled(2.0)]), largest);
             assert!((before / (3.0 * all) - 1.0).abs() < 1e-5);
-            let mut norm = Norm(sum, 0.0);
+            let mut norm = Norm(clipped, 0.0);
             network.visit(&mut norm);
             assert!((norm.1.sqrt() / expected - 1.0).abs() < 1e-5);
         }

@@ -1,8 +1,13 @@
 //! One optimizer step, and everything that a step leaves behind.
 //!
 //! A batch is split over threads, each with its own graph of gradients; parts are summed in their
-//! order, so that the same threads give the same bits. Noise, times and dropout of a step follow from
-//! (seed, step) alone, and so does its data: a resumed run goes on as if it had never stopped.
+//! order, so that the same threads give the same bits. `run.accumulate` splits it further into parts
+//! that follow one another, for batches whose activations do not fit into memory at once. Noise, times
+//! and dropout of a step follow from (seed, step) alone, and so does its data: a resumed run goes on as
+//! if it had never stopped.
+//!
+//! Weights, gradients, moments and averages are f32. The CPU backend computes in f32 as well: it has
+//! no bf16 arithmetic that would be faster.
 
 use std::panic::resume_unwind;
 use std::thread;
@@ -15,9 +20,9 @@ use rand_chacha::rand_core::SeedableRng;
 
 use crate::config::RunConfig;
 use crate::ema::Ema;
-use crate::loss::{NoisedBatch, Objective, unit, weighted_times};
+use crate::loss::{NoisedBatch, Objective};
 use crate::network::{Ddit, NetworkConfig, NetworkError, training_device};
-use crate::optimizer::combine;
+use crate::optimizer::{clip, sum};
 
 /// What a seed is used for besides the network's first weights.
 #[derive(Debug, Clone, Copy)]
@@ -72,6 +77,25 @@ pub struct StepReport {
     pub learning_rate: f64,
 }
 
+/// What a batch teaches, before it is learned.
+pub struct Gradient {
+    /// Loss of the batch, in nats per token.
+    pub loss: f64,
+    /// Euclidean norm of all gradients before clipping.
+    pub norm: f64,
+    gradients: GradientsParams,
+}
+
+impl std::fmt::Debug for Gradient {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Gradient")
+            .field("loss", &self.loss)
+            .field("norm", &self.norm)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Trainer {
     /// A fresh run for a network of this shape.
     pub fn new(config: RunConfig, shape: &NetworkConfig) -> Result<Self, NetworkError> {
@@ -103,40 +127,85 @@ impl Trainer {
 
     /// Learns from `sequences` when `progress` in [0, 1] of the run is over.
     pub fn learn(&mut self, sequences: &[Vec<Token>], progress: f64) -> StepReport {
+        let gradient = self.gradient(sequences);
+        self.apply(gradient, progress)
+    }
+
+    /// The loss of `sequences` in this step and its clipped gradient; nothing is learned yet.
+    pub fn gradient(&self, sequences: &[Vec<Token>]) -> Gradient {
         let run = &self.config.run;
         let length = self.network.config().length;
         let mut noise = generator(run.seed, Purpose::Noise, self.step);
         let count = sequences.len();
-        let power = self.config.optimizer.time_power;
-        let times: Vec<(f64, f64)> = weighted_times(count, unit(&mut noise), power).collect();
-        // Round robin, so that every thread gets early and late times, that is, equal work.
-        let parts: Vec<NoisedBatch> = (0..run.threads)
-            .map(|part| {
-                let mine = || (part..count).step_by(run.threads);
-                let clean: Vec<Token> = mine()
-                    .flat_map(|index| sequences[index].iter().copied())
-                    .collect();
-                let (times, weights): (Vec<f64>, Vec<f64>) = mine().map(|index| times[index]).unzip();
-                let mut batch = self.objective.noise(&clean, length, &times, &mut noise);
-                batch.weigh(&weights);
-                batch
+        let settings = &self.config.optimizer;
+        let times = settings
+            .time_sampling
+            .times(count, settings.time_power, &mut noise);
+        let (times, weights): (Vec<f64>, Vec<f64>) = times.into_iter().unzip();
+        // Drawn before the batch is split, so that its noise is the same however it is split.
+        let noised = self
+            .objective
+            .noise(&sequences.concat(), length, &times, &mut noise)
+            .tokens;
+        let levels: Vec<[f64; 2]> = times
+            .iter()
+            .map(|&t| {
+                [
+                    self.objective.schedule.total_noise(t),
+                    self.objective.schedule.rate(t),
+                ]
             })
             .collect();
+        let parts = run.threads * run.accumulate;
+        // Round robin, so that every part gets early and late times, that is, equal work.
+        let part = |part: usize| {
+            let mine = || (part..count).step_by(parts);
+            let clean: Vec<Token> = mine().flat_map(|i| sequences[i].iter().copied()).collect();
+            let tokens = mine().flat_map(|i| noised[i * length..(i + 1) * length].iter().copied());
+            let levels: Vec<[f64; 2]> = mine().map(|i| levels[i]).collect();
+            let weights: Vec<f64> = mine().map(|i| weights[i]).collect();
+            let mut batch = self.objective.terms(&clean, tokens.collect(), length, &levels);
+            batch.weigh(&weights);
+            batch
+        };
 
-        let (network, step) = (&self.network, self.step);
-        let results: Vec<(f64, GradientsParams)> = thread::scope(|scope| {
-            let handles: Vec<_> = parts
+        let mut loss = 0.0;
+        let mut total: Option<GradientsParams> = None;
+        for first in (0..parts).step_by(run.threads) {
+            let batches: Vec<NoisedBatch> = (first..first + run.threads).map(part).collect();
+            let (losses, gradients): (Vec<f64>, Vec<GradientsParams>) =
+                self.gradients_of(&batches, first, count).into_iter().unzip();
+            loss += losses.iter().sum::<f64>();
+            total = Some(sum(&self.network, total.into_iter().chain(gradients).collect()));
+        }
+        let largest = self.config.optimizer.gradient_clip_norm;
+        let (gradients, norm) = clip(&self.network, total.unwrap_or_default(), largest);
+        Gradient {
+            loss: loss / length as f64,
+            norm,
+            gradients,
+        }
+    }
+
+    /// Loss and gradients of every batch, each on a thread of its own; the first is part `first` of the
+    /// step's `sequences`.
+    fn gradients_of(
+        &self,
+        batches: &[NoisedBatch],
+        first: usize,
+        sequences: usize,
+    ) -> Vec<(f64, GradientsParams)> {
+        let run = &self.config.run;
+        let parts = (run.threads * run.accumulate) as u64;
+        thread::scope(|scope| {
+            let handles: Vec<_> = batches
                 .iter()
-                .enumerate()
-                .map(|(part, batch)| {
-                    let mut dropout = generator(
-                        run.seed,
-                        Purpose::Dropout,
-                        step * run.threads as u64 + part as u64,
-                    );
+                .zip(first as u64..)
+                .map(|(batch, part)| {
+                    let mut dropout = generator(run.seed, Purpose::Dropout, self.step * parts + part);
                     // Its own leaves: two threads must not meet in one graph of gradients.
-                    let network = network.clone().fork(&network.device());
-                    scope.spawn(move || gradients(&network, batch, sequences.len(), &mut dropout))
+                    let network = self.network.clone().fork(&self.network.device());
+                    scope.spawn(move || gradients(&network, batch, sequences, &mut dropout))
                 })
                 .collect();
             handles
@@ -144,21 +213,20 @@ impl Trainer {
                 // A part that is missing would pass for a smaller gradient.
                 .map(|handle| handle.join().unwrap_or_else(|panic| resume_unwind(panic)))
                 .collect()
-        });
+        })
+    }
 
-        let loss = results.iter().map(|(loss, _)| loss).sum::<f64>() / length as f64;
-        let parts = results.into_iter().map(|(_, gradients)| gradients).collect();
-        let settings = &self.config.optimizer;
-        let (gradients, gradient_norm) = combine(&self.network, parts, settings.gradient_clip_norm);
-        let learning_rate = settings.learning_rate(self.step, progress);
+    /// Follows `gradient` when `progress` in [0, 1] of the run is over: the end of a step.
+    pub fn apply(&mut self, gradient: Gradient, progress: f64) -> StepReport {
+        let learning_rate = self.config.optimizer.learning_rate(self.step, progress);
         self.network = self
             .optimizer
-            .step(learning_rate, self.network.clone(), gradients);
+            .step(learning_rate, self.network.clone(), gradient.gradients);
         self.ema.update(&self.network);
         self.step += 1;
         StepReport {
-            loss,
-            gradient_norm,
+            loss: gradient.loss,
+            gradient_norm: gradient.norm,
             learning_rate,
         }
     }
@@ -187,4 +255,121 @@ pub(crate) fn gradients(
     let loss = rows.sum().div_scalar(sequences as f64);
     let value = f64::from(loss.clone().into_scalar::<f32>());
     (value, GradientsParams::from_grads(loss.backward(), network))
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::evaluate::bound;
+    use crate::network::inference_device;
+    use crate::state_dict::StateDict;
+
+    fn config(seed: u64, dropout: f64, threads: usize, accumulate: usize) -> RunConfig {
+        let text = format!(
+            r#"
+            data = {{ train = "-", validation = "-", tokenizer = "-" }}
+            graph = {{ kind = "absorbing" }}
+            schedule = {{ type = "loglinear", eps = 1e-3 }}
+            [network]
+            length = 8
+            hidden_size = 16
+            cond_dim = 8
+            blocks = 2
+            heads = 2
+            dropout = {dropout}
+            scale_by_sigma = true
+            initial_gate = 1.0
+            [optimizer]
+            lr = 3e-3
+            betas = [0.9, 0.99]
+            # Gradients that are nothing but rounding must not make whole steps.
+            epsilon = 1e-4
+            warmup_steps = 1
+            gradient_clip_norm = 1.0
+            ema_decay = 0.9
+            [run]
+            seed = {seed}
+            batch_size = 10
+            accumulate = {accumulate}
+            steps = 4
+            checkpoint_every = 4
+            validate_every = 4
+            threads = {threads}
+            directory = "-"
+            "#
+        );
+        let config: RunConfig = toml::from_str(&text).unwrap();
+        config.validate().unwrap();
+        config
+    }
+
+    fn sequences() -> Vec<Vec<Token>> {
+        (0..10)
+            .map(|sequence| {
+                (0..8)
+                    .map(|position| (sequence + position * position) % 11)
+                    .collect()
+            })
+            .collect()
+    }
+
+    /// Losses of four steps, and the weights after them.
+    fn trained(config: RunConfig) -> (Vec<f64>, StateDict) {
+        let shape = config.network_config(11);
+        let mut trainer = Trainer::new(config, &shape).unwrap();
+        let losses = (0..4).map(|_| trainer.learn(&sequences(), 0.0).loss).collect();
+        (losses, trainer.network.valid().state_dict())
+    }
+
+    #[test]
+    fn accumulated_parts_make_the_same_step_as_the_whole_batch() {
+        let (losses, weights) = trained(config(1, 0.0, 1, 1));
+        // Ten sequences do not divide evenly into four parts.
+        for (threads, accumulate) in [(1, 4), (2, 2), (2, 5), (1, 10)] {
+            let (split_losses, split_weights) = trained(config(1, 0.0, threads, accumulate));
+            for (whole, split) in losses.iter().zip(&split_losses) {
+                assert!((whole / split - 1.0).abs() < 1e-5, "{losses:?}, {split_losses:?}");
+            }
+            for (name, whole) in &weights.0 {
+                let split = &split_weights.0[name].data;
+                for (whole, split) in whole.data.iter().zip(split) {
+                    assert!((whole - split).abs() < 1e-5, "{name}: {whole} became {split}");
+                }
+            }
+            assert_eq!(
+                trained(config(1, 0.0, threads, accumulate)),
+                (split_losses, split_weights),
+                "the same parts give the same bits"
+            );
+        }
+    }
+
+    #[test]
+    fn dropout_follows_from_the_seed() {
+        let dropped = trained(config(1, 0.5, 2, 2));
+        assert_eq!(dropped, trained(config(1, 0.5, 2, 2)));
+        assert_ne!(dropped, trained(config(1, 0.0, 2, 2)));
+        assert_ne!(dropped, trained(config(2, 0.5, 2, 2)));
+    }
+
+    #[test]
+    fn dropout_is_for_training_only() {
+        let (_, weights) = trained(config(1, 0.0, 1, 1));
+        let loss_and_bound = |dropout| {
+            let config = config(1, dropout, 1, 1);
+            let shape = config.network_config(11);
+            let mut trainer = Trainer::new(config, &shape).unwrap();
+            trainer.network = trainer.network.load_state_dict(&weights).unwrap();
+            let evaluated = Ddit::from_weights(&shape, weights.clone(), &inference_device()).unwrap();
+            (
+                trainer.gradient(&sequences()).loss,
+                bound(&evaluated, &trainer.objective, &sequences(), 2, 1, 1),
+            )
+        };
+        let (loss, bound) = loss_and_bound(0.0);
+        let (dropped_loss, dropped_bound) = loss_and_bound(0.5);
+        assert_ne!(loss, dropped_loss);
+        assert_eq!(bound, dropped_bound);
+    }
 }

@@ -1,8 +1,9 @@
 //! The straight line of a training run on a small text: tokenizer, token files, fit, resume, evaluate, export.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+mod common;
+
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use denoised::bundle::{Bundle, Parameterization};
 use denoised::diffusion::Token;
@@ -12,80 +13,18 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use training::checkpoint;
 use training::config::RunConfig;
-use training::data::{Corpus, prepare};
 use training::evaluate::{Estimate, Served, bound};
 use training::export::{self, Storage, TrainedModel};
-use training::fit::{FitOptions, fit};
+use training::fit::{FitOptions, Start, fit};
 use training::network::Ddit;
 use training::trainer::objective;
 
-fn corpus(folder: &Path) -> Corpus {
-    let input = (0..30)
-        .map(|i| {
-            let path = folder.join(format!("{i}.txt"));
-            let text =
-                format!("The cat number {i} sat on the mat. The dog saw the cat and ran to the mat.\n")
-                    .repeat(6);
-            fs::write(&path, text).unwrap();
-            path
-        })
-        .collect();
-    Corpus {
-        input,
-        separator: None,
-        validation_fraction: 0.2,
-        seed: 1,
-    }
-}
+use common::{config, prepared};
 
-/// A run of `steps` steps in a directory of its own, on the token files in `folder`.
-fn config(folder: &Path, run: &str, steps: u64) -> RunConfig {
-    let path = folder.join(format!("{run}-{steps}.toml"));
-    let root = folder.display();
-    let text = format!(
-        r#"
-        [data]
-        train = "{root}/data/train.tokens"
-        validation = "{root}/data/validation.tokens"
-        tokenizer = "{root}/tokenizer.json"
-        [graph]
-        kind = "absorbing"
-        [schedule]
-        type = "loglinear"
-        eps = 1e-3
-        [network]
-        length = 16
-        hidden_size = 32
-        cond_dim = 16
-        blocks = 2
-        heads = 2
-        scale_by_sigma = true
-        initial_gate = 1.0
-        [optimizer]
-        lr = 3e-3
-        betas = [0.9, 0.99]
-        warmup_steps = 4
-        gradient_clip_norm = 1.0
-        ema_decay = 0.9
-        time_power = 2.0
-        [run]
-        seed = 1
-        batch_size = 8
-        steps = {steps}
-        checkpoint_every = 10
-        validate_every = 1000
-        threads = 2
-        directory = "{root}/{run}"
-        "#
-    );
-    fs::write(&path, text).unwrap();
-    RunConfig::read(&path).unwrap()
-}
-
-fn fresh() -> FitOptions {
+fn resumed() -> FitOptions {
     FitOptions {
-        resume: false,
-        minutes: None,
+        start: Start::Resume,
+        ..FitOptions::default()
     }
 }
 
@@ -110,27 +49,14 @@ fn agree(network: &Ddit, bundle: &Bundle, sequences: &[Vec<Token>]) {
 fn from_text_to_a_bundle_that_runs() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
-    let corpus = corpus(root);
-    let tokenizer: PathBuf = root.join("tokenizer.json");
-    training::tokenizer::train(&corpus.read().unwrap().train, 280)
-        .unwrap()
-        .save(&tokenizer, true)
-        .unwrap();
-    let (_, validation) = prepare(&corpus, &tokenizer, &root.join("data")).unwrap();
+    let (tokenizer, validation) = prepared(root);
 
     // Twenty steps at once are the same as ten and ten more.
     let whole = config(root, "whole", 20);
-    fit(whole.clone(), fresh()).unwrap();
-    fit(config(root, "parts", 10), fresh()).unwrap();
+    fit(whole.clone(), FitOptions::default()).unwrap();
+    fit(config(root, "parts", 10), FitOptions::default()).unwrap();
     let parts = config(root, "parts", 20);
-    fit(
-        parts.clone(),
-        FitOptions {
-            resume: true,
-            minutes: None,
-        },
-    )
-    .unwrap();
+    fit(parts.clone(), resumed()).unwrap();
     let average = |config: &RunConfig| {
         checkpoint::load_average(&checkpoint::latest(&config.run.directory).unwrap()).unwrap()
     };
@@ -144,7 +70,7 @@ fn from_text_to_a_bundle_that_runs() {
 
     // More steps learn more, held-out text included.
     let longer = config(root, "longer", 120);
-    fit(longer.clone(), fresh()).unwrap();
+    fit(longer.clone(), FitOptions::default()).unwrap();
     let (network, _) = average(&longer);
     let sequences: Vec<_> = (0..validation.sequences(16))
         .map(|i| validation.sequence(i, 16))
@@ -208,13 +134,7 @@ fn from_text_to_a_bundle_that_runs() {
 fn a_network_of_probabilities_goes_the_whole_way() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
-    let corpus = corpus(root);
-    let tokenizer: PathBuf = root.join("tokenizer.json");
-    training::tokenizer::train(&corpus.read().unwrap().train, 280)
-        .unwrap()
-        .save(&tokenizer, true)
-        .unwrap();
-    let (_, validation) = prepare(&corpus, &tokenizer, &root.join("data")).unwrap();
+    let (_, validation) = prepared(root);
     let mean = |steps| {
         let mut config = config(root, "mean", steps);
         config.network.parameterization = Parameterization::Mean;
@@ -229,14 +149,12 @@ fn a_network_of_probabilities_goes_the_whole_way() {
         .collect();
     let trained = |steps, resume| {
         let config = mean(steps);
-        fit(
-            config.clone(),
-            FitOptions {
-                resume,
-                minutes: None,
-            },
-        )
-        .unwrap();
+        let start = if resume { Start::Resume } else { Start::Fresh };
+        let options = FitOptions {
+            start,
+            ..FitOptions::default()
+        };
+        fit(config.clone(), options).unwrap();
         let (network, _) =
             checkpoint::load_average(&checkpoint::latest(&config.run.directory).unwrap()).unwrap();
         let objective = objective(&config, network.config());
@@ -304,26 +222,16 @@ fn a_network_of_probabilities_goes_the_whole_way() {
 fn a_damaged_checkpoint_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
-    let corpus = corpus(root);
-    let tokenizer = root.join("tokenizer.json");
-    training::tokenizer::train(&corpus.read().unwrap().train, 280)
-        .unwrap()
-        .save(&tokenizer, true)
-        .unwrap();
-    prepare(&corpus, &tokenizer, &root.join("data")).unwrap();
+    prepared(root);
     let config = config(root, "run", 10);
-    fit(config.clone(), fresh()).unwrap();
+    fit(config.clone(), FitOptions::default()).unwrap();
     let latest = checkpoint::latest(&config.run.directory).unwrap();
     for file in fs::read_dir(&latest).unwrap() {
         let path = file.unwrap().path();
         let whole = fs::read(&path).unwrap();
         fs::write(&path, &whole[..whole.len() / 2]).unwrap();
     }
-    let options = FitOptions {
-        resume: true,
-        minutes: None,
-    };
-    let error = fit(config, options)
+    let error = fit(config, resumed())
         .map(drop)
         .expect_err("half a checkpoint is not resumed");
     assert!(

@@ -7,5 +7,6 @@ pub(crate) mod fit;
 pub(crate) mod import;
 pub(crate) mod prepare;
 pub(crate) mod publish;
+pub(crate) mod report;
 mod run;
 pub(crate) mod tokenizer;

@@ -1,0 +1,88 @@
+//! A small text, its tokens, and runs on them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use training::config::RunConfig;
+use training::data::{Corpus, TokenFile, prepare};
+
+fn corpus(folder: &Path) -> Corpus {
+    let input = (0..30)
+        .map(|i| {
+            let path = folder.join(format!("{i}.txt"));
+            let text =
+                format!("The cat number {i} sat on the mat. The dog saw the cat and ran to the mat.\n")
+                    .repeat(6);
+            fs::write(&path, text).unwrap();
+            path
+        })
+        .collect();
+    Corpus {
+        input,
+        separator: None,
+        validation_fraction: 0.2,
+        seed: 1,
+    }
+}
+
+/// A tokenizer and token files made of a small text; the tokenizer's path and the held-out tokens.
+pub(crate) fn prepared(root: &Path) -> (PathBuf, TokenFile) {
+    let corpus = corpus(root);
+    let tokenizer = root.join("tokenizer.json");
+    training::tokenizer::train(&corpus.read().unwrap().train, 280)
+        .unwrap()
+        .save(&tokenizer, true)
+        .unwrap();
+    let (_, validation) = prepare(&corpus, &tokenizer, &root.join("data")).unwrap();
+    (tokenizer, validation)
+}
+
+/// A run of `steps` steps in a directory of its own, on the token files in `folder`.
+pub(crate) fn config(folder: &Path, run: &str, steps: u64) -> RunConfig {
+    let path = config_file(folder, run, steps);
+    RunConfig::read(&path).unwrap()
+}
+
+/// The file of such a run.
+pub(crate) fn config_file(folder: &Path, run: &str, steps: u64) -> PathBuf {
+    let path = folder.join(format!("{run}-{steps}.toml"));
+    let root = folder.display();
+    let text = format!(
+        r#"
+        [data]
+        train = "{root}/data/train.tokens"
+        validation = "{root}/data/validation.tokens"
+        tokenizer = "{root}/tokenizer.json"
+        [graph]
+        kind = "absorbing"
+        [schedule]
+        type = "loglinear"
+        eps = 1e-3
+        [network]
+        length = 16
+        hidden_size = 32
+        cond_dim = 16
+        blocks = 2
+        heads = 2
+        scale_by_sigma = true
+        initial_gate = 1.0
+        [optimizer]
+        lr = 3e-3
+        betas = [0.9, 0.99]
+        warmup_steps = 4
+        gradient_clip_norm = 1.0
+        ema_decay = 0.9
+        time_power = 2.0
+        [run]
+        seed = 1
+        batch_size = 8
+        steps = {steps}
+        checkpoint_every = 10
+        validate_every = 1000
+        threads = 2
+        directory = "{root}/{run}"
+        "#
+    );
+    fs::write(&path, text).unwrap();
+    path
+}
