@@ -13,6 +13,7 @@ mod cancelling;
 mod determinism;
 mod errors;
 mod foreign_client;
+mod foreign_network;
 mod frames;
 mod infill;
 mod network;

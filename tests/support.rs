@@ -39,16 +39,16 @@ impl TestServer {
     }
 
     pub async fn demo_with(config: &Config) -> Self {
-        Self::start(Server::bind(config).await.expect("the demo model is served")).await
+        Self::run(Server::bind(config).await.expect("the demo model is served")).await
     }
 
     pub async fn with_network(config: &Config, network: NetworkSource) -> Self {
         let mut models = Models::default();
         models.insert(ServedModel::without_bundle(closed_form_manifest(), 1, network));
-        Self::start(Server::with_models(config, models).await.unwrap()).await
+        Self::run(Server::with_models(config, models).await.unwrap()).await
     }
 
-    async fn start(server: Server) -> Self {
+    pub async fn run(server: Server) -> Self {
         let url = format!("http://{}", server.address());
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(async move {

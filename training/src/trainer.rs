@@ -77,6 +77,17 @@ pub struct StepReport {
     pub learning_rate: f64,
 }
 
+/// A batch after the forward process.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Noise {
+    /// `[batch * length]`.
+    pub tokens: Vec<Token>,
+    /// Total noise and rate of each sequence.
+    pub levels: Vec<[f64; 2]>,
+    /// What each sequence's loss is multiplied by, for times that are not drawn evenly.
+    pub weights: Vec<f64>,
+}
+
 /// What a batch teaches, before it is learned.
 pub struct Gradient {
     /// Loss of the batch, in nats per token.
@@ -131,31 +142,38 @@ impl Trainer {
         self.apply(gradient, progress)
     }
 
+    /// What becomes of `sequences` in step `step`. Drawn before a batch is split, so that it is the same
+    /// however the batch is split.
+    pub fn noise(&self, step: u64, sequences: &[Vec<Token>]) -> Noise {
+        let mut random = generator(self.config.run.seed, Purpose::Noise, step);
+        let settings = &self.config.optimizer;
+        let times = settings
+            .time_sampling
+            .times(sequences.len(), settings.time_power, &mut random);
+        let (times, weights): (Vec<f64>, Vec<f64>) = times.into_iter().unzip();
+        let length = self.network.config().length;
+        let noised = self
+            .objective
+            .noise(&sequences.concat(), length, &times, &mut random);
+        let schedule = &self.objective.schedule;
+        let levels = times.iter().map(|&t| [schedule.total_noise(t), schedule.rate(t)]);
+        Noise {
+            tokens: noised.tokens,
+            levels: levels.collect(),
+            weights,
+        }
+    }
+
     /// The loss of `sequences` in this step and its clipped gradient; nothing is learned yet.
     pub fn gradient(&self, sequences: &[Vec<Token>]) -> Gradient {
         let run = &self.config.run;
         let length = self.network.config().length;
-        let mut noise = generator(run.seed, Purpose::Noise, self.step);
         let count = sequences.len();
-        let settings = &self.config.optimizer;
-        let times = settings
-            .time_sampling
-            .times(count, settings.time_power, &mut noise);
-        let (times, weights): (Vec<f64>, Vec<f64>) = times.into_iter().unzip();
-        // Drawn before the batch is split, so that its noise is the same however it is split.
-        let noised = self
-            .objective
-            .noise(&sequences.concat(), length, &times, &mut noise)
-            .tokens;
-        let levels: Vec<[f64; 2]> = times
-            .iter()
-            .map(|&t| {
-                [
-                    self.objective.schedule.total_noise(t),
-                    self.objective.schedule.rate(t),
-                ]
-            })
-            .collect();
+        let Noise {
+            tokens: noised,
+            levels,
+            weights,
+        } = self.noise(self.step, sequences);
         let parts = run.threads * run.accumulate;
         // Round robin, so that every part gets early and late times, that is, equal work.
         let part = |part: usize| {
