@@ -23,6 +23,7 @@ use safetensors::tensor::{TensorView, serialize_to_file};
 use serde::Deserialize;
 use serde_json::json;
 use training::config::{Decay, RunConfig};
+use training::device::Devices;
 use training::network::NetworkConfig;
 use training::trainer::Trainer;
 
@@ -86,7 +87,7 @@ fn compare(arguments: &Arguments) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (config, shape) = run(arguments, root)?;
     let batches = batches(root, arguments, shape.length)?;
-    let mut trainer = Trainer::new(config.clone(), &shape)?;
+    let mut trainer = Trainer::new(config.clone(), &shape, Devices::cpu(arguments.threads))?;
     write_inputs(&arguments.out, &config, &shape, &trainer, &batches)?;
     let mut torch = Torch::start(arguments, &root.join("benches/pytorch.py"))?;
 

@@ -19,8 +19,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::config::RunConfig;
+use crate::device::Devices;
 use crate::ema::Ema;
-use crate::network::{Ddit, NetworkConfig, inference_device, training_device};
+use crate::network::{Ddit, NetworkConfig, inference_device};
 use crate::trainer::{Trainer, objective};
 use crate::watch::Watch;
 
@@ -310,7 +311,12 @@ pub fn load_average(folder: &Path) -> Result<(Ddit, State)> {
 }
 
 /// The run that a checkpoint belongs to, ready to go on under `config`.
-pub fn resume(folder: &Path, config: RunConfig, shape: &NetworkConfig) -> Result<(Trainer, State)> {
+pub fn resume(
+    folder: &Path,
+    config: RunConfig,
+    shape: &NetworkConfig,
+    devices: Devices,
+) -> Result<(Trainer, State)> {
     let state = read_state(folder)?;
     ensure!(
         &state.network == shape,
@@ -325,8 +331,8 @@ pub fn resume(folder: &Path, config: RunConfig, shape: &NetworkConfig) -> Result
         state.config.run.seed,
         config.run.seed
     );
-    let network = load_network(&folder.join(NETWORK), shape.init(0, 0.0, &training_device())?)?;
-    let average = load_network(&folder.join(AVERAGE), shape.init(0, 0.0, &inference_device())?)?;
+    let network = load_network(&folder.join(NETWORK), shape.init(0, 0.0, &devices.training())?)?;
+    let average = load_network(&folder.join(AVERAGE), shape.init(0, 0.0, &devices.inference())?)?;
     let path = folder.join(OPTIMIZER);
     let record = OptimizerRecord::load(&path).with_context(|| format!("{} is damaged", path.display()))?;
     let trainer = Trainer {
@@ -335,6 +341,7 @@ pub fn resume(folder: &Path, config: RunConfig, shape: &NetworkConfig) -> Result
         ema: Ema::resume(config.optimizer.ema_decay, state.average_updates, average),
         network,
         config,
+        devices,
         step: state.step,
     };
     Ok((trainer, state))

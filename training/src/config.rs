@@ -1,9 +1,14 @@
 //! One TOML file per run: everything that decides what a run computes, and nothing else.
+//!
+//! Variables `TRAINING__SECTION__KEY` replace the file's values, for containers that share a file:
+//! `TRAINING__RUN__DIRECTORY=/checkpoints`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use config::builder::DefaultState;
+use config::{ConfigBuilder, Environment, File, FileFormat, Map};
 use denoised::bundle::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
 use serde::{Deserialize, Serialize};
@@ -215,12 +220,27 @@ fn default_explosion_steps() -> u64 {
 impl RunConfig {
     /// Reads and checks a run's file.
     pub fn read(path: &Path) -> Result<Self> {
+        Self::read_with(path, None)
+    }
+
+    /// As [`RunConfig::read`], with `environment` in place of the process's variables.
+    fn read_with(path: &Path, environment: Option<Map<String, String>>) -> Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let config: Self = toml::from_str(&text).with_context(|| format!("{} is no run", path.display()))?;
-        config
-            .validate()
-            .with_context(|| format!("{} is no run", path.display()))?;
-        Ok(config)
+        // Values stay text until their key is known.
+        let variables = Environment::with_prefix("TRAINING")
+            .prefix_separator("__")
+            .separator("__")
+            .source(environment);
+        let read = || -> Result<Self> {
+            let config: Self = ConfigBuilder::<DefaultState>::default()
+                .add_source(File::from_str(&text, FileFormat::Toml))
+                .add_source(variables)
+                .build()?
+                .try_deserialize()?;
+            config.validate()?;
+            Ok(config)
+        };
+        read().with_context(|| format!("{} is no run", path.display()))
     }
 
     /// Refuses values that no run can use.
@@ -338,5 +358,51 @@ impl RunConfig {
     /// The noise process over the states of `network`.
     pub fn graph(&self, network: &NetworkConfig) -> Graph {
         Graph::new(self.graph.kind, network.states)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn demo(variables: &[(&str, &str)]) -> Result<RunConfig> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/demo.toml");
+        let variables = variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        RunConfig::read_with(&path, Some(variables.collect()))
+    }
+
+    #[test]
+    fn variables_replace_what_the_file_says() {
+        let file = demo(&[]).unwrap();
+        assert_eq!((file.run.seed, file.run.checkpoint_minutes), (1, None));
+        let changed = demo(&[
+            ("TRAINING__RUN__DIRECTORY", "/checkpoints/007"),
+            ("TRAINING__RUN__SEED", "18446744073709551615"),
+            ("TRAINING__RUN__CHECKPOINT_MINUTES", "5"),
+            ("TRAINING__OPTIMIZER__LR", "1e-4"),
+            ("TRAINING__NETWORK__TIE_EMBEDDINGS", "true"),
+            ("TRAINING_OTHER", "of no meaning"),
+        ])
+        .unwrap();
+        assert_eq!(changed.run.directory, Path::new("/checkpoints/007"));
+        assert_eq!((changed.run.seed, changed.optimizer.lr), (u64::MAX, 1e-4));
+        assert_eq!(changed.run.checkpoint_minutes, Some(5.0));
+        assert!(changed.network.tie_embeddings);
+        assert_eq!(changed.schedule, file.schedule);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (variable, value, says) in [
+            ("TRAINING__RUN__STEP", "3", "step"),
+            ("TRAINING__RUN__STEPS", "many", "run.steps"),
+            ("TRAINING__RUN__STEPS", "0", "run.steps must be at least 1"),
+        ] {
+            let error = format!("{:#}", demo(&[(variable, value)]).unwrap_err());
+            assert!(error.contains(says) && error.contains("demo.toml"), "{error}");
+        }
     }
 }

@@ -19,6 +19,7 @@ use tokenizers::Tokenizer;
 use crate::checkpoint::{self, State};
 use crate::config::{RunConfig, RunSection};
 use crate::data::TokenFile;
+use crate::device::{DeviceName, Devices};
 use crate::evaluate;
 use crate::journal::{DataFile, Journal, Line, Lock, Provenance, Session, StepLine, ValidationLine};
 use crate::progress::Progress;
@@ -41,6 +42,8 @@ pub struct FitOptions {
     pub start: Start,
     /// Complete the schedule within this wall-clock time, whatever the steps done by then.
     pub minutes: Option<f64>,
+    /// What shares every batch; none is the CPU.
+    pub devices: Vec<DeviceName>,
     /// Set to stop after the step at hand.
     pub stop: Arc<AtomicBool>,
 }
@@ -53,6 +56,8 @@ pub enum Start {
     Fresh,
     /// At the latest checkpoint.
     Resume,
+    /// At the latest checkpoint, or with fresh weights where there is none.
+    ResumeIfAny,
     /// At the checkpoint after so many steps; later ones are put aside.
     ResumeFrom(u64),
 }
@@ -171,6 +176,15 @@ impl Run {
         let epochs = Epochs::new(train.sequence(0, train.tokens()), shape.length, config.run.seed)?;
 
         let settings = config.run.clone();
+        let devices = Devices::open(&options.devices, settings.threads)?;
+        let parts = devices.lanes().len() * settings.accumulate;
+        ensure!(
+            parts <= settings.batch_size,
+            "{} devices times run.accumulate {} is more than the {} sequences of run.batch_size",
+            devices.lanes().len(),
+            settings.accumulate,
+            settings.batch_size
+        );
         let directory = &settings.directory;
         let lock = Lock::acquire(directory)?;
         checkpoint::clear_drafts(directory)?;
@@ -184,7 +198,8 @@ impl Run {
                 );
                 None
             }
-            Start::Resume => Some(checkpoint::choose(directory, None)?),
+            Start::ResumeIfAny if checkpoint::steps(directory).is_empty() => None,
+            Start::Resume | Start::ResumeIfAny => Some(checkpoint::choose(directory, None)?),
             Start::ResumeFrom(step) => Some(checkpoint::choose(directory, Some(step))?),
         };
         let data = Provenance {
@@ -195,11 +210,11 @@ impl Run {
         };
         let (trainer, mut state) = match &folder {
             None => {
-                let trainer = Trainer::new(config.clone(), &shape)?;
+                let trainer = Trainer::new(config.clone(), &shape, devices)?;
                 let state = State::of(&trainer, train.tokenizer_sha256(), 0.0);
                 (trainer, state)
             }
-            Some(folder) => checkpoint::resume(folder, config.clone(), &shape)?,
+            Some(folder) => checkpoint::resume(folder, config.clone(), &shape, devices)?,
         };
         ensure!(
             state.tokenizer_sha256 == train.tokenizer_sha256(),

@@ -1,4 +1,4 @@
-//! Fused CPU operations with hand-written gradients.
+//! Fused CPU operations with hand-written gradients, and the same operations composed elsewhere.
 //!
 //! Burn composes tanh-GELU, modulated layer norm, rotary attention and score entropy from many
 //! elementwise passes over memory; on a CPU those passes cost more than the arithmetic. Each kernel
@@ -6,6 +6,7 @@
 //! the processor at hand. `reference_test` holds values and gradients of all of them to the authors' network.
 
 mod attention;
+mod composed;
 mod cross_entropy;
 mod elementwise;
 mod norm;
@@ -20,13 +21,77 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use burn::backend::{Autodiff, Flex};
-use burn::tensor::TensorData;
+use burn::tensor::{Device, TensorData};
 
 pub use attention::RotaryAttention;
 pub use cross_entropy::{CrossEntropy, CrossEntropyTerm};
 pub use elementwise::{GatedResidual, Gelu};
 pub use norm::ModulatedNorm;
 pub use score_entropy::{RowTerm, ScoreEntropy};
+
+/// [`Gelu`] on any device.
+pub fn gelu(x: Tensor<2>, bias: Tensor<1>) -> Tensor<2> {
+    if on_cpu(&x) {
+        apply(Gelu, [x.into(), bias.into()])
+    } else {
+        composed::gelu(x, bias)
+    }
+}
+
+/// [`GatedResidual`] on any device.
+pub fn gated_residual(x: Tensor<2>, y: Tensor<2>, gate: Tensor<2>) -> Tensor<2> {
+    if on_cpu(&x) {
+        apply(GatedResidual, [x.into(), y.into(), gate.into()])
+    } else {
+        composed::gated_residual(x, y, gate)
+    }
+}
+
+/// [`ModulatedNorm`] on any device.
+pub fn modulated_norm(x: Tensor<2>, weight: Tensor<1>, shift: Tensor<2>, scale: Tensor<2>) -> Tensor<2> {
+    if on_cpu(&x) {
+        apply(
+            ModulatedNorm,
+            [x.into(), weight.into(), shift.into(), scale.into()],
+        )
+    } else {
+        composed::modulated_norm(x, weight, shift, scale)
+    }
+}
+
+/// [`RotaryAttention`] on any device.
+pub fn rotary_attention(attention: &RotaryAttention, packed: Tensor<2>) -> Tensor<2> {
+    if on_cpu(&packed) {
+        apply(attention.clone(), [packed.into()])
+    } else {
+        composed::rotary_attention(attention, packed)
+    }
+}
+
+/// [`ScoreEntropy`] on any device.
+pub fn score_entropy(terms: &[RowTerm], log_scores: Tensor<2>) -> Tensor<1> {
+    if on_cpu(&log_scores) {
+        let terms = terms.into();
+        apply(ScoreEntropy { terms }, [log_scores.into()])
+    } else {
+        composed::score_entropy(terms, log_scores)
+    }
+}
+
+/// [`CrossEntropy`] on any device.
+pub fn cross_entropy(terms: &[CrossEntropyTerm], logits: Tensor<2>) -> Tensor<1> {
+    if on_cpu(&logits) {
+        let terms = terms.into();
+        apply(CrossEntropy { terms }, [logits.into()])
+    } else {
+        composed::cross_entropy(terms, logits)
+    }
+}
+
+/// Whether the kernels can take `tensor`: they work on host memory.
+fn on_cpu<const D: usize>(tensor: &Tensor<D>) -> bool {
+    tensor.device() == Device::flex()
+}
 
 /// An operation on `N` tensors with its gradient.
 pub trait Kernel<const N: usize>: Clone + Debug + Send + 'static {

@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod curves;
 pub mod data;
+pub mod device;
 pub mod ema;
 pub mod evaluate;
 pub mod export;

@@ -16,7 +16,7 @@ use denoised::bundle::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule, Token, score_entropy, sigma_offset};
 use rand_chacha::ChaCha8Rng;
 
-use crate::kernels::{self, CrossEntropy, CrossEntropyTerm, RowTerm, ScoreEntropy};
+use crate::kernels::{self, CrossEntropyTerm, RowTerm};
 use crate::network::{Ddit, DropoutSource, token_tensor};
 use crate::times::unit;
 
@@ -247,14 +247,8 @@ impl Terms {
     /// The loss of each row of a network's output `[rows, states]`: `[rows]`.
     fn of(&self, output: Tensor<2>) -> Tensor<1> {
         match self {
-            Self::ScoreEntropy(terms) => {
-                let terms = terms.as_slice().into();
-                kernels::apply(ScoreEntropy { terms }, [output.into()])
-            }
-            Self::CrossEntropy(terms) => {
-                let terms = terms.as_slice().into();
-                kernels::apply(CrossEntropy { terms }, [output.into()])
-            }
+            Self::ScoreEntropy(terms) => kernels::score_entropy(terms, output),
+            Self::CrossEntropy(terms) => kernels::cross_entropy(terms, output),
         }
     }
 }

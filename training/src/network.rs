@@ -17,7 +17,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::kernels::{self, GatedResidual, Gelu, ModulatedNorm, RotaryAttention};
+use crate::kernels::{self, RotaryAttention};
 use crate::state_dict::{HostTensor, StateDict, StateDictError};
 
 /// Width of an MLP over the width of the network.
@@ -465,13 +465,7 @@ impl Ddit {
         let embedded = burn::tensor::module::embedding(self.embedding.val(), tokens);
         let mut x: Tensor<2> = embedded.reshape([batch * length, width]); // [batch * length, width]
         for block in &self.blocks {
-            x = self.block(
-                block,
-                x,
-                condition.clone(),
-                attention.clone(),
-                dropout.as_deref_mut(),
-            );
+            x = self.block(block, x, condition.clone(), &attention, dropout.as_deref_mut());
         }
         let [shift, scale] = chunks(affine(condition, &self.modulation_final));
         let x = modulated(x, &self.norm_final, shift, scale);
@@ -504,7 +498,7 @@ impl Ddit {
         block: &Block,
         x: Tensor<2>,
         condition: Tensor<2>,
-        attention: RotaryAttention,
+        attention: &RotaryAttention,
         mut dropout: DropoutSource<'_>,
     ) -> Tensor<2> {
         let [
@@ -517,18 +511,18 @@ impl Ddit {
         ] = chunks(affine(condition, &block.modulation));
 
         let y = modulated(x.clone(), &block.norm1, shift_attention, scale_attention);
-        let y: Tensor<2> = kernels::apply(attention, [affine(y, &block.attn_qkv).into()]);
+        let y = kernels::rotary_attention(attention, affine(y, &block.attn_qkv));
         let y = self.drop(affine(y, &block.attn_out), dropout.as_deref_mut());
-        let x: Tensor<2> = kernels::apply(GatedResidual, [x.into(), y.into(), gate_attention.into()]);
+        let x = kernels::gated_residual(x, y, gate_attention);
 
         let y = modulated(x.clone(), &block.norm2, shift_mlp, scale_mlp);
         let y = y.matmul(block.mlp_0.weight.val()); // [batch * length, 4 * width]
-        let y: Tensor<2> = match &block.mlp_0.bias {
-            Some(bias) => kernels::apply(Gelu, [y.into(), bias.val().into()]),
+        let y = match &block.mlp_0.bias {
+            Some(bias) => kernels::gelu(y, bias.val()),
             None => activation::gelu_approximate(y),
         };
         let y = self.drop(affine(y, &block.mlp_2), dropout);
-        kernels::apply(GatedResidual, [x.into(), y.into(), gate_mlp.into()])
+        kernels::gated_residual(x, y, gate_mlp)
     }
 
     /// Zeroes entries at the configured rate and scales up the rest.
@@ -557,10 +551,7 @@ fn affine(x: Tensor<2>, layer: &Linear) -> Tensor<2> {
 }
 
 fn modulated(x: Tensor<2>, weight: &Param<Tensor<1>>, shift: Tensor<2>, scale: Tensor<2>) -> Tensor<2> {
-    kernels::apply(
-        ModulatedNorm,
-        [x.into(), weight.val().into(), shift.into(), scale.into()],
-    )
+    kernels::modulated_norm(x, weight.val(), shift, scale)
 }
 
 /// `N` equal parts of the columns.

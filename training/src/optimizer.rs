@@ -29,7 +29,7 @@ impl OptimizerSection {
     }
 }
 
-/// Sums gradients over `parts` in their order, so that the same parts give the same bits.
+/// Sums gradients over `parts`, wherever they are, on the network's device and in their order, so that the same parts give the same bits.
 pub fn sum(network: &Ddit, parts: Vec<GradientsParams>) -> GradientsParams {
     let mut total = Sum {
         parts,
@@ -76,10 +76,12 @@ struct Sum {
 
 impl ModuleVisitor for Sum {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let home = param.val().device().inner();
         let gradients = self
             .parts
             .iter_mut()
-            .filter_map(|part| part.remove::<D>(param.id));
+            .filter_map(|part| part.remove::<D>(param.id))
+            .map(|gradient| gradient.to_device(&home));
         if let Some(sum) = gradients.reduce(|sum, part| sum + part) {
             self.sum.register(param.id, sum);
         }

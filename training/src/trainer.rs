@@ -1,6 +1,6 @@
 //! One optimizer step, and everything that a step leaves behind.
 //!
-//! A batch is split over threads, each with its own graph of gradients; parts are summed in their
+//! A batch is split over the lanes of [`Devices`], threads of the CPU or GPUs, each with its own graph of gradients; parts are summed in their
 //! order, so that the same threads give the same bits. `run.accumulate` splits it further into parts
 //! that follow one another, for batches whose activations do not fit into memory at once. Noise, times
 //! and dropout of a step follow from (seed, step) alone, and so does its data: a resumed run goes on as
@@ -19,9 +19,10 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
 use crate::config::RunConfig;
+use crate::device::Devices;
 use crate::ema::Ema;
 use crate::loss::{NoisedBatch, Objective};
-use crate::network::{Ddit, NetworkConfig, NetworkError, training_device};
+use crate::network::{Ddit, NetworkConfig, NetworkError};
 use crate::optimizer::{clip, sum};
 
 /// What a seed is used for besides the network's first weights.
@@ -49,6 +50,7 @@ pub(crate) fn generator(seed: u64, purpose: Purpose, index: u64) -> ChaCha8Rng {
 /// A network in training.
 pub struct Trainer {
     pub(crate) config: RunConfig,
+    pub(crate) devices: Devices,
     pub(crate) objective: Objective,
     pub(crate) network: Ddit,
     pub(crate) optimizer: ModuleOptimizer,
@@ -108,15 +110,16 @@ impl std::fmt::Debug for Gradient {
 }
 
 impl Trainer {
-    /// A fresh run for a network of this shape.
-    pub fn new(config: RunConfig, shape: &NetworkConfig) -> Result<Self, NetworkError> {
-        let network = shape.init(config.run.seed, config.network.initial_gate, &training_device())?;
+    /// A fresh run for a network of this shape on `devices`.
+    pub fn new(config: RunConfig, shape: &NetworkConfig, devices: Devices) -> Result<Self, NetworkError> {
+        let network = shape.init(config.run.seed, config.network.initial_gate, &devices.training())?;
         Ok(Self {
             objective: objective(&config, shape),
             optimizer: config.optimizer.adamw(),
             ema: Ema::new(config.optimizer.ema_decay, &network),
             network,
             config,
+            devices,
             step: 0,
         })
     }
@@ -174,7 +177,8 @@ impl Trainer {
             levels,
             weights,
         } = self.noise(self.step, sequences);
-        let parts = run.threads * run.accumulate;
+        let lanes = self.devices.lanes().len();
+        let parts = lanes * run.accumulate;
         // Round robin, so that every part gets early and late times, that is, equal work.
         let part = |part: usize| {
             let mine = || (part..count).step_by(parts);
@@ -189,8 +193,8 @@ impl Trainer {
 
         let mut loss = 0.0;
         let mut total: Option<GradientsParams> = None;
-        for first in (0..parts).step_by(run.threads) {
-            let batches: Vec<NoisedBatch> = (first..first + run.threads).map(part).collect();
+        for first in (0..parts).step_by(lanes) {
+            let batches: Vec<NoisedBatch> = (first..first + lanes).map(part).collect();
             let (losses, gradients): (Vec<f64>, Vec<GradientsParams>) =
                 self.gradients_of(&batches, first, count).into_iter().unzip();
             loss += losses.iter().sum::<f64>();
@@ -214,15 +218,16 @@ impl Trainer {
         sequences: usize,
     ) -> Vec<(f64, GradientsParams)> {
         let run = &self.config.run;
-        let parts = (run.threads * run.accumulate) as u64;
+        let parts = (self.devices.lanes().len() * run.accumulate) as u64;
         thread::scope(|scope| {
             let handles: Vec<_> = batches
                 .iter()
                 .zip(first as u64..)
-                .map(|(batch, part)| {
+                .zip(self.devices.lanes())
+                .map(|((batch, part), device)| {
                     let mut dropout = generator(run.seed, Purpose::Dropout, self.step * parts + part);
                     // Its own leaves: two threads must not meet in one graph of gradients.
-                    let network = self.network.clone().fork(&self.network.device());
+                    let network = self.network.clone().fork(&device);
                     scope.spawn(move || gradients(&network, batch, sequences, &mut dropout))
                 })
                 .collect();
@@ -334,8 +339,8 @@ mod tests {
 
     /// Losses of four steps, and the weights after them.
     fn trained(config: RunConfig) -> (Vec<f64>, StateDict) {
-        let shape = config.network_config(11);
-        let mut trainer = Trainer::new(config, &shape).unwrap();
+        let (shape, devices) = (config.network_config(11), Devices::cpu(config.run.threads));
+        let mut trainer = Trainer::new(config, &shape, devices).unwrap();
         let losses = (0..4).map(|_| trainer.learn(&sequences(), 0.0).loss).collect();
         (losses, trainer.network.valid().state_dict())
     }
@@ -376,8 +381,8 @@ mod tests {
         let (_, weights) = trained(config(1, 0.0, 1, 1));
         let loss_and_bound = |dropout| {
             let config = config(1, dropout, 1, 1);
-            let shape = config.network_config(11);
-            let mut trainer = Trainer::new(config, &shape).unwrap();
+            let (shape, devices) = (config.network_config(11), Devices::cpu(config.run.threads));
+            let mut trainer = Trainer::new(config, &shape, devices).unwrap();
             trainer.network = trainer.network.load_state_dict(&weights).unwrap();
             let evaluated = Ddit::from_weights(&shape, weights.clone(), &inference_device()).unwrap();
             (

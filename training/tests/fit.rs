@@ -106,13 +106,13 @@ fn a_killed_run_goes_on_bit_for_bit() {
     succeeded(&fit(&whole).output().unwrap());
 
     let parts = changed(&config_file(root, "parts", 40), &FREQUENT);
-    let mut child = started_until(&mut fit(&parts), 20);
+    let mut child = started_until(fit(&parts).arg("--resume-if-any"), 20);
     child.kill().unwrap();
     child.wait().unwrap();
     let directory = config(root, "parts", 1).run.directory;
     let reached = *checkpoint::steps(&directory).last().unwrap();
     assert!((20..40).contains(&reached), "{reached}");
-    succeeded(&fit(&parts).arg("--resume").output().unwrap());
+    succeeded(&fit(&parts).arg("--resume-if-any").output().unwrap());
 
     let original = config(root, "whole", 1).run.directory;
     same_weights(&original, &directory, 40);

@@ -9,6 +9,7 @@ use clap::Args;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use training::config::RunConfig;
+use training::device::DeviceName;
 use training::fit::{End, FitOptions, Start, fit};
 
 /// Trains a network as a run's TOML file says.
@@ -22,9 +23,15 @@ pub(crate) struct Arguments {
     /// Go on from the latest checkpoint in the run's directory.
     #[arg(long)]
     resume: bool,
+    /// Go on from the latest checkpoint if there is one: for jobs that are started again by themselves.
+    #[arg(long, conflicts_with = "resume")]
+    resume_if_any: bool,
     /// Go on from the checkpoint after STEP steps; later ones are put aside as `abandoned-*`.
-    #[arg(long, value_name = "STEP", conflicts_with = "resume")]
+    #[arg(long, value_name = "STEP", conflicts_with_all = ["resume", "resume_if_any"])]
     resume_from: Option<u64>,
+    /// Where to train: `cpu`, or `cuda:N`; several GPUs share every batch.
+    #[arg(long, value_name = "DEVICE")]
+    device: Vec<DeviceName>,
     /// Complete the schedule within this wall-clock time, in fewer steps if need be.
     #[arg(long, value_name = "MINUTES")]
     until_minutes: Option<f64>,
@@ -37,9 +44,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         start: match arguments.resume_from {
             Some(step) => Start::ResumeFrom(step),
             None if arguments.resume => Start::Resume,
+            None if arguments.resume_if_any => Start::ResumeIfAny,
             None => Start::Fresh,
         },
         minutes: arguments.until_minutes,
+        devices: arguments.device.clone(),
         stop: stop_on_signals().context("cannot listen to signals")?,
     };
     let (state, end) = fit(config, options)?;

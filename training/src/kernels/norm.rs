@@ -10,7 +10,7 @@ use super::{Kernel, entries, sum, tensor, vectorised};
 pub struct ModulatedNorm;
 
 /// Added to the variance, as in the reference network.
-const EPSILON: f32 = 1e-5;
+pub(super) const EPSILON: f32 = 1e-5;
 
 /// What the gradient of [`ModulatedNorm`] needs.
 #[derive(Debug, Clone)]
