@@ -75,7 +75,7 @@ pub enum End {
 /// offset and visits the pieces in another order.
 #[derive(Debug)]
 pub struct Epochs {
-    tokens: Vec<Token>,
+    tokens: TokenFile,
     length: usize,
     seed: u64,
     order: Option<(u64, Vec<usize>)>,
@@ -83,11 +83,11 @@ pub struct Epochs {
 
 impl Epochs {
     /// Over `tokens`, in sequences of `length`.
-    pub fn new(tokens: Vec<Token>, length: usize, seed: u64) -> Result<Self> {
+    pub fn new(tokens: TokenFile, length: usize, seed: u64) -> Result<Self> {
         ensure!(
-            tokens.len() >= 2 * length,
+            tokens.tokens() >= 2 * length,
             "the training data has {} tokens, at least two sequences of {length} are needed",
-            tokens.len()
+            tokens.tokens()
         );
         Ok(Self {
             tokens,
@@ -107,7 +107,7 @@ impl Epochs {
 
     fn sequence(&mut self, index: u64) -> Vec<Token> {
         // One piece less than fits, so that every offset leaves as many.
-        let pieces = (self.tokens.len() / self.length - 1) as u64;
+        let pieces = (self.tokens.sequences(self.length) - 1) as u64;
         let (epoch, place) = (index / pieces, (index % pieces) as usize);
         if self.order.as_ref().is_none_or(|(cached, _)| *cached != epoch) {
             let mut random = generator(self.seed, Purpose::Order, epoch);
@@ -121,7 +121,7 @@ impl Epochs {
             self.order = Some((epoch, starts));
         }
         let start = self.order.as_ref().map_or(0, |(_, starts)| starts[place]);
-        self.tokens[start..start + self.length].to_vec()
+        self.tokens.range(start..start + self.length)
     }
 }
 
@@ -173,7 +173,7 @@ impl Run {
         let held_out: Vec<Vec<Token>> = (0..validation.sequences(shape.length).min(VALIDATION_SEQUENCES))
             .map(|index| validation.sequence(index, shape.length))
             .collect();
-        let epochs = Epochs::new(train.sequence(0, train.tokens()), shape.length, config.run.seed)?;
+        let epochs = Epochs::new(train.clone(), shape.length, config.run.seed)?;
 
         let settings = config.run.clone();
         let devices = Devices::open(&options.devices, settings.threads)?;
@@ -497,12 +497,7 @@ fn matching_tokenizer(config: &RunConfig, train: &TokenFile, validation: &TokenF
     );
     let path = data.tokenizer.display();
     let json = fs::read(&data.tokenizer).with_context(|| format!("cannot read data.tokenizer {path}"))?;
-    ensure!(
-        denoised::bundle::sha256(&json) == train.tokenizer_sha256(),
-        "data.tokenizer {path} is not the tokenizer that {} was made with; `training prepare` makes tokens \
-         anew",
-        data.train.display()
-    );
+    train.check_tokenizer(&data.tokenizer, &json)?;
     let tokenizer = Tokenizer::from_bytes(&json).map_err(|error| anyhow!("{path}: {error}"))?;
     let size = tokenizer.get_vocab_size(true);
     ensure!(

@@ -3,17 +3,25 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use training::data::Corpus;
+use training::data::{Corpus, DEFAULT_MAX_DOCUMENT_BYTES};
 
 /// Which documents there are, and which are held out. `tokenizer` and `prepare` must be given the same.
 #[derive(Debug, Args)]
 pub(super) struct CorpusArguments {
-    /// Text files.
-    #[arg(required = true, value_name = "FILE")]
+    /// Files of text or, where they end in .jsonl, of a JSON object per line; either may be packed (.gz,
+    /// .zst). Of a directory, all .txt and .jsonl files below it, packed or not, sorted by name.
+    #[arg(required = true, value_name = "FILE|DIR")]
     input: Vec<PathBuf>,
-    /// What separates documents within a file; without, a file is one document.
+    /// What separates documents within a file of text; without, a file is one document.
     #[arg(long, value_name = "TEXT")]
     separator: Option<String>,
+    /// The field of a JSON object that holds the document.
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    field: String,
+    /// Most bytes of a document, or of a line of JSON, which is what bounds the memory. A byte-level tokenizer
+    /// needs some 10 bytes for each of them, others some 100.
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_DOCUMENT_BYTES)]
+    max_document_bytes: usize,
     /// Share of the documents that is held out.
     #[arg(long, value_name = "X", default_value_t = 0.05)]
     validation_fraction: f64,
@@ -27,12 +35,16 @@ impl From<CorpusArguments> for Corpus {
         let CorpusArguments {
             input,
             separator,
+            field,
+            max_document_bytes,
             validation_fraction,
             seed,
         } = arguments;
         Self {
             input,
             separator,
+            field,
+            max_document_bytes,
             validation_fraction,
             seed,
         }

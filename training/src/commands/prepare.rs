@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use training::data;
+use training::data::{self, Statistics};
 
 use super::corpus::CorpusArguments;
 
@@ -27,14 +27,37 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         tokenizer,
         out,
     } = arguments;
-    let (train, validation) = data::prepare(&corpus.into(), &tokenizer, &out)?;
-    for (name, file) in [("train", &train), ("validation", &validation)] {
-        let ratio = file.bytes() as f64 / file.tokens().max(1) as f64;
+    print(&data::prepare(&corpus.into(), &tokenizer, &out)?.statistics);
+    Ok(())
+}
+
+fn print(statistics: &Statistics) {
+    for (name, side) in [
+        ("train", &statistics.train),
+        ("validation", &statistics.validation),
+    ] {
         println!(
-            "{name}: {} tokens, {} bytes, {ratio:.3} bytes per token",
-            file.tokens(),
-            file.bytes()
+            "{name}: {} documents, {} bytes, {} tokens, {:.3} bytes per token, {:.3} % unknown, longest document \
+             {} tokens",
+            side.documents,
+            side.bytes,
+            side.tokens,
+            side.bytes_per_token(),
+            100.0 * side.unknown_share(),
+            side.longest
         );
     }
-    Ok(())
+    println!(
+        "{} files, {} blank documents left out, {:.1} s, {:.1} MB/s",
+        statistics.files,
+        statistics.blank,
+        statistics.elapsed.as_secs_f64(),
+        statistics.megabytes_per_second()
+    );
+    if statistics.validation.documents == 0 {
+        eprintln!(
+            "no document is held out: documents are too few for this --validation-fraction, or a --separator is \
+             missing"
+        );
+    }
 }

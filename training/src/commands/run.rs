@@ -39,8 +39,10 @@ impl Run {
     pub(super) fn held_out(&self) -> Result<Text> {
         let length = self.network.config().length;
         let file = TokenFile::open(&self.config.data.validation)?;
-        let tokenizer = Tokenizer::from_file(&self.config.data.tokenizer)
-            .map_err(|e| anyhow!("{}: {e}", self.config.data.tokenizer.display()))?;
+        let path = &self.config.data.tokenizer;
+        let json = std::fs::read(path).with_context(|| path.display().to_string())?;
+        file.check_tokenizer(path, &json)?;
+        let tokenizer = Tokenizer::from_bytes(&json).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         let count = file.sequences(length);
         let bytes = file.bytes_of_first(count * length, &tokenizer)?;
         Ok(Text {

@@ -19,9 +19,8 @@ fn corpus(folder: &Path) -> Corpus {
         .collect();
     Corpus {
         input,
-        separator: None,
         validation_fraction: 0.2,
-        seed: 1,
+        ..Corpus::default()
     }
 }
 
@@ -29,12 +28,12 @@ fn corpus(folder: &Path) -> Corpus {
 pub(crate) fn prepared(root: &Path) -> (PathBuf, TokenFile) {
     let corpus = corpus(root);
     let tokenizer = root.join("tokenizer.json");
-    training::tokenizer::train(&corpus.read().unwrap().train, 280)
+    training::tokenizer::train(&corpus.sample(1 << 20).unwrap(), 280)
         .unwrap()
         .save(&tokenizer, true)
         .unwrap();
-    let (_, validation) = prepare(&corpus, &tokenizer, &root.join("data")).unwrap();
-    (tokenizer, validation)
+    let prepared = prepare(&corpus, &tokenizer, &root.join("data")).unwrap();
+    (tokenizer, prepared.validation)
 }
 
 /// A run of `steps` steps in a directory of its own, on the token files in `folder`.

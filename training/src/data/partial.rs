@@ -1,0 +1,126 @@
+//! Files that nobody sees before they are complete.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+/// A file under another name beside its own, until it is complete. When it is dropped before that, because
+/// the disk is full for example, it is removed, and what was there before stays.
+///
+/// A process that is killed leaves it behind; the next one that writes the same file begins it anew.
+#[derive(Debug)]
+pub struct Partial {
+    /// Locked: two processes that write the same file would mix their bytes.
+    file: File,
+    partial: PathBuf,
+    path: PathBuf,
+    complete: bool,
+}
+
+impl Partial {
+    /// What is to be the file at `path`; its folder must exist.
+    pub fn create(path: &Path) -> Result<Self> {
+        let mut name = path.as_os_str().to_owned();
+        name.push(".partial");
+        let partial = PathBuf::from(name);
+        let what = || format!("cannot write {}", partial.display());
+        // Emptied once it is locked.
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&partial)
+            .with_context(what)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => bail!("{}: another process writes it", partial.display()),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(what),
+        }
+        file.set_len(0).with_context(what)?;
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            partial,
+            complete: false,
+        })
+    }
+
+    /// The name it gets when it is complete.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives it its name, in place of what had it.
+    pub fn complete(mut self) -> Result<()> {
+        self.file
+            .sync_all()
+            .and_then(|()| fs::rename(&self.partial, &self.path))
+            .with_context(|| format!("cannot write {}", self.path.display()))?;
+        self.complete = true;
+        Ok(())
+    }
+}
+
+impl Write for Partial {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Seek for Partial {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        if !self.complete
+            && let Err(error) = fs::remove_file(&self.partial)
+        {
+            eprintln!("cannot remove {}: {error}", self.partial.display());
+        }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_there_stays_until_the_new_is_complete() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.tokens");
+        fs::write(&path, "old").unwrap();
+        fs::write(
+            folder.path().join("x.tokens.partial"),
+            "left by one that was killed",
+        )
+        .unwrap();
+        let write = || {
+            let mut partial = Partial::create(&path).unwrap();
+            partial.write_all(b"new").unwrap();
+            partial
+        };
+        let other = write();
+        assert!(
+            Partial::create(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("another process")
+        );
+        drop(other);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        write().complete().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}
