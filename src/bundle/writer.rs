@@ -21,6 +21,7 @@ const TRIES: usize = 10_000;
 #[derive(Debug)]
 pub struct BundleWriter {
     partial: PathBuf,
+    committed: bool,
     hashes: BTreeMap<String, String>,
 }
 
@@ -34,6 +35,7 @@ impl BundleWriter {
                 Ok(()) => {
                     return Ok(Self {
                         partial,
+                        committed: false,
                         hashes: BTreeMap::new(),
                     });
                 }
@@ -129,7 +131,7 @@ impl BundleWriter {
         refuse_existing(directory)?;
         sync_directory(&self.partial)?;
         match fs::rename(&self.partial, directory) {
-            Ok(()) => {}
+            Ok(()) => self.committed = true,
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
                 return Err(io_error(directory, exists()));
             }
@@ -141,8 +143,10 @@ impl BundleWriter {
 
 impl Drop for BundleWriter {
     fn drop(&mut self) {
-        // After a commit there is nothing at this place.
-        drop(fs::remove_dir_all(&self.partial));
+        // After a commit the name is free, and may be another writer's by now.
+        if !self.committed {
+            drop(fs::remove_dir_all(&self.partial));
+        }
     }
 }
 
@@ -222,6 +226,19 @@ mod tests {
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
         drop(writer);
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_writer_that_is_done_leaves_others_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let mut first = BundleWriter::new(root.path()).unwrap();
+        first.add(MODEL, b"").unwrap();
+        first.commit(&root.path().join("1")).unwrap();
+        let mut second = BundleWriter::new(root.path()).unwrap();
+        assert_eq!(second.partial, first.partial, "names are used again");
+        drop(first);
+        second.add(MODEL, b"").unwrap();
+        second.commit(&root.path().join("2")).unwrap();
     }
 
     #[test]

@@ -29,7 +29,7 @@ const FORMAT: u32 = 1;
 const NETWORK: &str = "network.bpk";
 const AVERAGE: &str = "average.bpk";
 const OPTIMIZER: &str = "optimizer.bpk";
-const STATE: &str = "state.json";
+pub(crate) const STATE: &str = "state.json";
 const DRAFT: &str = "draft-";
 const ABANDONED: &str = "abandoned-";
 
@@ -105,7 +105,7 @@ pub fn save(trainer: &Trainer, state: &State) -> Result<PathBuf> {
         "weights are no longer finite after step {}",
         state.step
     );
-    let draft = root(run).join(format!("{DRAFT}{}", state.step));
+    let draft = draft(run, state.step);
     if let Err(error) = write(trainer, state, &draft, &target) {
         // Half a checkpoint is of no use, and what is left may be all the room there is.
         drop(fs::remove_dir_all(&draft));
@@ -121,6 +121,11 @@ pub fn save(trainer: &Trainer, state: &State) -> Result<PathBuf> {
         }
     }
     Ok(target)
+}
+
+/// Where a checkpoint lies until it is complete.
+pub(crate) fn draft(run: &Path, step: u64) -> PathBuf {
+    root(run).join(format!("{DRAFT}{step}"))
 }
 
 fn write(trainer: &Trainer, state: &State, draft: &Path, target: &Path) -> Result<()> {

@@ -175,6 +175,10 @@ pub struct RunSection {
     pub threads: usize,
     /// Where checkpoints, metrics, curves and samples go.
     pub directory: PathBuf,
+    /// Where copies of checkpoints and metrics go, for machines that may be gone tomorrow: a folder, or
+    /// a URL such as `s3://bucket/run`. `--resume` fetches what the directory lacks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<String>,
 }
 
 fn default_epsilon() -> f64 {

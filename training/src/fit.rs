@@ -22,6 +22,7 @@ use crate::data::TokenFile;
 use crate::device::{DeviceName, Devices};
 use crate::evaluate;
 use crate::journal::{DataFile, Journal, Line, Lock, Provenance, Session, StepLine, ValidationLine};
+use crate::mirror::Mirror;
 use crate::progress::Progress;
 use crate::samples;
 use crate::trainer::{Gradient, Purpose, Trainer, generator};
@@ -150,6 +151,7 @@ struct Run {
     epochs: Epochs,
     held_out: Vec<Vec<Token>>,
     tokenizer: Tokenizer,
+    mirror: Option<Mirror>,
     journal: Journal,
     progress: Progress,
     watch: Watch,
@@ -188,6 +190,13 @@ impl Run {
         let directory = &settings.directory;
         let lock = Lock::acquire(directory)?;
         checkpoint::clear_drafts(directory)?;
+        let mirror = settings.mirror.as_deref().map(Mirror::open).transpose()?;
+        if let Some(mirror) = &mirror
+            && matches!(options.start, Start::Resume | Start::ResumeIfAny)
+            && let Some(step) = mirror.pull(directory)?
+        {
+            eprintln!("fetched the checkpoint of step {step} from run.mirror");
+        }
         let folder = match options.start {
             Start::Fresh => {
                 ensure!(
@@ -256,6 +265,7 @@ impl Run {
             epochs,
             held_out,
             tokenizer,
+            mirror,
             journal,
         };
         run.progress.note(&format!(
@@ -466,6 +476,9 @@ impl Run {
         };
         let folder = checkpoint::save(&self.trainer, &self.state)?;
         self.saved = Instant::now();
+        if let Some(mirror) = &self.mirror {
+            mirror.push(&self.settings.directory, step)?;
+        }
         self.progress
             .note(&format!("step {step}: wrote {}", folder.display()));
         Ok(())

@@ -64,7 +64,7 @@ pub fn rotary_attention(attention: &RotaryAttention, packed: Tensor<2>) -> Tenso
     if on_cpu(&packed) {
         apply(attention.clone(), [packed.into()])
     } else {
-        composed::rotary_attention(attention, packed)
+        composed::rotary_attention(attention, &packed)
     }
 }
 

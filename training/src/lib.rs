@@ -21,6 +21,7 @@ pub mod import;
 pub mod journal;
 pub mod kernels;
 pub mod loss;
+pub mod mirror;
 pub mod network;
 pub mod optimizer;
 pub mod progress;

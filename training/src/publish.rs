@@ -1,11 +1,10 @@
 //! Adds a bundle to a model repository as the next version of its model, all of it or nothing.
 //!
-//! A repository is a folder ([`directory`]) or, with the feature `object-store`, a place in an object
-//! store ([`object_store`]). Two who publish at once get different versions, and whoever reads meanwhile
-//! sees a version whole or not at all.
+//! A repository is a folder ([`directory`]) or a place in an object store ([`mod@object_store`]; clouds
+//! need the feature `object-store`). Two who publish at once get different versions, and whoever reads
+//! meanwhile sees a version whole or not at all.
 
 pub mod directory;
-#[cfg(feature = "object-store")]
 pub mod object_store;
 
 use std::fmt;
@@ -53,7 +52,6 @@ pub enum PublishError {
         name: String,
     },
     /// The object store said no.
-    #[cfg(feature = "object-store")]
     #[error(transparent)]
     Store(#[from] ::object_store::Error),
     /// A file of the bundle cannot be read.
@@ -76,12 +74,6 @@ pub fn publish(bundle: &Path, repository: &str) -> Result<Published, PublishErro
             place: repository.to_owned(),
             problem: "a file URL has three slashes, as in file:///models".to_owned(),
         }),
-        #[cfg(feature = "object-store")]
         Some(_) => object_store::publish_to_url(&opened, bundle, repository),
-        #[cfg(not(feature = "object-store"))]
-        Some(_) => Err(PublishError::Place {
-            place: repository.to_owned(),
-            problem: "this binary was built without the feature \"object-store\"".to_owned(),
-        }),
     }
 }

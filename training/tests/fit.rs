@@ -12,6 +12,7 @@ use std::process::{Child, Command, Output, Stdio};
 use common::{config, config_file, prepared};
 use training::checkpoint;
 use training::journal::{Line, read_provenance};
+use training::mirror::Mirror;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_training");
 
@@ -294,6 +295,45 @@ fn data_that_does_not_fit_is_named_before_anything_is_written() {
     let json = fs::read_to_string(&tokenizer).unwrap();
     fs::write(&tokenizer, format!("{json} ")).unwrap();
     refused("was made with another tokenizer");
+}
+
+#[test]
+fn a_run_survives_its_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    prepared(root);
+    let mirrored = |steps: u64| {
+        let file = config_file(root, "run", steps);
+        let setting = format!("mirror = \"{}\"\nseed = 1", root.join("mirror").display());
+        changed(
+            &file,
+            &[
+                ("seed = 1", &setting),
+                ("checkpoint_every = 10", "checkpoint_every = 5"),
+            ],
+        )
+    };
+    let directory = config(root, "run", 1).run.directory;
+    succeeded(&fit(&mirrored(20)).output().unwrap());
+    let mirror = Mirror::open(root.join("mirror").to_str().unwrap()).unwrap();
+    let copies = || mirror.steps().unwrap();
+    assert_eq!(copies(), [15, 20]);
+    // Half of a copy, which was never finished.
+    fs::create_dir(root.join("mirror/checkpoints/00000099")).unwrap();
+    fs::write(root.join("mirror/checkpoints/00000099/network.bpk"), "half").unwrap();
+
+    fs::remove_dir_all(&directory).unwrap();
+    succeeded(&fit(&mirrored(40)).arg("--resume-if-any").output().unwrap());
+    assert_eq!(copies(), [35, 40]);
+    let steps: Vec<u64> = metrics(&directory).iter().map(Line::step).collect();
+    assert!(steps.contains(&10) && steps.contains(&40), "{steps:?}");
+
+    succeeded(
+        &fit(&changed(&config_file(root, "whole", 40), &[]))
+            .output()
+            .unwrap(),
+    );
+    same_weights(&config(root, "whole", 1).run.directory, &directory, 40);
 }
 
 #[test]

@@ -130,7 +130,6 @@ fn places_that_cannot_be_written_to_are_named() {
     }
 }
 
-#[cfg(feature = "object-store")]
 mod stores {
     use std::sync::Arc;
 

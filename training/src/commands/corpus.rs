@@ -19,7 +19,7 @@ pub(super) struct CorpusArguments {
     #[arg(long, value_name = "NAME", default_value = "text")]
     field: String,
     /// Most bytes of a document, or of a line of JSON, which is what bounds the memory. A byte-level tokenizer
-    /// needs some 10 bytes for each of them, others some 100.
+    /// needs some 10 bytes for each of them, other tokenizers some 130.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_DOCUMENT_BYTES)]
     max_document_bytes: usize,
     /// Share of the documents that is held out.

@@ -15,7 +15,7 @@ use super::source::{self, SourceFile};
 use super::words;
 
 /// Most bytes of a document unless said otherwise.
-pub const DEFAULT_MAX_DOCUMENT_BYTES: usize = 32 << 20;
+pub const DEFAULT_MAX_DOCUMENT_BYTES: usize = 8 << 20;
 
 /// A sample is drawn from pieces of about this many bytes, so that a few long documents neither crowd out
 /// the others nor are lost.

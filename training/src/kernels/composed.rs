@@ -41,7 +41,7 @@ pub(super) fn modulated_norm(
     normalised * (repeated(scale, rows) + 1.0) + repeated(shift, rows)
 }
 
-pub(super) fn rotary_attention(attention: &RotaryAttention, packed: Tensor<2>) -> Tensor<2> {
+pub(super) fn rotary_attention(attention: &RotaryAttention, packed: &Tensor<2>) -> Tensor<2> {
     let [rows, width] = packed.dims();
     let (length, heads, width) = (attention.length, attention.heads, width / 3);
     let (batch, head_width) = (rows / length, width / heads);
@@ -125,7 +125,6 @@ pub(super) fn cross_entropy(terms: &[CrossEntropyTerm], logits: Tensor<2>) -> Te
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::super::{self as kernels, CrossEntropy, GatedResidual, Gelu, ModulatedNorm, ScoreEntropy};
     use super::*;
@@ -147,9 +146,9 @@ mod tests {
         Tensor::from_data(TensorData::new(values, shape), &training_device()).require_grad()
     }
 
-    fn close(one: Vec<f32>, other: Vec<f32>) {
+    fn close(one: &[f32], other: &[f32]) {
         assert_eq!(one.len(), other.len());
-        for (one, other) in one.iter().zip(&other) {
+        for (one, other) in one.iter().zip(other) {
             assert!(
                 (one - other).abs() < 2e-5 * (1.0 + one.abs()),
                 "{one} is not {other}"
@@ -165,13 +164,13 @@ mod tests {
     macro_rules! agree {
         ($kernel:expr, $composed:expr, $($input:ident),+) => {{
             let (kernel, composed) = ($kernel, $composed);
-            close(values(&kernel), values(&composed));
+            close(&values(&kernel), &values(&composed));
             let weights = random(&mut ChaCha8Rng::seed_from_u64(9), kernel.dims());
             let one = (kernel * weights.clone()).sum().backward();
             let other = (composed * weights).sum().backward();
             $(close(
-                values(&$input.grad(&one).unwrap()),
-                values(&$input.grad(&other).unwrap()),
+                &values(&$input.grad(&one).unwrap()),
+                &values(&$input.grad(&other).unwrap()),
             );)+
         }};
     }
@@ -213,7 +212,7 @@ mod tests {
             rotation: RotaryAttention::rotation(LENGTH, WIDTH / 3),
         };
         let kernel: Tensor<2> = kernels::apply(attention.clone(), [packed.clone().into()]);
-        agree!(kernel, rotary_attention(&attention, packed.clone()), packed);
+        agree!(kernel, rotary_attention(&attention, &packed), packed);
     }
 
     #[test]

@@ -48,13 +48,24 @@ pub fn publish_to_url(bundle: &Bundle, from: &Path, repository: &str) -> Result<
             "must be a folder, or begin with s3://, gs://, az:// or file:///".to_owned(),
         ));
     }
-    let settings = std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value));
-    let (store, root) = object_store::parse_url_opts(&url, settings).map_err(|e| place(e.to_string()))?;
+    let (store, root) = open(&url).map_err(&place)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|e| place(e.to_string()))?;
     runtime.block_on(publish(bundle, from, store.as_ref(), &root))
+}
+
+/// The store that `url` names, and the place in it.
+pub(crate) fn open(url: &Url) -> Result<(Box<dyn ObjectStore>, Place), String> {
+    let settings = std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value));
+    object_store::parse_url_opts(url, settings).map_err(|error| {
+        if cfg!(feature = "object-store") {
+            error.to_string()
+        } else {
+            format!("{error} (cargo build -p training --features object-store)")
+        }
+    })
 }
 
 /// Publishes `bundle`, which lies in the folder `from`, to the repository at `root` of `store`.
@@ -130,7 +141,11 @@ async fn upload(
 }
 
 /// Uploads a file part by part and returns its sha256.
-async fn upload_file(path: &Path, store: &dyn ObjectStore, place: &Place) -> Result<String, PublishError> {
+pub(crate) async fn upload_file(
+    path: &Path,
+    store: &dyn ObjectStore,
+    place: &Place,
+) -> Result<String, PublishError> {
     let read = |source| PublishError::Read {
         path: path.to_owned(),
         source,

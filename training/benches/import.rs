@@ -1,0 +1,157 @@
+//! A checkpoint of the published small shape (12 blocks, 768 wide, vocabulary 50258, length 1024), with random
+//! weights, through import, export and one served generation: seconds and peak memory of each program.
+//!
+//! `cargo build --release && cargo bench -p training --bench import`. Linux only: peak memory is read from
+//! `/proc`. Needs 3 GB of memory and 3 GB of disk below the target folder.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program")]
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use denoised::bundle::Parameterization;
+use safetensors::Dtype;
+use safetensors::tensor::{TensorView, serialize_to_file};
+use serde_json::json;
+use training::network::NetworkConfig;
+
+#[derive(Parser)]
+struct Arguments {
+    /// The server's binary.
+    #[arg(long, default_value = concat!(env!("CARGO_TARGET_TMPDIR"), "/../release/denoised"))]
+    denoised: PathBuf,
+    /// Denoising steps of the generation.
+    #[arg(long, default_value_t = 8)]
+    steps: u32,
+    /// Where the checkpoint and the bundle go.
+    #[arg(long, default_value = concat!(env!("CARGO_TARGET_TMPDIR"), "/import"))]
+    out: PathBuf,
+    /// `cargo bench` says so.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+const SHAPE: NetworkConfig = NetworkConfig {
+    states: 50_258,
+    length: 1024,
+    hidden_size: 768,
+    cond_dim: 128,
+    blocks: 12,
+    heads: 12,
+    dropout: 0.1,
+    scale_by_sigma: true,
+    parameterization: Parameterization::Score,
+    time_conditioned: true,
+    tie_embeddings: false,
+};
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    if !arguments.denoised.is_file() {
+        eprintln!(
+            "SKIPPED: {} is not there (cargo build --release, or --denoised)",
+            arguments.denoised.display()
+        );
+        return Ok(());
+    }
+    let (checkpoint, repository) = (arguments.out.join("checkpoint"), arguments.out.join("models"));
+    drop(fs::remove_dir_all(&arguments.out));
+    let parameters = write_checkpoint(&checkpoint)?;
+    println!("{parameters} parameters, random\n");
+    println!("{:40} {:>9} {:>14}", "", "seconds", "peak memory");
+
+    let mut import = Command::new(env!("CARGO_BIN_EXE_training"));
+    import.arg("import").arg(&checkpoint);
+    import
+        .args(["--name", "small", "--out"])
+        .arg(repository.join("small/1"));
+    measure("import and export", &mut import)?;
+
+    let mut generate = Command::new(&arguments.denoised);
+    generate.args([
+        "generate", "--model", "small", "--length", "1024", "--seed", "1", "--json",
+    ]);
+    generate.args(["--steps", &arguments.steps.to_string()]);
+    generate.arg("--repository").arg(&repository);
+    let name = format!("serve and generate 1024 tokens, {} steps", arguments.steps);
+    let answer = measure(&name, &mut generate)?;
+    let result = answer.lines().last().context("the server answered nothing")?;
+    let result: serde_json::Value = serde_json::from_str(result)?;
+    ensure!(
+        result.to_string().contains("\"tokens\""),
+        "the last event is no result: {result}"
+    );
+    fs::remove_dir_all(&arguments.out)?;
+    Ok(())
+}
+
+/// A hub folder as the reference implementation leaves it; returns how many parameters it has.
+fn write_checkpoint(folder: &Path) -> Result<usize> {
+    fs::create_dir_all(folder)?;
+    let config = json!({
+        "tokens": SHAPE.states - 1,
+        "graph": {"type": "absorb"},
+        "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20},
+        "model": {
+            "hidden_size": SHAPE.hidden_size, "cond_dim": SHAPE.cond_dim, "length": SHAPE.length,
+            "n_blocks": SHAPE.blocks, "n_heads": SHAPE.heads, "scale_by_sigma": true, "dropout": 0.1,
+        },
+    });
+    fs::write(folder.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
+    let weights = SHAPE.initial_weights(1, 0.5);
+    let parameters = weights.parameters();
+    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = weights
+        .0
+        .into_iter()
+        .map(|(name, tensor)| {
+            let bytes = tensor.data.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+            (name, tensor.shape, bytes)
+        })
+        .collect();
+    let views = bytes
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)));
+    let views: HashMap<_, _> = views.collect::<Result<_>>()?;
+    serialize_to_file(views, None, &folder.join("model.safetensors"))?;
+    Ok(parameters)
+}
+
+/// Runs a program to its end, prints what it took, and returns what it said.
+fn measure(name: &str, command: &mut Command) -> Result<String> {
+    let started = Instant::now();
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn()?;
+    let status = PathBuf::from(format!("/proc/{}/status", child.id()));
+    let output = child.stdout.take().context("no pipe")?;
+    let reader = thread::spawn(move || std::io::read_to_string(output));
+    let mut peak = 0.0_f64;
+    let ended = loop {
+        if let Some(kilobytes) = peak_memory(&status) {
+            peak = peak.max(kilobytes);
+        }
+        if let Some(ended) = child.try_wait()? {
+            break ended;
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    ensure!(ended.success(), "{name}: {ended}");
+    println!(
+        "{name:40} {:>9.1} {:>11.2} GB",
+        started.elapsed().as_secs_f64(),
+        peak / 1e6
+    );
+    reader
+        .join()
+        .map_or_else(|_| unreachable!("reading does not panic"), |text| Ok(text?))
+}
+
+/// In kilobytes, as the kernel counts it.
+fn peak_memory(status: &Path) -> Option<f64> {
+    let status = fs::read_to_string(status).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse().ok()
+}
