@@ -35,12 +35,17 @@ impl Run {
         trainer::objective(&self.config, self.network.config())
     }
 
+    /// Its tokenizer.
+    pub(super) fn tokenizer(&self) -> Result<Tokenizer> {
+        let path = &self.config.data.tokenizer;
+        Tokenizer::from_file(path).map_err(|e| anyhow!("{}: {e}", path.display()))
+    }
+
     /// The held-out text.
     pub(super) fn held_out(&self) -> Result<Text> {
         let length = self.network.config().length;
         let file = TokenFile::open(&self.config.data.validation)?;
-        let tokenizer = Tokenizer::from_file(&self.config.data.tokenizer)
-            .map_err(|e| anyhow!("{}: {e}", self.config.data.tokenizer.display()))?;
+        let tokenizer = self.tokenizer()?;
         let count = file.sequences(length);
         let bytes = file.bytes_of_first(count * length, &tokenizer)?;
         Ok(Text {
