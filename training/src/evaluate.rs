@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::loss::{NoisedBatch, Objective};
 use crate::network::Ddit;
+use crate::samples::HeadRows;
 use crate::times::{stratified, unit};
 use crate::trainer::{Purpose, generator};
 
@@ -254,6 +255,30 @@ impl Evaluator for Served {
             }
         })?;
         Ok(losses)
+    }
+}
+
+impl HeadRows for Served {
+    type Error = NetworkError;
+
+    fn head_rows(
+        &mut self,
+        tokens: &[Token],
+        sigma: f64,
+        wanted: &[usize],
+        read: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), NetworkError> {
+        let tokens: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
+        let positions: Vec<i64> = wanted.iter().map(|&position| position as i64).collect();
+        let batch = Batch {
+            tokens: &tokens,
+            length: tokens.len(),
+            sigma: &[sigma as f32],
+            positions: &positions,
+        };
+        self.network.log_score(&batch, &mut |rows| {
+            (0..wanted.len()).for_each(|index| read(index, rows.row(index)));
+        })
     }
 }
 

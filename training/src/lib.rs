@@ -3,8 +3,8 @@
 //! Text becomes tokens ([`tokenizer`], [`data`]); [`network`] is the reference architecture in Burn, with
 //! custom operations in [`kernels`]; [`loss`] is the rate-weighted denoising score entropy; [`trainer`]
 //! takes one step, [`fit`] many, with [`checkpoint`]s and a [`journal`] that [`report`] renders;
-//! [`evaluate`] bounds the likelihood of held-out text next to [`baseline`]s; [`export`] writes the
-//! bundle that the server picks up, [`publish`] puts it where the server looks. [`import`] reads what
+//! [`evaluate`] bounds the likelihood of held-out text next to [`baseline`]s; [`samples`] are drawn and
+//! their [`quality`] is measured; [`export`] writes the bundle that the server picks up, [`publish`] puts it where the server looks. [`import`] reads what
 //! the authors' own code wrote.
 
 pub mod baseline;
@@ -19,6 +19,8 @@ pub mod export;
 pub mod fit;
 pub mod import;
 pub mod journal;
+#[cfg(feature = "judge")]
+pub mod judge;
 pub mod kernels;
 pub mod loss;
 pub mod mirror;
@@ -26,6 +28,7 @@ pub mod network;
 pub mod optimizer;
 pub mod progress;
 pub mod publish;
+pub mod quality;
 pub mod report;
 pub mod samples;
 pub mod state_dict;

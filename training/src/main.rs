@@ -39,3 +39,14 @@ fn main() -> Result<()> {
         Command::Publish(arguments) => publish::run(arguments),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+}

@@ -1,6 +1,7 @@
-//! What a network in training writes: the reverse process from pure noise, by the samplers that the
-//! server uses.
+//! What a network writes: the reverse process from pure noise, by the samplers that the server uses,
+//! over a network in training or a bundle's.
 
+use std::convert::Infallible;
 use std::panic::resume_unwind;
 use std::thread;
 
@@ -10,84 +11,162 @@ use denoised::bundle::Parameterization;
 use denoised::diffusion::sampler::TimeGrid;
 use denoised::diffusion::sampler::row::{self, BadScores};
 use denoised::diffusion::{Draws, SamplerKind, Token, TokenChoice, sigma_offset};
+use thiserror::Error;
 
 use crate::loss::Objective;
 use crate::network::{Ddit, token_tensor};
 
-/// Steps of a sample.
+/// Steps of a sample of a network in training.
 pub const STEPS: u32 = 64;
 
-/// `count` sequences of the network's length. The same seed gives the same noise and choices whatever
-/// the network and the threads, so that samples of one run can be compared over its steps.
+/// Something that knows what the head of a network gives: log-scores, or logits of the clean token.
+pub trait HeadRows {
+    /// Why it may fail.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// Hands the rows at the `wanted` positions of one canvas to `read`, with their index in `wanted`.
+    fn head_rows(
+        &mut self,
+        tokens: &[Token],
+        sigma: f64,
+        wanted: &[usize],
+        read: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), Self::Error>;
+}
+
+/// Why there is no sample.
+#[derive(Debug, Error)]
+pub enum SampleError<E: std::error::Error + 'static> {
+    /// The network ran, but nothing can be drawn from what it gave.
+    #[error(transparent)]
+    Scores(#[from] BadScores),
+    /// The network did not run.
+    #[error(transparent)]
+    Network(E),
+}
+
+/// How to draw samples.
+#[derive(Debug, Clone, Copy)]
+pub struct Sampling {
+    /// What the network was trained to bring down.
+    pub objective: Objective,
+    /// Tokens of a sample.
+    pub length: usize,
+    /// Samples.
+    pub count: usize,
+    /// Steps of each, before the final denoising; at least 1.
+    pub steps: u32,
+    /// How a new token is chosen.
+    pub choice: TokenChoice,
+    /// Decides noise and choices.
+    pub seed: u64,
+    /// Threads that share the samples, at least 1; no part of the result.
+    pub threads: usize,
+}
+
+/// `count` sequences of the length of `network`, a network in training.
 pub fn draw(
     network: &Ddit,
     objective: &Objective,
     count: usize,
     seed: u64,
     threads: usize,
-) -> Result<Vec<Vec<Token>>, BadScores> {
-    let mut drawn: Vec<(usize, Result<Vec<Token>, BadScores>)> = thread::scope(|scope| {
-        let handles: Vec<_> = (0..threads.min(count))
-            .map(|part| {
-                scope.spawn(move || -> Vec<_> {
-                    (part..count)
-                        .step_by(threads)
-                        .map(|index| (index, sequence(network, objective, seed, index as u64)))
-                        .collect()
-                })
-            })
-            .collect();
-        handles
-            .into_iter()
-            .flat_map(|handle| handle.join().unwrap_or_else(|panic| resume_unwind(panic)))
-            .collect()
-    });
-    drawn.sort_by_key(|(index, _)| *index);
-    drawn.into_iter().map(|(_, sequence)| sequence).collect()
+) -> Result<Vec<Vec<Token>>, SampleError<Infallible>> {
+    let sampling = Sampling {
+        objective: *objective,
+        length: network.config().length,
+        count,
+        steps: STEPS,
+        choice: TokenChoice::default(),
+        seed,
+        threads,
+    };
+    sampling.draw(&|| Ok(network))
 }
 
-fn sequence(network: &Ddit, objective: &Objective, seed: u64, index: u64) -> Result<Vec<Token>, BadScores> {
-    let (graph, schedule) = (&objective.graph, &objective.schedule);
-    let length = network.config().length;
-    let grid = TimeGrid { steps: STEPS };
-    let sampler = SamplerKind::Tweedie.sampler();
-    let mut draws = Draws::new(seed, index);
-    let mut tokens: Vec<Token> = (0..length)
-        .map(|position| graph.sample_limit(draws.prior(position)))
-        .collect();
-    let mut weights = Vec::new();
-    for step in 0..grid.evaluations() {
-        let mask = graph.mask();
-        let wanted: Vec<usize> = (0..length)
-            .filter(|&position| mask.is_none_or(|mask| tokens[position] == mask))
+impl Sampling {
+    /// Draws the samples, with a network per thread. The same seed gives the same noise and choices
+    /// whatever the network and the threads, so that samples of one run can be compared over its steps.
+    pub fn draw<N: HeadRows>(
+        &self,
+        network: &(impl Fn() -> Result<N, N::Error> + Sync),
+    ) -> Result<Vec<Vec<Token>>, SampleError<N::Error>> {
+        let of_thread = |part: usize| -> Result<Vec<_>, SampleError<N::Error>> {
+            let mut network = network().map_err(SampleError::Network)?;
+            (part..self.count)
+                .step_by(self.threads)
+                .map(|index| Ok((index, self.sequence(&mut network, index as u64)?)))
+                .collect()
+        };
+        let parts: Result<Vec<_>, _> = thread::scope(|scope| {
+            let of_thread = &of_thread;
+            let handles: Vec<_> = (0..self.threads.min(self.count))
+                .map(|part| scope.spawn(move || of_thread(part)))
+                .collect();
+            handles
+                .into_iter()
+                .map(|handle| handle.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        });
+        let mut drawn: Vec<(usize, Vec<Token>)> = parts?.into_iter().flatten().collect();
+        drawn.sort_by_key(|(index, _)| *index);
+        Ok(drawn.into_iter().map(|(_, sequence)| sequence).collect())
+    }
+
+    fn sequence<N: HeadRows>(
+        &self,
+        network: &mut N,
+        index: u64,
+    ) -> Result<Vec<Token>, SampleError<N::Error>> {
+        let (graph, schedule) = (&self.objective.graph, &self.objective.schedule);
+        let grid = TimeGrid { steps: self.steps };
+        let sampler = SamplerKind::Tweedie.sampler();
+        let mut draws = Draws::new(self.seed, index);
+        let mut tokens: Vec<Token> = (0..self.length)
+            .map(|position| graph.sample_limit(draws.prior(position)))
             .collect();
-        if wanted.is_empty() {
-            break;
+        let mut moved = Vec::new();
+        let mut weights = Vec::new();
+        for step in 0..grid.evaluations() {
+            let mask = graph.mask();
+            let wanted: Vec<usize> = (0..self.length)
+                .filter(|&position| mask.is_none_or(|mask| tokens[position] == mask))
+                .collect();
+            if wanted.is_empty() {
+                break;
+            }
+            let sigma = schedule.total_noise(grid.time(step));
+            let law = grid.law(sampler, graph, schedule, step);
+            moved.clear();
+            network
+                .head_rows(&tokens, sigma, &wanted, &mut |row, scores| {
+                    let position = wanted[row];
+                    let offset = self.offset(sigma, scores, tokens[position]);
+                    let uniforms = draws.at(step, position);
+                    let token = tokens[position];
+                    let drawn = row::draw(&law, &self.choice, token, scores, offset, uniforms, &mut weights);
+                    moved.push(drawn.map(|token| (position, token)));
+                })
+                .map_err(SampleError::Network)?;
+            for moved in moved.drain(..) {
+                if let (position, Some(token)) = moved? {
+                    tokens[position] = token;
+                }
+            }
         }
-        let sigma = schedule.total_noise(grid.time(step));
-        let law = grid.law(sampler, graph, schedule, step);
-        let scores = log_scores(network, &tokens, sigma, &wanted);
-        for (&position, scores) in wanted.iter().zip(scores.chunks_exact(graph.states())) {
-            let offset = match objective.parameterization {
-                Parameterization::Mean => -sigma.exp_m1().ln() - log_sum_exp(scores, tokens[position]),
-                Parameterization::Score if objective.offset => sigma_offset(sigma, graph.states()),
-                Parameterization::Score => 0.0,
-            };
-            let uniforms = draws.at(step, position);
-            let choice = TokenChoice::default();
-            let moved = row::draw(
-                &law,
-                &choice,
-                tokens[position],
-                scores,
-                offset,
-                uniforms,
-                &mut weights,
-            )?;
-            tokens[position] = moved.unwrap_or(tokens[position]);
+        Ok(tokens)
+    }
+
+    /// What turns a row of the head into log-scores of the token at its position.
+    fn offset(&self, sigma: f64, row: &[f32], token: Token) -> f64 {
+        match self.objective.parameterization {
+            Parameterization::Mean => -sigma.exp_m1().ln() - log_sum_exp(row, token),
+            Parameterization::Score if self.objective.offset => {
+                sigma_offset(sigma, self.objective.graph.states())
+            }
+            Parameterization::Score => 0.0,
         }
     }
-    Ok(tokens)
 }
 
 /// Logarithm of the sum of the exponentials of a row, but for the entry at `mask`.
@@ -102,18 +181,31 @@ fn log_sum_exp(row: &[f32], mask: Token) -> f64 {
     top + others().map(|logit| (logit - top).exp()).sum::<f64>().ln()
 }
 
-/// Rows of the head's output: log-scores, or logits of the clean token, at the `wanted` positions of `tokens`, one after another.
-fn log_scores(network: &Ddit, tokens: &[Token], sigma: f64, wanted: &[usize]) -> Vec<f32> {
-    let device = network.device();
-    let rows: Vec<i64> = wanted.iter().map(|&position| position as i64).collect();
-    let rows = Tensor::<1, Int>::from_data(TensorData::new(rows, [wanted.len()]), &device);
-    let sigma = Tensor::from_data(TensorData::new(vec![sigma as f32], [1]), &device);
-    let tokens = token_tensor(tokens, tokens.len(), &device);
-    network
-        .forward_rows(tokens, sigma, Some(rows), None)
-        .into_data()
-        .iter::<f32>()
-        .collect()
+impl HeadRows for &Ddit {
+    type Error = Infallible;
+
+    fn head_rows(
+        &mut self,
+        tokens: &[Token],
+        sigma: f64,
+        wanted: &[usize],
+        read: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), Infallible> {
+        let device = self.device();
+        let rows: Vec<i64> = wanted.iter().map(|&position| position as i64).collect();
+        let rows = Tensor::<1, Int>::from_data(TensorData::new(rows, [wanted.len()]), &device);
+        let sigma = Tensor::from_data(TensorData::new(vec![sigma as f32], [1]), &device);
+        let tokens = token_tensor(tokens, tokens.len(), &device);
+        let output: Vec<f32> = self
+            .forward_rows(tokens, sigma, Some(rows), None)
+            .into_data()
+            .iter::<f32>()
+            .collect();
+        for (index, row) in output.chunks_exact(self.config().states).enumerate() {
+            read(index, row);
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 
 use denoised::bundle::{Bundle, Parameterization};
-use denoised::diffusion::Token;
+use denoised::diffusion::{Token, TokenChoice};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
 use rand_chacha::ChaCha8Rng;
@@ -17,6 +17,8 @@ use training::evaluate::{Estimate, Served, bound};
 use training::export::{self, Storage, TrainedModel};
 use training::fit::{FitOptions, Start, fit};
 use training::network::Ddit;
+use training::quality::Variety;
+use training::samples::Sampling;
 use training::trainer::objective;
 
 use common::{config, prepared};
@@ -28,7 +30,7 @@ fn resumed() -> FitOptions {
     }
 }
 
-/// A network and its bundle in ONNX Runtime give the same bound, for the same noise.
+/// A network and its bundle in ONNX Runtime give the same bound and the same samples, for the same noise.
 fn agree(network: &Ddit, bundle: &Bundle, sequences: &[Vec<Token>]) {
     let estimate = Estimate {
         objective: Served::objective(bundle.manifest()),
@@ -43,6 +45,18 @@ fn agree(network: &Ddit, bundle: &Bundle, sequences: &[Vec<Token>]) {
         difference < 1e-5,
         "{served} from the bundle, {ours} from the network"
     );
+    let sampling = Sampling {
+        objective: estimate.objective,
+        length: 16,
+        count: 3,
+        steps: 8,
+        choice: TokenChoice::default(),
+        seed: 3,
+        threads: 2,
+    };
+    let drawn = sampling.draw(&|| Served::load(bundle)).unwrap();
+    assert_eq!(drawn, sampling.draw(&|| Ok(network)).unwrap());
+    assert!(Variety::of(&drawn).unwrap().token_entropy_nats.mean > 1.0);
 }
 
 #[test]

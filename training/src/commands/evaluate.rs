@@ -6,26 +6,29 @@ use std::thread;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
-use denoised::bundle::Bundle;
+use denoised::bundle::{Bundle, TextTokenizer};
 use serde_json::json;
-use tokenizers::Tokenizer;
 use training::config::RunConfig;
 use training::evaluate::{Bound, Estimate, Served, Text};
 use training::tokenizer::END_OF_DOCUMENT;
 
+use super::quality;
 use super::run::Run;
 
 /// Bounds the negative log-likelihood of text, of a run's held-out text unless other is given.
 ///
 /// All numbers are upper bounds: the time integral of the score entropy, by Monte Carlo, plus what the
 /// prior costs. The error is the standard error over sequences.
+///
+/// With --samples, what the network writes is measured instead: how predictable a judge finds it, and how
+/// varied it is. Predictable text of low entropy is collapsed, not good: read both beside held-out text's.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// The run's file; its latest averaged weights are evaluated.
     #[arg(required_unless_present = "bundle", conflicts_with = "bundle")]
     config: Option<PathBuf>,
     /// A bundle instead of a run, evaluated by ONNX Runtime as the server does.
-    #[arg(long, value_name = "DIR", requires = "text")]
+    #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
     /// Text files, a document each, instead of the run's held-out text.
     #[arg(long, value_name = "FILE", num_args = 1..)]
@@ -33,7 +36,9 @@ pub(crate) struct Arguments {
     /// Times drawn for every sequence.
     #[arg(long, value_name = "N", default_value_t = 32)]
     draws: usize,
-    /// Decides times and noise.
+    #[command(flatten)]
+    quality: quality::SampleArguments,
+    /// Decides times and noise, and what is drawn.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Threads; no part of the result.
@@ -53,6 +58,20 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .threads
         .or_else(|| thread::available_parallelism().ok())
         .map_or(1, NonZeroUsize::get);
+    if let Some(count) = arguments.quality.samples {
+        let asked = quality::Asked {
+            config: arguments.config.as_deref(),
+            bundle: arguments.bundle.as_deref(),
+            documents: match arguments.text.as_slice() {
+                [] => None,
+                paths => Some(documents(paths)?),
+            },
+            seed: arguments.seed,
+            threads,
+            json: arguments.json,
+        };
+        return quality::run(&arguments.quality, count, asked);
+    }
     let mut baselines = None;
     let (bound, bytes_per_token) = match (&arguments.config, &arguments.bundle) {
         (Some(config), _) => {
@@ -82,17 +101,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 }
 
 fn of_bundle(directory: &Path, arguments: &Arguments, threads: usize) -> Result<(Bound, f64)> {
+    ensure!(!arguments.text.is_empty(), "--bundle needs --text or --samples");
     let bundle = Bundle::open(directory)?;
     let manifest = bundle.manifest();
-    let tokenizer = bundle
-        .tokenizer()?
-        .with_context(|| format!("{} has no tokenizer.json", directory.display()))?;
-    let text = Text::encode(
-        &documents(&arguments.text)?,
-        manifest.max_length,
-        manifest.end_of_document,
-        |text| tokenizer.encode(text),
-    )?;
+    let tokenizer = tokenizer_of(&bundle, directory)?;
+    let text = encode(&bundle, &tokenizer, &documents(&arguments.text)?)?;
     ensure!(!text.sequences.is_empty(), too_short(manifest.max_length));
     let estimate = Estimate {
         objective: Served::objective(manifest),
@@ -102,6 +115,22 @@ fn of_bundle(directory: &Path, arguments: &Arguments, threads: usize) -> Result<
     };
     let bound = estimate.bound(&|| Served::load(&bundle), &text.sequences)?;
     Ok((bound, text.bytes_per_token))
+}
+
+/// The tokenizer of `bundle`, which lies in `directory`.
+pub(super) fn tokenizer_of(bundle: &Bundle, directory: &Path) -> Result<TextTokenizer> {
+    bundle
+        .tokenizer()?
+        .with_context(|| format!("{} has no tokenizer.json", directory.display()))
+}
+
+/// `documents` as sequences of a bundle's length.
+pub(super) fn encode(bundle: &Bundle, tokenizer: &TextTokenizer, documents: &[String]) -> Result<Text> {
+    let manifest = bundle.manifest();
+    let text = Text::encode(documents, manifest.max_length, manifest.end_of_document, |text| {
+        tokenizer.encode(text)
+    })?;
+    Ok(text)
 }
 
 fn too_short(length: usize) -> String {
@@ -154,9 +183,9 @@ fn print(
 
 impl Run {
     /// `documents` under the run's tokenizer.
-    fn encode(&self, documents: &[String]) -> Result<Text> {
+    pub(super) fn encode(&self, documents: &[String]) -> Result<Text> {
         let path = &self.config.data.tokenizer;
-        let tokenizer = Tokenizer::from_file(path).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        let tokenizer = self.tokenizer()?;
         let end = tokenizer.token_to_id(END_OF_DOCUMENT);
         Text::encode(documents, self.network.config().length, end, |text| {
             let encoding = tokenizer

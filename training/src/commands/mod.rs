@@ -7,6 +7,7 @@ pub(crate) mod fit;
 pub(crate) mod import;
 pub(crate) mod prepare;
 pub(crate) mod publish;
+mod quality;
 pub(crate) mod report;
 mod run;
 pub(crate) mod tokenizer;

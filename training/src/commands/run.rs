@@ -35,6 +35,12 @@ impl Run {
         trainer::objective(&self.config, self.network.config())
     }
 
+    /// Its tokenizer.
+    pub(super) fn tokenizer(&self) -> Result<Tokenizer> {
+        let path = &self.config.data.tokenizer;
+        Tokenizer::from_file(path).map_err(|e| anyhow!("{}: {e}", path.display()))
+    }
+
     /// The held-out text.
     pub(super) fn held_out(&self) -> Result<Text> {
         let length = self.network.config().length;

@@ -1,0 +1,269 @@
+//! `training evaluate --samples`: what a network writes, in numbers.
+
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::Args;
+use denoised::bundle::Bundle;
+use denoised::diffusion::{Token, TokenChoice};
+use serde_json::{Value, json};
+use training::config::RunConfig;
+use training::evaluate::Served;
+use training::quality::{Measured, Variety, bits_per_byte, spread};
+use training::samples::Sampling;
+
+#[cfg(feature = "judge")]
+use training::judge::Judge;
+#[cfg(not(feature = "judge"))]
+use without::Judge;
+
+use super::evaluate::{encode, tokenizer_of};
+use super::run::Run;
+
+/// Samples at most, and steps of one: what is drawn and measured is held in memory.
+const MOST_SAMPLES: usize = 10_000;
+const MOST_STEPS: u32 = 100_000;
+
+/// How samples are drawn and who reads them.
+#[derive(Debug, Args)]
+pub(crate) struct SampleArguments {
+    /// Draw this many samples and measure these instead of the bound, next to as much held-out text.
+    #[arg(long, value_name = "N", conflicts_with_all = ["draws", "baselines"])]
+    pub(super) samples: Option<usize>,
+    /// Steps of a sample.
+    #[arg(long, value_name = "S", default_value = "64", requires = "samples")]
+    steps: NonZeroU32,
+    /// Temperature of samples; 0 takes the likeliest token.
+    #[arg(long, value_name = "T", default_value_t = 1.0, requires = "samples")]
+    temperature: f64,
+    /// A language model that reads the samples, as GGUF (`make judge` fetches SmolLM2; needs the feature `judge`).
+    #[arg(long, value_name = "FILE", requires = "samples")]
+    judge: Option<PathBuf>,
+}
+
+/// What is asked beside how samples are drawn.
+pub(super) struct Asked<'a> {
+    pub(super) config: Option<&'a Path>,
+    pub(super) bundle: Option<&'a Path>,
+    /// Text to compare with, instead of what the run held out.
+    pub(super) documents: Option<Vec<String>>,
+    pub(super) seed: u64,
+    pub(super) threads: usize,
+    pub(super) json: bool,
+}
+
+/// Sequences with the text that they stand for.
+struct Written {
+    sequences: Vec<Vec<Token>>,
+    texts: Vec<String>,
+}
+
+impl Written {
+    fn decode(sequences: Vec<Vec<Token>>, decode: impl Fn(&[Token]) -> Result<String>) -> Result<Self> {
+        let texts = sequences
+            .iter()
+            .map(|tokens| decode(tokens))
+            .collect::<Result<_>>()?;
+        Ok(Self { sequences, texts })
+    }
+}
+
+/// Numbers of one set of sequences.
+struct Quality {
+    variety: Variety,
+    judged: Option<Measured>,
+}
+
+impl Quality {
+    fn of(written: &Written, judge: Option<&mut Judge>) -> Result<Option<Self>> {
+        let Some(variety) = Variety::of(&written.sequences) else {
+            return Ok(None);
+        };
+        let judged = match judge {
+            Some(judge) => {
+                let verdicts: Vec<_> = written
+                    .texts
+                    .iter()
+                    .map(|text| judge.read(text))
+                    .collect::<Result<_>>()?;
+                bits_per_byte(&verdicts)
+            }
+            None => None,
+        };
+        Ok(Some(Self { variety, judged }))
+    }
+
+    fn json(&self) -> Result<Value> {
+        let mut object = serde_json::to_value(&self.variety)?;
+        if let Some(judged) = self.judged {
+            object["judge_bits_per_byte"] = serde_json::to_value(judged)?;
+        }
+        Ok(object)
+    }
+
+    fn line(&self, of: &str) -> String {
+        let judged = self
+            .judged
+            .map(|judged| format!("judge {judged} bits per byte, "))
+            .unwrap_or_default();
+        let Self { variety, .. } = self;
+        format!("{of}: {judged}{variety} ({} sequences)", variety.sequences)
+    }
+}
+
+pub(super) fn run(arguments: &SampleArguments, count: usize, asked: Asked<'_>) -> Result<()> {
+    ensure!(
+        (1..=MOST_SAMPLES).contains(&count),
+        "--samples is {count}, must be 1 to {MOST_SAMPLES}"
+    );
+    let SampleArguments {
+        steps, temperature, ..
+    } = arguments;
+    ensure!(
+        steps.get() <= MOST_STEPS,
+        "--steps is {steps}, must be at most {MOST_STEPS}"
+    );
+    ensure!(
+        temperature.is_finite() && *temperature >= 0.0,
+        "--temperature is {temperature}, must be finite and not negative"
+    );
+    // Before the samples, which take longer than finding out that nobody can read them.
+    let mut judge = arguments.judge.as_deref().map(Judge::load).transpose()?;
+    let (seed, json) = (asked.seed, asked.json);
+    let (samples, held_out) = match (asked.config, asked.bundle) {
+        (Some(config), _) => of_run(arguments, count, &Run::latest(&RunConfig::read(config)?)?, asked)?,
+        (None, Some(bundle)) => of_bundle(arguments, count, bundle, asked)?,
+        (None, None) => return Err(anyhow!("neither a run nor --bundle is given")),
+    };
+    let samples = Quality::of(&samples, judge.as_mut())?.context("there are no samples")?;
+    let held_out = match held_out {
+        Some(written) => Quality::of(&written, judge.as_mut())?,
+        None => None,
+    };
+    if json {
+        let object = json!({
+            "samples": samples.json()?,
+            "held_out": held_out.map(|quality| quality.json()).transpose()?,
+            "steps": steps,
+            "temperature": temperature,
+            "seed": seed,
+        });
+        println!("{}", serde_json::to_string(&object)?);
+        return Ok(());
+    }
+    println!("{}", samples.line("samples"));
+    match held_out {
+        Some(held_out) => println!("{}", held_out.line("held-out text")),
+        None => println!("held-out text: none to compare with (--text)"),
+    }
+    Ok(())
+}
+
+impl SampleArguments {
+    fn choice(&self) -> TokenChoice {
+        TokenChoice {
+            temperature: self.temperature,
+            ..TokenChoice::default()
+        }
+    }
+}
+
+fn of_run(
+    arguments: &SampleArguments,
+    count: usize,
+    run: &Run,
+    asked: Asked<'_>,
+) -> Result<(Written, Option<Written>)> {
+    let tokenizer = run.tokenizer()?;
+    let decode = |tokens: &[Token]| {
+        tokenizer
+            .decode(tokens, true)
+            .map_err(|error| anyhow!("cannot decode a sample: {error}"))
+    };
+    let held_out = match asked.documents {
+        Some(documents) => run.encode(&documents)?,
+        None => run.held_out()?,
+    };
+    let sampling = Sampling {
+        objective: run.objective(),
+        length: run.network.config().length,
+        count,
+        steps: arguments.steps.get(),
+        choice: arguments.choice(),
+        seed: asked.seed,
+        threads: asked.threads,
+    };
+    let samples = sampling.draw(&|| Ok(&run.network))?;
+    let held_out = spread(&held_out.sequences, count);
+    Ok((
+        Written::decode(samples, decode)?,
+        Some(Written::decode(held_out, decode)?),
+    ))
+}
+
+fn of_bundle(
+    arguments: &SampleArguments,
+    count: usize,
+    directory: &Path,
+    asked: Asked<'_>,
+) -> Result<(Written, Option<Written>)> {
+    let bundle = Bundle::open(directory)?;
+    let tokenizer = tokenizer_of(&bundle, directory)?;
+    let decode = |tokens: &[Token]| Ok(tokenizer.decode(tokens)?);
+    let held_out = asked
+        .documents
+        .map(|documents| {
+            let text = encode(&bundle, &tokenizer, &documents)?;
+            Written::decode(spread(&text.sequences, count), decode)
+        })
+        .transpose()?;
+    let sampling = Sampling {
+        objective: Served::objective(bundle.manifest()),
+        length: bundle.manifest().max_length,
+        count,
+        steps: arguments.steps.get(),
+        choice: arguments.choice(),
+        seed: asked.seed,
+        threads: asked.threads,
+    };
+    let samples = sampling.draw(&|| Served::load(&bundle))?;
+    Ok((Written::decode(samples, decode)?, held_out))
+}
+
+/// What stands where the judge is when it is not compiled in.
+#[cfg(not(feature = "judge"))]
+mod without {
+    use std::path::Path;
+
+    use anyhow::{Result, bail};
+    use training::quality::Verdict;
+
+    /// There is none.
+    pub(super) enum Judge {}
+
+    impl Judge {
+        pub(super) fn load(_: &Path) -> Result<Self> {
+            bail!("--judge needs the feature `judge`: cargo build --release -p training --features judge")
+        }
+
+        pub(super) fn read(&mut self, _: &str) -> Result<Verdict> {
+            match *self {}
+        }
+    }
+}
+
+#[cfg(all(test, not(feature = "judge")))]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_the_feature_one_line_says_which_to_build_with() {
+        let error = Judge::load(Path::new("judge.gguf")).err().unwrap().to_string();
+        assert!(
+            error.contains("--features judge") && !error.contains('\n'),
+            "{error}"
+        );
+    }
+}
