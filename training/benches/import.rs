@@ -5,7 +5,8 @@
 //! `/proc`. Needs 3 GB of memory and 3 GB of disk below the target folder.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program")]
 
-use std::collections::HashMap;
+mod tensors;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,10 +16,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use denoised::bundle::Parameterization;
-use safetensors::Dtype;
-use safetensors::tensor::{TensorView, serialize_to_file};
 use serde_json::json;
 use training::network::NetworkConfig;
+
+use tensors::Tensors;
 
 #[derive(Parser)]
 struct Arguments {
@@ -105,19 +106,7 @@ fn write_checkpoint(folder: &Path) -> Result<usize> {
     fs::write(folder.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
     let weights = SHAPE.initial_weights(1, 0.5);
     let parameters = weights.parameters();
-    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = weights
-        .0
-        .into_iter()
-        .map(|(name, tensor)| {
-            let bytes = tensor.data.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-            (name, tensor.shape, bytes)
-        })
-        .collect();
-    let views = bytes
-        .iter()
-        .map(|(name, shape, bytes)| Ok((name.clone(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)));
-    let views: HashMap<_, _> = views.collect::<Result<_>>()?;
-    serialize_to_file(views, None, &folder.join("model.safetensors"))?;
+    Tensors::from(weights).write(&folder.join("model.safetensors"))?;
     Ok(parameters)
 }
 

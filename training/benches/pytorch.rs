@@ -6,7 +6,8 @@
 //! `safetensors` and `numpy`. Without one it says so and does nothing.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program")]
 
-use std::collections::HashMap;
+mod tensors;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -18,14 +19,14 @@ use clap::Parser;
 use denoised::bundle::Bundle;
 use denoised::diffusion::Token;
 use plotters::prelude::*;
-use safetensors::Dtype;
-use safetensors::tensor::{TensorView, serialize_to_file};
 use serde::Deserialize;
 use serde_json::json;
 use training::config::{Decay, RunConfig};
 use training::device::Devices;
 use training::network::NetworkConfig;
 use training::trainer::Trainer;
+
+use tensors::Tensors;
 
 const LANES: [&str; 2] = ["reference", "rows"];
 
@@ -197,29 +198,6 @@ fn write_inputs(
     inputs.f32("sigma", shape[..2].to_vec(), &sigma);
     inputs.f32("rate", shape[..2].to_vec(), &rate);
     inputs.write(&folder.join("batches.safetensors"))
-}
-
-#[derive(Default)]
-struct Tensors(Vec<(String, Dtype, Vec<usize>, Vec<u8>)>);
-
-impl Tensors {
-    fn f32(&mut self, name: &str, shape: Vec<usize>, data: &[f32]) {
-        let bytes = data.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-        self.0.push((name.to_owned(), Dtype::F32, shape, bytes));
-    }
-
-    fn i64(&mut self, name: &str, shape: Vec<usize>, data: &[i64]) {
-        let bytes = data.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-        self.0.push((name.to_owned(), Dtype::I64, shape, bytes));
-    }
-
-    fn write(&self, path: &Path) -> Result<()> {
-        let views = self.0.iter().map(|(name, dtype, shape, bytes)| {
-            Ok((name.clone(), TensorView::new(*dtype, shape.clone(), bytes)?))
-        });
-        let views: HashMap<_, _> = views.collect::<Result<_>>()?;
-        Ok(serialize_to_file(views, None, path)?)
-    }
 }
 
 /// The other program.

@@ -15,8 +15,8 @@ use anyhow::{Context, Result, ensure};
 use burn::Tensor;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::OptimizerRecord;
+use denoised::bundle::sha256_of;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::config::RunConfig;
 use crate::device::Devices;
@@ -171,17 +171,9 @@ fn durable(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 /// sha256 of a file of any size, hexadecimal.
 pub(crate) fn sha256(path: &Path) -> Result<String> {
-    let context = || format!("cannot read {}", path.display());
-    let mut file = File::open(path).with_context(context)?;
-    let mut hash = Sha256::new();
-    let mut piece = vec![0; 1 << 20];
-    loop {
-        match io::Read::read(&mut file, &mut piece).with_context(context)? {
-            0 => break,
-            read => hash.update(&piece[..read]),
-        }
-    }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    File::open(path)
+        .and_then(sha256_of)
+        .with_context(|| format!("cannot read {}", path.display()))
 }
 
 fn is_finite(network: &Ddit) -> bool {

@@ -4,8 +4,6 @@
 use std::convert::Infallible;
 use std::f64::consts::LN_2;
 use std::fmt;
-use std::panic::resume_unwind;
-use std::thread;
 
 use denoised::bundle::{Bundle, Manifest};
 use denoised::diffusion::{Graph, GraphKind, Token};
@@ -15,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::loss::{NoisedBatch, Objective};
 use crate::network::Ddit;
+use crate::parallel;
 use crate::samples::HeadRows;
 use crate::times::{stratified, unit};
 use crate::trainer::{Purpose, generator};
@@ -146,29 +145,11 @@ impl Estimate {
     ) -> Result<Bound, E::Error> {
         let length = sequences.first().map_or(1, Vec::len);
         let size = (MOST_OUTPUTS / (length * self.objective.graph.states())).clamp(1, BATCH);
-        let of_thread = |part: usize| -> Result<Vec<(usize, Vec<f64>)>, E::Error> {
-            let mut evaluator = evaluator()?;
-            let batches = sequences.chunks(size).enumerate();
-            batches
-                .skip(part)
-                .step_by(self.threads)
-                .map(|(index, batch)| Ok((index, self.losses(&mut evaluator, batch, index)?)))
-                .collect()
-        };
-        let parts: Result<Vec<_>, E::Error> = thread::scope(|scope| {
-            let of_thread = &of_thread;
-            let handles: Vec<_> = (0..self.threads)
-                .map(|part| scope.spawn(move || of_thread(part)))
-                .collect();
-            handles
-                .into_iter()
-                // Sequences that are missing would pass for a better bound.
-                .map(|handle| handle.join().unwrap_or_else(|panic| resume_unwind(panic)))
-                .collect()
-        });
-        let mut parts: Vec<_> = parts?.into_iter().flatten().collect();
-        parts.sort_by_key(|(index, _)| *index);
-        let losses = parts.into_iter().flat_map(|(_, losses)| losses);
+        let batches: Vec<&[Vec<Token>]> = sequences.chunks(size).collect();
+        let losses = parallel::map(batches.len(), self.threads, evaluator, &|evaluator, index| {
+            self.losses(evaluator, batches[index], index)
+        })?;
+        let losses = losses.into_iter().flatten();
         let per_token: Vec<f64> = losses.map(|loss| loss / length as f64).collect();
         let count = per_token.len() as f64;
         let mean = per_token.iter().sum::<f64>() / count;

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use burn::module::Module;
 use denoised::diffusion::Token;
-use rand_chacha::rand_core::Rng;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -20,12 +20,13 @@ use crate::checkpoint::{self, State};
 use crate::config::{RunConfig, RunSection};
 use crate::data::TokenFile;
 use crate::device::{DeviceName, Devices};
+use crate::epochs::Epochs;
 use crate::evaluate;
 use crate::journal::{DataFile, Journal, Line, Lock, Provenance, Session, StepLine, ValidationLine};
 use crate::mirror::Mirror;
-use crate::progress::Progress;
+use crate::progress::{Progress, say};
 use crate::samples;
-use crate::trainer::{Gradient, Purpose, Trainer, generator};
+use crate::trainer::{Gradient, Trainer};
 use crate::watch::Watch;
 
 /// Held-out sequences that guide a run; `training evaluate` takes all.
@@ -70,60 +71,6 @@ pub enum End {
     Complete,
     /// It was asked to stop, and can go on.
     Interrupted,
-}
-
-/// Sequences in an order that depends on (seed, epoch) alone: every epoch cuts the tokens at another
-/// offset and visits the pieces in another order.
-#[derive(Debug)]
-pub struct Epochs {
-    tokens: TokenFile,
-    length: usize,
-    seed: u64,
-    order: Option<(u64, Vec<usize>)>,
-}
-
-impl Epochs {
-    /// Over `tokens`, in sequences of `length`.
-    pub fn new(tokens: TokenFile, length: usize, seed: u64) -> Result<Self> {
-        ensure!(
-            tokens.tokens() >= 2 * length,
-            "the training data has {} tokens, at least two sequences of {length} are needed",
-            tokens.tokens()
-        );
-        Ok(Self {
-            tokens,
-            length,
-            seed,
-            order: None,
-        })
-    }
-
-    /// The sequences of step `step` with `batch` sequences per step.
-    pub fn batch(&mut self, step: u64, batch: usize) -> Vec<Vec<Token>> {
-        let first = step * batch as u64;
-        (first..first + batch as u64)
-            .map(|index| self.sequence(index))
-            .collect()
-    }
-
-    fn sequence(&mut self, index: u64) -> Vec<Token> {
-        // One piece less than fits, so that every offset leaves as many.
-        let pieces = (self.tokens.sequences(self.length) - 1) as u64;
-        let (epoch, place) = (index / pieces, (index % pieces) as usize);
-        if self.order.as_ref().is_none_or(|(cached, _)| *cached != epoch) {
-            let mut random = generator(self.seed, Purpose::Order, epoch);
-            let offset = (random.next_u64() % self.length as u64) as usize;
-            let mut starts: Vec<usize> = (0..pieces as usize)
-                .map(|piece| offset + piece * self.length)
-                .collect();
-            for last in (1..starts.len()).rev() {
-                starts.swap(last, (random.next_u64() % (last as u64 + 1)) as usize);
-            }
-            self.order = Some((epoch, starts));
-        }
-        let start = self.order.as_ref().map_or(0, |(_, starts)| starts[place]);
-        self.tokens.range(start..start + self.length)
-    }
 }
 
 /// Trains as `config` says. Returns the state after the last step, and why that was the last.
@@ -195,7 +142,7 @@ impl Run {
             && matches!(options.start, Start::Resume | Start::ResumeIfAny)
             && let Some(step) = mirror.pull(directory)?
         {
-            eprintln!("fetched the checkpoint of step {step} from run.mirror");
+            say(&format!("fetched the checkpoint of step {step} from run.mirror"));
         }
         let folder = match options.start {
             Start::Fresh => {
@@ -239,7 +186,7 @@ impl Run {
         state.minutes = options.minutes.or(state.minutes);
 
         let step = trainer.step();
-        let parameters = trainer.averaged().state_dict().parameters();
+        let parameters = trainer.averaged().num_params();
         let journal = Journal::open(lock, &state.config, step)?;
         let provenance = Provenance {
             parameters: parameters as u64,

@@ -66,20 +66,34 @@ impl Objective {
         times: &[f64],
         generator: &mut ChaCha8Rng,
     ) -> NoisedBatch {
+        let levels = self.levels(times);
+        let tokens = self.transitions(clean, length, &levels, generator);
+        self.terms(clean, tokens, length, &levels)
+    }
+
+    /// Total noise and rate at each of `times`.
+    pub fn levels(&self, times: &[f64]) -> Vec<[f64; 2]> {
+        let level = |&t: &f64| [self.schedule.total_noise(t), self.schedule.rate(t)];
+        times.iter().map(level).collect()
+    }
+
+    /// Draws `x_t` for every token of `clean`, at the sequences' levels, without the loss of it.
+    pub fn transitions(
+        &self,
+        clean: &[Token],
+        length: usize,
+        levels: &[[f64; 2]],
+        generator: &mut ChaCha8Rng,
+    ) -> Vec<Token> {
         let mut tokens = Vec::with_capacity(clean.len());
-        for (sequence, &t) in clean.chunks_exact(length).zip(times) {
-            let sigma = self.schedule.total_noise(t);
+        for (sequence, &[sigma, _]) in clean.chunks_exact(length).zip(levels) {
             tokens.extend(
                 sequence
                     .iter()
                     .map(|&token| self.graph.sample_transition(token, sigma, unit(generator))),
             );
         }
-        let weights: Vec<[f64; 2]> = times
-            .iter()
-            .map(|&t| [self.schedule.total_noise(t), self.schedule.rate(t)])
-            .collect();
-        self.terms(clean, tokens, length, &weights)
+        tokens
     }
 
     /// The loss of given `x_t` (`tokens`) for `clean`, with total noise and rate per sequence.

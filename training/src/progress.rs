@@ -80,6 +80,6 @@ impl Progress {
 }
 
 /// A run outlives the terminal or pipe that nobody reads any more, where `eprintln!` would panic.
-fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     drop(writeln!(stderr(), "{line}"));
 }

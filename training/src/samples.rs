@@ -2,19 +2,18 @@
 //! over a network in training or a bundle's.
 
 use std::convert::Infallible;
-use std::panic::resume_unwind;
-use std::thread;
 
 use burn::Tensor;
 use burn::tensor::{Int, TensorData};
 use denoised::bundle::Parameterization;
 use denoised::diffusion::sampler::TimeGrid;
 use denoised::diffusion::sampler::row::{self, BadScores};
-use denoised::diffusion::{Draws, SamplerKind, Token, TokenChoice, sigma_offset};
+use denoised::diffusion::{Draws, SamplerKind, Token, TokenChoice};
 use thiserror::Error;
 
 use crate::loss::Objective;
 use crate::network::{Ddit, token_tensor};
+use crate::parallel;
 
 /// Steps of a sample of a network in training.
 pub const STEPS: u32 = 64;
@@ -91,26 +90,12 @@ impl Sampling {
         &self,
         network: &(impl Fn() -> Result<N, N::Error> + Sync),
     ) -> Result<Vec<Vec<Token>>, SampleError<N::Error>> {
-        let of_thread = |part: usize| -> Result<Vec<_>, SampleError<N::Error>> {
-            let mut network = network().map_err(SampleError::Network)?;
-            (part..self.count)
-                .step_by(self.threads)
-                .map(|index| Ok((index, self.sequence(&mut network, index as u64)?)))
-                .collect()
-        };
-        let parts: Result<Vec<_>, _> = thread::scope(|scope| {
-            let of_thread = &of_thread;
-            let handles: Vec<_> = (0..self.threads.min(self.count))
-                .map(|part| scope.spawn(move || of_thread(part)))
-                .collect();
-            handles
-                .into_iter()
-                .map(|handle| handle.join().unwrap_or_else(|panic| resume_unwind(panic)))
-                .collect()
-        });
-        let mut drawn: Vec<(usize, Vec<Token>)> = parts?.into_iter().flatten().collect();
-        drawn.sort_by_key(|(index, _)| *index);
-        Ok(drawn.into_iter().map(|(_, sequence)| sequence).collect())
+        parallel::map(
+            self.count,
+            self.threads,
+            &|| network().map_err(SampleError::Network),
+            &|network, index| self.sequence(network, index as u64),
+        )
     }
 
     fn sequence<N: HeadRows>(
@@ -159,12 +144,17 @@ impl Sampling {
 
     /// What turns a row of the head into log-scores of the token at its position.
     fn offset(&self, sigma: f64, row: &[f32], token: Token) -> f64 {
-        match self.objective.parameterization {
-            Parameterization::Mean => -sigma.exp_m1().ln() - log_sum_exp(row, token),
-            Parameterization::Score if self.objective.offset => {
-                sigma_offset(sigma, self.objective.graph.states())
-            }
-            Parameterization::Score => 0.0,
+        let Objective {
+            graph,
+            offset,
+            parameterization,
+            ..
+        } = self.objective;
+        let served = parameterization.log_score_offset(offset, sigma, graph.states());
+        match parameterization {
+            // Logits have yet to become log-probabilities.
+            Parameterization::Mean => served - log_sum_exp(row, token),
+            Parameterization::Score => served,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! One optimizer step, and everything that a step leaves behind.
 //!
-//! A batch is split over the lanes of [`Devices`], threads of the CPU or GPUs, each with its own graph of gradients; parts are summed in their
-//! order, so that the same threads give the same bits. `run.accumulate` splits it further into parts
+//! A batch is split over the lanes of [`Devices`], threads of the CPU or GPUs, each with its own graph of
+//! gradients; parts are summed in their order, so that the same lanes give the same bits. `run.accumulate` splits it further into parts
 //! that follow one another, for batches whose activations do not fit into memory at once. Noise, times
 //! and dropout of a step follow from (seed, step) alone, and so does its data: a resumed run goes on as
 //! if it had never stopped.
@@ -155,14 +155,13 @@ impl Trainer {
             .times(sequences.len(), settings.time_power, &mut random);
         let (times, weights): (Vec<f64>, Vec<f64>) = times.into_iter().unzip();
         let length = self.network.config().length;
-        let noised = self
+        let levels = self.objective.levels(&times);
+        let tokens = self
             .objective
-            .noise(&sequences.concat(), length, &times, &mut random);
-        let schedule = &self.objective.schedule;
-        let levels = times.iter().map(|&t| [schedule.total_noise(t), schedule.rate(t)]);
+            .transitions(&sequences.concat(), length, &levels, &mut random);
         Noise {
-            tokens: noised.tokens,
-            levels: levels.collect(),
+            tokens,
+            levels,
             weights,
         }
     }

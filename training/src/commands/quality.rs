@@ -10,6 +10,7 @@ use denoised::diffusion::{Token, TokenChoice};
 use serde_json::{Value, json};
 use training::config::RunConfig;
 use training::evaluate::Served;
+use training::loss::Objective;
 use training::quality::{Measured, Variety, bits_per_byte, spread};
 use training::samples::Sampling;
 
@@ -161,10 +162,26 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: Asked<'_>) -
 }
 
 impl SampleArguments {
-    fn choice(&self) -> TokenChoice {
-        TokenChoice {
+    fn sampling(
+        &self,
+        count: usize,
+        objective: Objective,
+        length: usize,
+        seed: u64,
+        threads: usize,
+    ) -> Sampling {
+        let choice = TokenChoice {
             temperature: self.temperature,
             ..TokenChoice::default()
+        };
+        Sampling {
+            objective,
+            length,
+            count,
+            steps: self.steps.get(),
+            choice,
+            seed,
+            threads,
         }
     }
 }
@@ -185,15 +202,13 @@ fn of_run(
         Some(documents) => run.encode(&documents)?,
         None => run.held_out()?,
     };
-    let sampling = Sampling {
-        objective: run.objective(),
-        length: run.network.config().length,
+    let sampling = arguments.sampling(
         count,
-        steps: arguments.steps.get(),
-        choice: arguments.choice(),
-        seed: asked.seed,
-        threads: asked.threads,
-    };
+        run.objective(),
+        run.network.config().length,
+        asked.seed,
+        asked.threads,
+    );
     let samples = sampling.draw(&|| Ok(&run.network))?;
     let held_out = spread(&held_out.sequences, count);
     Ok((
@@ -218,15 +233,9 @@ fn of_bundle(
             Written::decode(spread(&text.sequences, count), decode)
         })
         .transpose()?;
-    let sampling = Sampling {
-        objective: Served::objective(bundle.manifest()),
-        length: bundle.manifest().max_length,
-        count,
-        steps: arguments.steps.get(),
-        choice: arguments.choice(),
-        seed: asked.seed,
-        threads: asked.threads,
-    };
+    let manifest = bundle.manifest();
+    let objective = Served::objective(manifest);
+    let sampling = arguments.sampling(count, objective, manifest.max_length, asked.seed, asked.threads);
     let samples = sampling.draw(&|| Served::load(&bundle))?;
     Ok((Written::decode(samples, decode)?, held_out))
 }

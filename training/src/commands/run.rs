@@ -37,18 +37,22 @@ impl Run {
 
     /// Its tokenizer.
     pub(super) fn tokenizer(&self) -> Result<Tokenizer> {
+        Ok(self.tokenizer_and_json()?.0)
+    }
+
+    fn tokenizer_and_json(&self) -> Result<(Tokenizer, Vec<u8>)> {
         let path = &self.config.data.tokenizer;
-        Tokenizer::from_file(path).map_err(|e| anyhow!("{}: {e}", path.display()))
+        let json = std::fs::read(path).with_context(|| path.display().to_string())?;
+        let tokenizer = Tokenizer::from_bytes(&json).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        Ok((tokenizer, json))
     }
 
     /// The held-out text.
     pub(super) fn held_out(&self) -> Result<Text> {
         let length = self.network.config().length;
         let file = TokenFile::open(&self.config.data.validation)?;
-        let path = &self.config.data.tokenizer;
-        let json = std::fs::read(path).with_context(|| path.display().to_string())?;
-        file.check_tokenizer(path, &json)?;
-        let tokenizer = Tokenizer::from_bytes(&json).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        let (tokenizer, json) = self.tokenizer_and_json()?;
+        file.check_tokenizer(&self.config.data.tokenizer, &json)?;
         let count = file.sequences(length);
         let bytes = file.bytes_of_first(count * length, &tokenizer)?;
         Ok(Text {

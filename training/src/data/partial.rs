@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::progress::say;
+
 /// A file under another name beside its own, until it is complete. When it is dropped before that, because
 /// the disk is full for example, it is removed, and what was there before stays.
 ///
@@ -84,7 +86,7 @@ impl Drop for Partial {
         if !self.complete
             && let Err(error) = fs::remove_file(&self.partial)
         {
-            eprintln!("cannot remove {}: {error}", self.partial.display());
+            say(&format!("cannot remove {}: {error}", self.partial.display()));
         }
     }
 }

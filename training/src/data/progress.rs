@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
+use crate::progress::say;
+
 /// Between two lines where there is no terminal.
 const LOG_EVERY: Duration = Duration::from_secs(20);
 
@@ -68,7 +70,7 @@ impl Progress {
         } else {
             let done = HumanBytes(self.bar.position());
             let all = HumanBytes(self.bar.length().unwrap_or_default());
-            eprintln!("{done} of {all}, {line}");
+            say(&format!("{done} of {all}, {line}"));
         }
     }
 }

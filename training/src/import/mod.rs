@@ -14,11 +14,10 @@ mod configuration;
 mod weights;
 
 use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use denoised::bundle::sha256_of;
 use denoised::diffusion::{GraphKind, Schedule};
-use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use crate::network::{NetworkConfig, NetworkError};
@@ -149,25 +148,12 @@ pub fn read(directory: &Path, choice: Choice) -> Result<Checkpoint, ImportError>
 
 /// sha256 of a file, hexadecimal, without holding it in memory.
 pub fn sha256(path: &Path) -> Result<String, ImportError> {
-    let io = |source| ImportError::Io {
-        path: path.to_owned(),
-        source,
-    };
-    let mut hasher = Sha256::new();
-    let mut file = File::open(path).map_err(io)?;
-    let mut chunk = vec![0; 1 << 20];
-    loop {
-        let read = file.read(&mut chunk).map_err(io)?;
-        if read == 0 {
-            break;
-        }
-        hasher.update(&chunk[..read]);
-    }
-    Ok(hasher
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    File::open(path)
+        .and_then(sha256_of)
+        .map_err(|source| ImportError::Io {
+            path: path.to_owned(),
+            source,
+        })
 }
 
 enum Layout {

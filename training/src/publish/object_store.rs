@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use denoised::bundle::{Bundle, BundleError, MANIFEST, repository};
+use denoised::bundle::{Bundle, BundleError, MANIFEST, hexadecimal, repository};
 use object_store::path::Path as Place;
 use object_store::{
     Error as StoreError, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutOptions, WriteMultipart,
@@ -185,7 +185,7 @@ pub(crate) async fn upload_file(
             }
         }
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hexadecimal(&hash.finalize()))
 }
 
 fn create() -> PutOptions {
