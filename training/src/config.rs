@@ -14,6 +14,7 @@ use denoised::diffusion::{Graph, GraphKind, Schedule};
 use serde::{Deserialize, Serialize};
 
 use crate::network::NetworkConfig;
+use crate::precision::Precision;
 use crate::times::TimeSampling;
 
 /// A training run.
@@ -173,6 +174,9 @@ pub struct RunSection {
     /// Threads that share a batch; part of the arithmetic, since it fixes the order of sums.
     #[serde(default = "default_threads")]
     pub threads: usize,
+    /// In which numbers matrices are multiplied: `f32`, or `bf16`, which GPUs are faster at.
+    #[serde(default)]
+    pub precision: Precision,
     /// Where checkpoints, metrics, curves and samples go.
     pub directory: PathBuf,
     /// Where copies of checkpoints and metrics go, for machines that may be gone tomorrow: a folder, or

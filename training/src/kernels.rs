@@ -23,6 +23,8 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::{Autodiff, Flex};
 use burn::tensor::{Device, TensorData};
 
+use crate::precision::Precision;
+
 pub use attention::RotaryAttention;
 pub use cross_entropy::{CrossEntropy, CrossEntropyTerm};
 pub use elementwise::{GatedResidual, Gelu};
@@ -59,12 +61,12 @@ pub fn modulated_norm(x: Tensor<2>, weight: Tensor<1>, shift: Tensor<2>, scale: 
     }
 }
 
-/// [`RotaryAttention`] on any device.
-pub fn rotary_attention(attention: &RotaryAttention, packed: Tensor<2>) -> Tensor<2> {
+/// [`RotaryAttention`] on any device; the CPU's kernel multiplies in f32 whatever `precision` says.
+pub fn rotary_attention(attention: &RotaryAttention, precision: Precision, packed: Tensor<2>) -> Tensor<2> {
     if on_cpu(&packed) {
         apply(attention.clone(), [packed.into()])
     } else {
-        composed::rotary_attention(attention, &packed)
+        composed::rotary_attention(attention, precision, &packed)
     }
 }
 

@@ -28,6 +28,7 @@ pub mod mirror;
 pub mod network;
 pub mod optimizer;
 mod parallel;
+pub mod precision;
 pub mod progress;
 pub mod publish;
 pub mod quality;

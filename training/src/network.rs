@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::kernels::{self, RotaryAttention};
+use crate::precision::Precision;
 use crate::state_dict::{HostTensor, StateDict, StateDictError};
 
 /// Width of an MLP over the width of the network.
@@ -243,6 +244,8 @@ pub struct Ddit {
     output_bias: Param<Tensor<1>>,
     #[module(skip)]
     config: NetworkConfig,
+    #[module(skip)]
+    precision: Precision,
 }
 
 /// Takes weights by reference names and hands out Burn's parameters.
@@ -379,6 +382,7 @@ impl Ddit {
                 .transpose()?,
             output_bias: loader.vector("output_layer.linear.bias", config.states)?,
             config: *config,
+            precision: Precision::default(),
         };
         match loader.weights.0.into_keys().next() {
             Some(name) => Err(StateDictError::Extra { name }.into()),
@@ -394,6 +398,12 @@ impl Ddit {
     /// The shape of this network.
     pub fn config(&self) -> &NetworkConfig {
         &self.config
+    }
+
+    /// The same network with its matrices multiplied in `precision`.
+    #[must_use]
+    pub fn multiplied_in(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// Where this network's tensors live, and whether gradients are recorded there.
@@ -467,7 +477,7 @@ impl Ddit {
         for block in &self.blocks {
             x = self.block(block, x, condition.clone(), &attention, dropout.as_deref_mut());
         }
-        let [shift, scale] = chunks(affine(condition, &self.modulation_final));
+        let [shift, scale] = chunks(self.affine(condition, &self.modulation_final));
         let x = modulated(x, &self.norm_final, shift, scale);
         let x = match rows {
             Some(rows) => x.select(0, rows),
@@ -477,7 +487,7 @@ impl Ddit {
             Some(weight) => weight.val(),
             None => self.embedding.val().transpose(),
         };
-        x.matmul(weight) + self.output_bias.val().unsqueeze::<2>()
+        self.precision.matmul(x, weight) + self.output_bias.val().unsqueeze::<2>()
     }
 
     /// Noise features through their MLP, after SiLU: `[batch, cond_dim]`.
@@ -489,8 +499,8 @@ impl Ddit {
         let frequencies = Tensor::from_data(TensorData::new(frequencies, [1, half]), &sigma.device());
         let angles = sigma.unsqueeze_dim::<2>(1).mul(frequencies); // [batch, half]
         let features = Tensor::cat(vec![angles.clone().cos(), angles.sin()], 1);
-        let hidden = activation::silu(affine(features, &self.sigma_0));
-        activation::silu(affine(hidden, &self.sigma_2))
+        let hidden = activation::silu(self.affine(features, &self.sigma_0));
+        activation::silu(self.affine(hidden, &self.sigma_2))
     }
 
     fn block(
@@ -508,21 +518,30 @@ impl Ddit {
             shift_mlp,
             scale_mlp,
             gate_mlp,
-        ] = chunks(affine(condition, &block.modulation));
+        ] = chunks(self.affine(condition, &block.modulation));
 
         let y = modulated(x.clone(), &block.norm1, shift_attention, scale_attention);
-        let y = kernels::rotary_attention(attention, affine(y, &block.attn_qkv));
-        let y = self.drop(affine(y, &block.attn_out), dropout.as_deref_mut());
+        let y = kernels::rotary_attention(attention, self.precision, self.affine(y, &block.attn_qkv));
+        let y = self.drop(self.affine(y, &block.attn_out), dropout.as_deref_mut());
         let x = kernels::gated_residual(x, y, gate_attention);
 
         let y = modulated(x.clone(), &block.norm2, shift_mlp, scale_mlp);
-        let y = y.matmul(block.mlp_0.weight.val()); // [batch * length, 4 * width]
+        let y = self.precision.matmul(y, block.mlp_0.weight.val()); // [batch * length, 4 * width]
         let y = match &block.mlp_0.bias {
             Some(bias) => kernels::gelu(y, bias.val()),
             None => activation::gelu_approximate(y),
         };
-        let y = self.drop(affine(y, &block.mlp_2), dropout);
+        let y = self.drop(self.affine(y, &block.mlp_2), dropout);
         kernels::gated_residual(x, y, gate_mlp)
+    }
+
+    /// `x W + b` over rows.
+    fn affine(&self, x: Tensor<2>, layer: &Linear) -> Tensor<2> {
+        let y = self.precision.matmul(x, layer.weight.val());
+        match &layer.bias {
+            Some(bias) => y + bias.val().unsqueeze::<2>(),
+            None => y,
+        }
     }
 
     /// Zeroes entries at the configured rate and scales up the rest.
@@ -538,15 +557,6 @@ impl Ddit {
             .collect();
         let mask = Tensor::from_data(TensorData::new(mask, [rows, width]), &x.device());
         x * mask
-    }
-}
-
-/// `x W + b` over rows.
-fn affine(x: Tensor<2>, layer: &Linear) -> Tensor<2> {
-    let y = x.matmul(layer.weight.val());
-    match &layer.bias {
-        Some(bias) => y + bias.val().unsqueeze::<2>(),
-        None => y,
     }
 }
 

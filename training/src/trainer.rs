@@ -6,8 +6,7 @@
 //! and dropout of a step follow from (seed, step) alone, and so does its data: a resumed run goes on as
 //! if it had never stopped.
 //!
-//! Weights, gradients, moments and averages are f32. The CPU backend computes in f32 as well: it has
-//! no bf16 arithmetic that would be faster.
+//! Weights, gradients, moments and averages are f32; `run.precision` is for the products of matrices.
 
 use std::panic::resume_unwind;
 use std::thread;
@@ -226,7 +225,7 @@ impl Trainer {
                 .map(|((batch, part), device)| {
                     let mut dropout = generator(run.seed, Purpose::Dropout, self.step * parts + part);
                     // Its own leaves: two threads must not meet in one graph of gradients.
-                    let network = self.network.clone().fork(&device);
+                    let network = self.network.clone().fork(&device).multiplied_in(run.precision);
                     scope.spawn(move || gradients(&network, batch, sequences, &mut dropout))
                 })
                 .collect();
@@ -285,6 +284,7 @@ mod tests {
     use super::*;
     use crate::evaluate::bound;
     use crate::network::inference_device;
+    use crate::precision::Precision;
     use crate::state_dict::StateDict;
 
     fn config(seed: u64, dropout: f64, threads: usize, accumulate: usize) -> RunConfig {
@@ -363,6 +363,26 @@ mod tests {
                 trained(config(1, 0.0, threads, accumulate)),
                 (split_losses, split_weights),
                 "the same parts give the same bits"
+            );
+        }
+    }
+
+    #[test]
+    fn bf16_rounds_products_and_keeps_weights_whole() {
+        let (losses, _) = trained(config(1, 0.0, 2, 1));
+        let mut config = config(1, 0.0, 2, 1);
+        config.run.precision = Precision::Bf16;
+        let (rounded, weights) = trained(config);
+        assert_ne!(losses, rounded);
+        for (exact, rounded) in losses.iter().zip(&rounded) {
+            assert!((exact / rounded - 1.0).abs() < 0.02, "{exact} and {rounded}");
+        }
+        for (name, weights) in &weights.0 {
+            let whole = |x: &f32| *x != half::bf16::from_f32(*x).to_f32();
+            let zero = |x: &f32| *x == 0.0;
+            assert!(
+                weights.data.iter().any(whole) || weights.data.iter().all(zero),
+                "{name}"
             );
         }
     }

@@ -7,6 +7,7 @@ use burn::tensor::activation::{gelu_approximate, log_softmax, softmax};
 use burn::tensor::{Bool, Device, Int, TensorData};
 
 use super::{CrossEntropyTerm, RotaryAttention, RowTerm};
+use crate::precision::Precision;
 
 /// Stands for minus infinity where infinities would turn gradients into NaN.
 const LOWEST: f32 = -1e30;
@@ -41,7 +42,11 @@ pub(super) fn modulated_norm(
     normalised * (repeated(scale, rows) + 1.0) + repeated(shift, rows)
 }
 
-pub(super) fn rotary_attention(attention: &RotaryAttention, packed: &Tensor<2>) -> Tensor<2> {
+pub(super) fn rotary_attention(
+    attention: &RotaryAttention,
+    precision: Precision,
+    packed: &Tensor<2>,
+) -> Tensor<2> {
     let [rows, width] = packed.dims();
     let (length, heads, width) = (attention.length, attention.heads, width / 3);
     let (batch, head_width) = (rows / length, width / heads);
@@ -73,9 +78,9 @@ pub(super) fn rotary_attention(attention: &RotaryAttention, packed: &Tensor<2>) 
         x * cosine.clone() + turned * sine.clone()
     };
     let scale = 1.0 / (head_width as f64).sqrt();
-    let scores = rotated(part(0)).matmul(rotated(part(1)).swap_dims(2, 3)) * scale;
-    softmax(scores, 3)
-        .matmul(part(2))
+    let scores = precision.matmul(rotated(part(0)), rotated(part(1)).swap_dims(2, 3)) * scale;
+    precision
+        .matmul(softmax(scores, 3), part(2))
         .swap_dims(1, 2)
         .reshape([rows, width])
 }
@@ -212,7 +217,11 @@ mod tests {
             rotation: RotaryAttention::rotation(LENGTH, WIDTH / 3),
         };
         let kernel: Tensor<2> = kernels::apply(attention.clone(), [packed.clone().into()]);
-        agree!(kernel, rotary_attention(&attention, &packed), packed);
+        agree!(
+            kernel,
+            rotary_attention(&attention, Precision::F32, &packed),
+            packed
+        );
     }
 
     #[test]
