@@ -10,12 +10,8 @@ fn request(number: u32, length: u32) -> GenerateRequest {
         length: Some(length),
         sampling: Some(Sampling {
             steps: Some(4 + number % 5),
-            sampler: if number.is_multiple_of(2) {
-                Sampler::Tweedie
-            } else {
-                Sampler::Euler
-            }
-            .into(),
+            sampler: [Sampler::Tweedie, Sampler::Euler, Sampler::FirstHitting][number as usize % 3].into(),
+            normalize: number % 4 == 1,
             seed: Some(1000 + u64::from(number)),
             temperature: Some(0.6 + 0.2 * f64::from(number % 3)),
             num_samples: Some(1 + number % 2),

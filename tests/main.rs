@@ -15,6 +15,7 @@ mod errors;
 mod foreign_client;
 mod foreign_network;
 mod frames;
+mod hit_times;
 mod infill;
 mod network;
 mod support;

@@ -33,9 +33,12 @@ pub(super) struct Generate {
     /// Denoising steps; as many as there are tokens to fill by default, at most 64.
     #[arg(long, value_name = "N")]
     steps: Option<u32>,
-    /// How to take a step: tweedie or euler; tweedie by default.
+    /// How to take a step: tweedie, euler or first-hitting (one token an evaluation); tweedie by default.
     #[arg(long, value_name = "SAMPLER", value_parser = sampler)]
     sampler: Option<Sampler>,
+    /// Let the noise alone decide when a token leaves the mask: evaluations that change nothing are not run.
+    #[arg(long)]
+    normalize: bool,
     /// Seed of all random choices: the same seed gives the same text. Drawn by default.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -137,6 +140,7 @@ impl Generate {
             top_k: self.top_k,
             top_p: self.top_p,
             num_samples: self.num_samples,
+            normalize: self.normalize,
         }
     }
 

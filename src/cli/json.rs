@@ -24,6 +24,7 @@ pub(super) struct Accepted<'a> {
     steps: u32,
     length: u32,
     num_samples: u32,
+    normalize: bool,
 }
 
 /// An intermediate state: all tokens, or those that changed and where.
@@ -95,6 +96,7 @@ impl<'a> From<&'a v1::Accepted> for Line<'a> {
             steps: accepted.steps,
             length: accepted.length,
             num_samples: accepted.num_samples,
+            normalize: accepted.normalize,
         })
     }
 }

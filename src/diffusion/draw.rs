@@ -51,6 +51,11 @@ impl Draws {
     pub fn prior(&mut self, position: usize) -> f64 {
         self.at(PRIOR_STEP, position).token
     }
+
+    /// The uniform that draws when `position` leaves the mask.
+    pub fn hit(&mut self, position: usize) -> f64 {
+        self.at(PRIOR_STEP, position).leave
+    }
 }
 
 /// 53 random bits as a f64 in `[0, 1)`.

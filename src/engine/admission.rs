@@ -41,18 +41,19 @@ impl Admission {
         self.queued.load(Ordering::Acquire)
     }
 
-    /// Takes room for `canvases` of `evaluations` each, all or nothing.
-    pub(super) fn admit(self: &Arc<Self>, canvases: u32, evaluations: u64) -> Result<Vec<Permit>, Full> {
-        let wanted = u64::from(canvases) * evaluations;
+    /// Takes room for one canvas of each number of `evaluations`, all or nothing.
+    pub(super) fn admit(self: &Arc<Self>, evaluations: &[u64]) -> Result<Vec<Permit>, Full> {
+        let wanted = evaluations.iter().sum::<u64>();
         self.queued
             .try_update(Ordering::AcqRel, Ordering::Acquire, |queued| {
                 queued.checked_add(wanted).filter(|sum| *sum <= self.limit)
             })
             .map_err(|_| self.full())?;
-        Ok((0..canvases)
-            .map(|_| Permit {
+        Ok(evaluations
+            .iter()
+            .map(|&rows| Permit {
                 admission: Arc::clone(self),
-                rows: evaluations,
+                rows,
             })
             .collect())
     }
@@ -111,9 +112,9 @@ mod tests {
     #[test]
     fn room_is_taken_whole_and_given_back() {
         let admission = Arc::new(Admission::new(100, 1));
-        let mut permits = admission.admit(2, 40).unwrap();
+        let mut permits = admission.admit(&[40, 40]).unwrap();
         assert_eq!(admission.queued(), 80);
-        let full = admission.admit(3, 10).unwrap_err();
+        let full = admission.admit(&[10; 3]).unwrap_err();
         assert_eq!((full.queued, full.limit), (80, 100));
         assert_eq!(admission.queued(), 80, "a refused request takes nothing");
         permits[0].spend();
@@ -125,7 +126,7 @@ mod tests {
     #[test]
     fn retry_delay_follows_the_measured_step_time() {
         let admission = Arc::new(Admission::new(1000, 2));
-        let _permits = admission.admit(1, 1000).unwrap();
+        let _permits = admission.admit(&[1000]).unwrap();
         admission.measured(Duration::from_millis(80), 8);
         assert_eq!(admission.full().retry_after, Duration::from_millis(2500));
     }

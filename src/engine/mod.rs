@@ -14,6 +14,7 @@
 
 mod admission;
 pub mod canvas;
+mod drawing;
 mod models;
 mod progress;
 mod queue;
@@ -32,7 +33,7 @@ use tokio::sync::watch;
 use crate::diffusion::Token;
 use admission::Admission;
 pub use admission::Full;
-use canvas::{Canvas, Plan};
+use canvas::{Canvas, Course, Plan};
 pub use models::{Models, NetworkSource, ServedModel};
 pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::{Queue, Work};
@@ -42,6 +43,8 @@ use queue::{Queue, Work};
 pub struct EngineOptions {
     /// Worker threads, each with networks of its own; at least 1.
     pub workers: usize,
+    /// Threads that share the drawing of tokens, where there is much to draw; at least 1.
+    pub threads: usize,
     /// Tokens of one forward pass: canvases times length. One canvas always fits.
     pub batch_tokens: usize,
     /// Evaluations (canvases times remaining steps) that may wait.
@@ -178,20 +181,17 @@ impl Engine {
             id: request.id.clone(),
             shared: Arc::clone(&self.shared),
         };
-        let evaluations = u64::from(request.plan.grid.evaluations());
-        let permits = self.shared.admission.admit(request.canvases, evaluations)?;
+        let course = Arc::new(Course::new(&request.model, request.plan));
+        let canvases: Vec<Canvas> = (0..u64::from(request.canvases))
+            .map(|index| Canvas::new(&course, &request.template, request.seed, index))
+            .collect();
+        let evaluations: Vec<u64> = canvases.iter().map(Canvas::evaluations_left).collect();
+        let permits = self.shared.admission.admit(&evaluations)?;
         let now = Instant::now();
-        let (canvases, work): (Vec<_>, Vec<Work>) = permits
+        let (canvases, work): (Vec<_>, Vec<Work>) = canvases
             .into_iter()
-            .enumerate()
-            .map(|(index, permit)| {
-                let canvas = Canvas::new(
-                    &request.model,
-                    &request.template,
-                    request.plan,
-                    request.seed,
-                    index as u64,
-                );
+            .zip(permits)
+            .map(|(canvas, permit)| {
                 let (progress, receiver) = watch::channel(State::running(&canvas));
                 let work = Work {
                     canvas,
@@ -268,5 +268,7 @@ impl Drop for Engine {
     }
 }
 
+#[cfg(test)]
+mod hits_test;
 #[cfg(test)]
 mod tests;

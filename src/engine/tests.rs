@@ -15,13 +15,14 @@ const LENGTH: usize = 6;
 fn options(workers: usize) -> EngineOptions {
     EngineOptions {
         workers,
+        threads: 2,
         batch_tokens: 8 * LENGTH,
         max_queued_rows: 100_000,
         max_running_requests: 64,
     }
 }
 
-fn manifest(graph: GraphKind) -> Manifest {
+pub(super) fn manifest(graph: GraphKind) -> Manifest {
     let vocab_size = 5;
     Manifest {
         format: FORMAT,
@@ -56,6 +57,12 @@ fn sentences() -> Vec<(Vec<Token>, f64)> {
     ]
 }
 
+/// A model without a network.
+pub(super) fn model_of(manifest: Manifest) -> Arc<ServedModel> {
+    let none: NetworkSource = Box::new(|| Err(NetworkError::Run("there is none".to_owned())));
+    Arc::new(ServedModel::without_bundle(manifest, 1, none))
+}
+
 fn model_with(graph: GraphKind, network: NetworkSource) -> Arc<ServedModel> {
     Arc::new(ServedModel::without_bundle(manifest(graph), 1, network))
 }
@@ -86,6 +93,7 @@ fn request(model: &Arc<ServedModel>, number: u32) -> Request {
                 temperature: 0.5 + f64::from(number % 3) * 0.5,
                 ..TokenChoice::default()
             },
+            normalize: number % 4 == 3,
         },
         seed: u64::from(number) * 17,
         canvases: 1 + number % 2,
@@ -413,6 +421,7 @@ fn outputs_follow_the_data_law() {
         grid: TimeGrid { steps: 64 },
         sampler: SamplerKind::Tweedie,
         choice: TokenChoice::default(),
+        normalize: false,
     };
     let mut generation = engine
         .admit(Request {

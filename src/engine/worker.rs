@@ -4,9 +4,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::canvas::Canvas;
 use super::queue::Work;
-use super::{Failure, Publish, ServedModel, Shared, State};
-use crate::diffusion::sampler::row::BadScores;
+use super::{Failure, Publish, ServedModel, Shared, State, drawing};
 use crate::network::{Batch, NetworkError, ScoreNetwork};
 
 /// Failed steps in a row after which a canvas is given up.
@@ -28,9 +28,11 @@ pub(super) fn run(shared: &Shared, index: usize) {
         if batch.is_empty() {
             continue;
         }
-        // A panic leaves every canvas either before or after its step: `advance` applies moves at once.
-        let result = catch_unwind(AssertUnwindSafe(|| step.run(&mut networks, &mut batch)))
-            .unwrap_or_else(|_| Err(NetworkError::Run("the step panicked".to_owned())));
+        // A panic leaves every canvas either before or after its step: `apply` moves tokens at once.
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            step.run(&mut networks, &mut batch, shared.options.threads)
+        }))
+        .unwrap_or_else(|_| Err(NetworkError::Run("the step panicked".to_owned())));
         match result {
             Ok(took) => {
                 shared.admission.measured(took, batch.len());
@@ -89,14 +91,18 @@ struct Step {
     positions: Vec<i64>,
     /// Wanted positions of every canvas.
     wanted: Vec<Vec<usize>>,
-    weights: Vec<f64>,
 }
 
 impl Step {
     /// Evaluates the network for `batch` and moves every canvas one step on.
     ///
     /// Canvases whose scores are unusable are ended and taken out. Returns the time taken.
-    fn run(&mut self, networks: &mut Networks, batch: &mut Vec<Work>) -> Result<Duration, NetworkError> {
+    fn run(
+        &mut self,
+        networks: &mut Networks,
+        batch: &mut Vec<Work>,
+        threads: usize,
+    ) -> Result<Duration, NetworkError> {
         let started = Instant::now();
         let network = network_of(networks, batch)?;
         self.gather(batch);
@@ -107,16 +113,11 @@ impl Step {
             sigma: &self.sigma,
             positions: &self.positions,
         };
-        let (wanted, weights) = (&self.wanted, &mut self.weights);
-        let mut outcomes: Vec<Result<usize, BadScores>> = Vec::with_capacity(batch.len());
-        let mut evaluated = started;
+        let canvases: Vec<&Canvas> = batch.iter().map(|work| &work.canvas).collect();
+        let (mut evaluated, mut outcomes) = (started, Vec::new());
         network.log_score(&inputs, &mut |rows| {
             evaluated = Instant::now();
-            let mut first = 0;
-            for (work, positions) in batch.iter_mut().zip(wanted) {
-                outcomes.push(work.canvas.advance(positions, |k| rows.row(first + k), weights));
-                first += positions.len();
-            }
+            outcomes = drawing::draw(&canvases, &self.wanted[..canvases.len()], &rows, threads);
         })?;
         let (network_time, sampling) = (evaluated - started, evaluated.elapsed());
         let mut outcomes = outcomes.into_iter();
@@ -125,7 +126,10 @@ impl Step {
             work.timings.network += network_time;
             work.timings.sampling += sampling;
             match outcomes.next() {
-                Some(Ok(_)) => true,
+                Some(Ok(moves)) => {
+                    work.canvas.apply(moves);
+                    true
+                }
                 Some(Err(error)) => {
                     tracing::error!(request = %work.request, %error, "a canvas is given up");
                     work.fail(Failure::Worker {
@@ -151,7 +155,7 @@ impl Step {
             self.positions.extend(wanted.iter().map(|&i| first + i as i64));
             self.tokens
                 .extend(work.canvas.tokens().iter().map(|&t| i64::from(t)));
-            self.sigma.push(work.canvas.sigma() as f32);
+            self.sigma.push(work.canvas.next_sigma() as f32);
         }
     }
 }

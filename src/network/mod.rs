@@ -47,6 +47,11 @@ impl<'a> ScoreRows<'a> {
         }
     }
 
+    /// Length V of a row.
+    pub fn vocab(&self) -> usize {
+        self.vocab
+    }
+
     /// Log-scores of wanted row `index` over target tokens, length V.
     pub fn row(&self, index: usize) -> &'a [f32] {
         let at = self.gather.map_or(index, |positions| positions[index] as usize);

@@ -31,6 +31,7 @@ impl Service {
         let sampling = request::sampling(
             asked.sampling,
             asked.template.gaps(),
+            &asked.model,
             &self.limits,
             self.max_queued_rows,
         )?;
@@ -45,11 +46,16 @@ impl Service {
             sampler: match sampling.plan.sampler {
                 SamplerKind::Tweedie => v1::Sampler::Tweedie,
                 SamplerKind::Euler => v1::Sampler::Euler,
+                SamplerKind::FirstHitting => v1::Sampler::FirstHitting,
             }
             .into(),
-            steps: sampling.plan.grid.steps,
+            steps: match sampling.plan.sampler {
+                SamplerKind::FirstHitting => asked.template.gaps() as u32,
+                SamplerKind::Tweedie | SamplerKind::Euler => sampling.plan.grid.steps,
+            },
             length: asked.template.length() as u32,
             num_samples: sampling.samples,
+            normalize: sampling.plan.is_normalized(&asked.model),
         };
         let generation = self.engine.admit(crate::engine::Request {
             id: asked.id.clone(),

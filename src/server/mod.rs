@@ -123,6 +123,7 @@ impl Server {
             .map_err(system("the socket has no address".to_owned()))?;
         let engine = Engine::start(EngineOptions {
             workers: config.engine.workers,
+            threads: config.engine.threads(),
             batch_tokens: config.engine.batch_tokens,
             max_queued_rows: config.engine.max_queued_rows,
             max_running_requests: config.limits.max_running_requests,

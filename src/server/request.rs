@@ -5,7 +5,7 @@
 use crate::bundle::TextTokenizer;
 use crate::config::LimitsConfig;
 use crate::diffusion::sampler::TimeGrid;
-use crate::diffusion::{SamplerKind, Token, TokenChoice};
+use crate::diffusion::{GraphKind, SamplerKind, Token, TokenChoice};
 use crate::engine::ServedModel;
 use crate::engine::canvas::Plan;
 use crate::proto::v1;
@@ -36,6 +36,7 @@ pub(super) struct Sampling {
 pub(super) fn sampling(
     sampling: Option<v1::Sampling>,
     gaps: usize,
+    model: &ServedModel,
     limits: &LimitsConfig,
     max_rows: u64,
 ) -> Result<Sampling, FieldError> {
@@ -52,15 +53,10 @@ pub(super) fn sampling(
         asked.num_samples.unwrap_or(1),
         limits.max_samples,
     )?;
-    if u64::from(samples) * (u64::from(steps) + 1) > max_rows {
-        let problem = format!(
-            "{samples} canvases of {steps} steps are more than the server queues ({max_rows} evaluations)"
-        );
-        return Err(FieldError::new("sampling.num_samples", problem));
-    }
     let sampler = match v1::Sampler::try_from(asked.sampler) {
         Ok(v1::Sampler::Unspecified | v1::Sampler::Tweedie) => SamplerKind::Tweedie,
         Ok(v1::Sampler::Euler) => SamplerKind::Euler,
+        Ok(v1::Sampler::FirstHitting) => SamplerKind::FirstHitting,
         Err(_) => {
             return Err(FieldError::new(
                 "sampling.sampler",
@@ -93,7 +89,25 @@ pub(super) fn sampling(
         grid: TimeGrid { steps },
         sampler,
         choice,
+        normalize: asked.normalize,
     };
+    if model.manifest().graph != GraphKind::Absorbing {
+        if sampler == SamplerKind::FirstHitting {
+            let problem = "SAMPLER_FIRST_HITTING is for absorbing graphs; this model's is uniform";
+            return Err(FieldError::new("sampling.sampler", problem));
+        }
+        if plan.normalize {
+            let problem = "is for absorbing graphs; this model's is uniform";
+            return Err(FieldError::new("sampling.normalize", problem));
+        }
+    }
+    let evaluations = plan.most_evaluations(gaps, model);
+    if u64::from(samples) * evaluations > max_rows {
+        let problem = format!(
+            "{samples} canvases of {evaluations} evaluations are more than the server queues ({max_rows} evaluations)"
+        );
+        return Err(FieldError::new("sampling.num_samples", problem));
+    }
     Ok(Sampling {
         plan,
         seed: asked.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0),

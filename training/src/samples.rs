@@ -6,9 +6,9 @@ use std::convert::Infallible;
 use burn::Tensor;
 use burn::tensor::{Int, TensorData};
 use denoised::bundle::Parameterization;
-use denoised::diffusion::sampler::TimeGrid;
-use denoised::diffusion::sampler::row::{self, BadScores};
-use denoised::diffusion::{Draws, SamplerKind, Token, TokenChoice};
+use denoised::diffusion::sampler::row::{self, BadScores, Scratch};
+use denoised::diffusion::sampler::{TimeGrid, Tweedie};
+use denoised::diffusion::{Draws, Token, TokenChoice};
 use thiserror::Error;
 
 use crate::loss::Objective;
@@ -105,13 +105,12 @@ impl Sampling {
     ) -> Result<Vec<Token>, SampleError<N::Error>> {
         let (graph, schedule) = (&self.objective.graph, &self.objective.schedule);
         let grid = TimeGrid { steps: self.steps };
-        let sampler = SamplerKind::Tweedie.sampler();
         let mut draws = Draws::new(self.seed, index);
         let mut tokens: Vec<Token> = (0..self.length)
             .map(|position| graph.sample_limit(draws.prior(position)))
             .collect();
         let mut moved = Vec::new();
-        let mut weights = Vec::new();
+        let mut scratch = Scratch::default();
         for step in 0..grid.evaluations() {
             let mask = graph.mask();
             let wanted: Vec<usize> = (0..self.length)
@@ -121,7 +120,7 @@ impl Sampling {
                 break;
             }
             let sigma = schedule.total_noise(grid.time(step));
-            let law = grid.law(sampler, graph, schedule, step);
+            let law = grid.law(&Tweedie, graph, schedule, step);
             moved.clear();
             network
                 .head_rows(&tokens, sigma, &wanted, &mut |row, scores| {
@@ -129,7 +128,7 @@ impl Sampling {
                     let offset = self.offset(sigma, scores, tokens[position]);
                     let uniforms = draws.at(step, position);
                     let token = tokens[position];
-                    let drawn = row::draw(&law, &self.choice, token, scores, offset, uniforms, &mut weights);
+                    let drawn = row::draw(&law, &self.choice, token, scores, offset, uniforms, &mut scratch);
                     moved.push(drawn.map(|token| (position, token)));
                 })
                 .map_err(SampleError::Network)?;

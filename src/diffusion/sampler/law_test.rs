@@ -10,7 +10,7 @@
 
 use statrs::distribution::{ChiSquared, ContinuousCDF};
 
-use super::row::draw;
+use super::row::{Scratch, draw};
 use super::{SamplerKind, TimeGrid, TokenChoice};
 use crate::diffusion::{Draws, Graph, GraphKind, Schedule, Token};
 
@@ -19,17 +19,17 @@ const LENGTH: usize = 2;
 /// p(x0) over pairs of tokens, strongly correlated.
 const DATA: [[f64; TOKENS]; TOKENS] = [[0.30, 0.05, 0.02], [0.03, 0.25, 0.05], [0.10, 0.02, 0.18]];
 
-type Canvas = [Token; LENGTH];
+pub(crate) type Canvas = [Token; LENGTH];
 
-struct Chain {
-    graph: Graph,
-    schedule: Schedule,
+pub(crate) struct Chain {
+    pub(crate) graph: Graph,
+    pub(crate) schedule: Schedule,
     kind: SamplerKind,
     grid: TimeGrid,
 }
 
 impl Chain {
-    fn new(kind: GraphKind, sampler: SamplerKind, steps: u32) -> Self {
+    pub(crate) fn new(kind: GraphKind, sampler: SamplerKind, steps: u32) -> Self {
         let states = TOKENS + usize::from(kind == GraphKind::Absorbing);
         let schedule = match kind {
             GraphKind::Absorbing => Schedule::LogLinear { eps: 1e-3 },
@@ -46,7 +46,13 @@ impl Chain {
         }
     }
 
-    fn canvases(&self) -> Vec<Canvas> {
+    /// The data law, over [`Self::canvases`].
+    pub(crate) fn data(&self) -> Vec<f64> {
+        let of = |c: &Canvas| DATA.get(c[0] as usize)?.get(c[1] as usize).copied();
+        self.canvases().iter().map(|c| of(c).unwrap_or(0.0)).collect()
+    }
+
+    pub(crate) fn canvases(&self) -> Vec<Canvas> {
         let states = self.graph.states() as Token;
         (0..states)
             .flat_map(|a| (0..states).map(move |b| [a, b]))
@@ -70,7 +76,7 @@ impl Chain {
     }
 
     /// Exact log-scores of one position: ln p_t(y, rest) / p_t(canvas).
-    fn log_scores(&self, canvas: Canvas, position: usize, sigma: f64) -> Vec<f32> {
+    pub(crate) fn log_scores(&self, canvas: Canvas, position: usize, sigma: f64) -> Vec<f32> {
         let here = self.noised(canvas, sigma);
         (0..self.graph.states() as Token)
             .map(|y| {
@@ -128,7 +134,7 @@ impl Chain {
     }
 
     /// The exact law of the final canvas, by summing over all canvases step by step.
-    fn exact(&self) -> Vec<f64> {
+    pub(crate) fn exact(&self) -> Vec<f64> {
         let canvases = self.canvases();
         let prior = |x: Token| match self.graph.mask() {
             Some(mask) => f64::from(u8::from(x == mask)),
@@ -150,12 +156,15 @@ impl Chain {
 
     /// One canvas, drawn the way the engine draws it.
     fn sample(&self, seed: u64, scores: &mut impl FnMut(Canvas, usize, u32) -> Vec<f32>) -> Canvas {
-        let (mut draws, mut weights) = (Draws::new(seed, 0), Vec::new());
+        let (mut draws, mut scratch) = (Draws::new(seed, 0), Scratch::default());
         let mut canvas = [0, 1].map(|i| self.graph.sample_limit(draws.prior(i)));
         for step in 0..=self.grid.steps {
-            let law = self
-                .grid
-                .law(self.kind.sampler(), &self.graph, &self.schedule, step);
+            let law = self.grid.law(
+                self.kind.discretisation().unwrap(),
+                &self.graph,
+                &self.schedule,
+                step,
+            );
             let before = canvas;
             for position in (0..LENGTH).filter(|&i| self.can_move(before[i])) {
                 let row = scores(before, position, step);
@@ -167,7 +176,7 @@ impl Chain {
                     &row,
                     0.0,
                     u,
-                    &mut weights,
+                    &mut scratch,
                 )
                 .unwrap()
                 {
@@ -177,6 +186,35 @@ impl Chain {
         }
         canvas
     }
+}
+
+/// Counts of canvases follow `law`, by chi-square at significance 1e-3.
+pub(crate) fn assert_follows(law: &[f64], counts: &[f64], what: &str) {
+    let samples: f64 = counts.iter().sum();
+    let (mut statistic, mut cells, mut rare, mut rare_expected) = (0.0, 0u32, 0.0, 0.0);
+    for (count, p) in counts.iter().zip(law) {
+        let expected = p * samples;
+        if expected >= 5.0 {
+            statistic += (count - expected).powi(2) / expected;
+            cells += 1;
+        } else {
+            assert!(
+                *p > 1e-15 || *count == 0.0,
+                "{what}: drew a canvas of probability zero"
+            );
+            rare += count;
+            rare_expected += expected;
+        }
+    }
+    if rare_expected >= 5.0 {
+        statistic += (rare - rare_expected).powi(2) / rare_expected;
+        cells += 1;
+    }
+    let p_value = 1.0 - ChiSquared::new(f64::from(cells - 1)).unwrap().cdf(statistic);
+    assert!(
+        p_value > 1e-3,
+        "{what}: chi-square {statistic} over {cells} cells"
+    );
 }
 
 fn check(kind: GraphKind, sampler: SamplerKind, steps: u32) {
@@ -202,40 +240,13 @@ fn check(kind: GraphKind, sampler: SamplerKind, steps: u32) {
         let canvas = chain.sample(u64::from(seed), &mut scores);
         counts[canvases.iter().position(|c| *c == canvas).unwrap()] += 1.0;
     }
-    let (mut statistic, mut cells, mut rare, mut rare_expected) = (0.0, 0u32, 0.0, 0.0);
-    for (count, p) in counts.iter().zip(&law) {
-        let expected = p * f64::from(samples);
-        if expected >= 5.0 {
-            statistic += (count - expected).powi(2) / expected;
-            cells += 1;
-        } else {
-            assert!(*p > 1e-15 || *count == 0.0, "drew a canvas of probability zero");
-            rare += count;
-            rare_expected += expected;
-        }
-    }
-    if rare_expected >= 5.0 {
-        statistic += (rare - rare_expected).powi(2) / rare_expected;
-        cells += 1;
-    }
-    let p_value = 1.0 - ChiSquared::new(f64::from(cells - 1)).unwrap().cdf(statistic);
-    assert!(
-        p_value > 1e-3,
-        "{kind:?} {sampler:?} {steps} steps: chi-square {statistic} over {cells} cells"
-    );
+    assert_follows(&law, &counts, &format!("{kind:?} {sampler:?} {steps} steps"));
     if steps == 64 && sampler == SamplerKind::Tweedie {
         // Enough steps bring the chain itself close to the data.
-        let distance: f64 = canvases
+        let distance: f64 = law
             .iter()
-            .zip(&law)
-            .map(|(c, p)| {
-                let data = DATA
-                    .get(c[0] as usize)
-                    .and_then(|r| r.get(c[1] as usize))
-                    .copied()
-                    .unwrap_or(0.0);
-                (p - data).abs() / 2.0
-            })
+            .zip(chain.data())
+            .map(|(p, data)| (p - data).abs() / 2.0)
             .sum();
         assert!(distance < 0.03, "total variation to the data {distance}");
     }

@@ -8,7 +8,9 @@
 //! To add a sampler: a file with a type that implements [`Sampler`], an arm in [`SamplerKind`], one in
 //! the proto enum.
 
+mod blocks;
 mod euler;
+pub mod hits;
 pub mod row;
 mod tweedie;
 
@@ -49,7 +51,7 @@ impl RowLaw {
 }
 
 /// A discretisation of the reverse process.
-pub trait Sampler {
+pub trait Sampler: std::fmt::Debug + Send + Sync {
     /// The law of the step from time `t` to `t - dt`, for tokens that can still move.
     fn step(&self, graph: &Graph, schedule: &Schedule, t: f64, dt: f64) -> RowLaw;
 
@@ -69,6 +71,14 @@ pub trait Sampler {
     }
 }
 
+/// The law of a token that leaves the mask whatever its scores say: only where to is open.
+pub const LEAVE: RowLaw = RowLaw {
+    gain: 1.0,
+    spread: 0.0,
+    stay: 0.0,
+    stay_slope: 0.0,
+};
+
 /// The samplers by name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SamplerKind {
@@ -77,14 +87,17 @@ pub enum SamplerKind {
     Tweedie,
     /// Tau-leaping.
     Euler,
+    /// One token per evaluation, in continuous time (arXiv 2409.02908): exact, for absorbing graphs.
+    FirstHitting,
 }
 
 impl SamplerKind {
-    /// The implementation behind the name.
-    pub fn sampler(self) -> &'static dyn Sampler {
+    /// The discretisation behind the name; none where time is continuous.
+    pub fn discretisation(self) -> Option<&'static dyn Sampler> {
         match self {
-            Self::Tweedie => &Tweedie,
-            Self::Euler => &Euler,
+            Self::Tweedie => Some(&Tweedie),
+            Self::Euler => Some(&Euler),
+            Self::FirstHitting => None,
         }
     }
 }
@@ -128,4 +141,4 @@ impl TimeGrid {
 }
 
 #[cfg(test)]
-mod law_test;
+pub(crate) mod law_test;

@@ -1,0 +1,167 @@
+//! Canvases with hit times: the law of what comes out, and what it costs.
+//!
+//! Space, scores and statistic are those of `diffusion::sampler::law_test`: two positions, exact scores, chi-square
+//! at significance 1e-3, seeds fixed.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use super::canvas::{Canvas, Course, Plan};
+use super::tests::{manifest, model_of};
+use crate::bundle::{Manifest, Parameterization};
+use crate::diffusion::sampler::TimeGrid;
+use crate::diffusion::sampler::law_test::{Chain, assert_follows};
+use crate::diffusion::sampler::row::Scratch;
+use crate::diffusion::{GraphKind, SamplerKind, Token, TokenChoice};
+
+fn plan(sampler: SamplerKind, steps: u32) -> Plan {
+    Plan {
+        grid: TimeGrid { steps },
+        sampler,
+        choice: TokenChoice::default(),
+        normalize: true,
+    }
+}
+
+/// Canvases of a model of `parameterization` that was never asked to be normalised, or of one that was.
+fn course(chain: &Chain, parameterization: Parameterization, plan: Plan) -> Arc<Course> {
+    let states = chain.graph.states();
+    let model = model_of(Manifest {
+        schedule: chain.schedule,
+        vocab_size: states,
+        mask_token: chain.graph.mask(),
+        parameterization,
+        max_length: 2,
+        ..manifest(GraphKind::Absorbing)
+    });
+    Arc::new(Course::new(&model, plan))
+}
+
+/// Runs a canvas to its end with the rows that `scores` gives at a total noise; returns its evaluations.
+fn run(canvas: &mut Canvas, mut scores: impl FnMut(&[Token], usize, f64) -> Vec<f32>) -> u32 {
+    let mut scratch = Scratch::default();
+    while !canvas.is_done() {
+        let wanted: Vec<usize> = canvas.wanted().collect();
+        assert!(!wanted.is_empty(), "an evaluation without rows");
+        let (mut rows, sigma) = (canvas.rows(), canvas.next_sigma());
+        let mut moves = Vec::new();
+        for position in wanted {
+            let row = scores(canvas.tokens(), position, sigma);
+            let token = rows.draw(position, &row, &mut scratch).unwrap();
+            moves.push((position, token.unwrap()));
+        }
+        canvas.apply(moves);
+    }
+    canvas.nfe()
+}
+
+fn counts(chain: &Chain, course: &Arc<Course>) -> Vec<f64> {
+    let canvases = chain.canvases();
+    let mut counts = vec![0.0; canvases.len()];
+    for seed in 20_000..60_000 {
+        let mut canvas = Canvas::new(course, &[None, None], seed, 0);
+        run(&mut canvas, |tokens, position, sigma| {
+            let tokens = [tokens[0], tokens[1]];
+            let mut row = chain.log_scores(tokens, position, sigma);
+            // A network whose scores are off by a factor is put right.
+            row.iter_mut()
+                .for_each(|log_score| *log_score += 0.7 + position as f32);
+            row
+        });
+        let drawn = canvases.iter().position(|c| c == canvas.tokens()).unwrap();
+        counts[drawn] += 1.0;
+    }
+    counts
+}
+
+#[test]
+fn hit_times_on_a_grid_draw_the_law_of_the_plain_sampler() {
+    for (sampler, steps) in [
+        (SamplerKind::Tweedie, 1),
+        (SamplerKind::Tweedie, 2),
+        (SamplerKind::Tweedie, 16),
+        (SamplerKind::Euler, 3),
+        (SamplerKind::Euler, 16),
+    ] {
+        let chain = Chain::new(GraphKind::Absorbing, sampler, steps);
+        let course = course(&chain, Parameterization::Score, plan(sampler, steps));
+        let what = format!("{sampler:?} {steps} steps");
+        assert_follows(&chain.exact(), &counts(&chain, &course), &what);
+    }
+}
+
+#[test]
+fn first_hitting_draws_the_data_law() {
+    let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
+    let course = course(
+        &chain,
+        Parameterization::Score,
+        plan(SamplerKind::FirstHitting, 1),
+    );
+    assert_follows(&chain.data(), &counts(&chain, &course), "first hitting");
+}
+
+#[test]
+fn evaluations_are_the_distinct_hit_steps() {
+    let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
+    let flat = |_: &[Token], _: usize, _: f64| vec![0.0; chain.graph.states()];
+    // Networks that give probabilities need not be asked to be normalised.
+    for (sampler, steps, least) in [
+        (SamplerKind::Tweedie, 8, 8),
+        (SamplerKind::Euler, 1024, 40),
+        (SamplerKind::FirstHitting, 8, 57),
+    ] {
+        let asked = Plan {
+            normalize: false,
+            ..plan(sampler, steps)
+        };
+        let course = course(&chain, Parameterization::Mean, asked);
+        let mut template = vec![None; 60];
+        template[7..10].fill(Some(1));
+        for seed in 0..20 {
+            let mut canvas = Canvas::new(&course, &template, seed, 0);
+            let admitted = canvas.evaluations_left();
+            let nfe = run(&mut canvas, flat);
+            let steps: HashSet<u32> = canvas
+                .committed_at()
+                .iter()
+                .copied()
+                .filter(|&step| step > 0)
+                .collect();
+            assert_eq!(u64::from(nfe), admitted);
+            assert_eq!(nfe as usize, steps.len(), "{sampler:?}: {steps:?}");
+            assert!((least..=57).contains(&nfe), "{sampler:?}: {nfe} evaluations");
+            assert_eq!((canvas.masked(), canvas.time(), canvas.sigma()), (0, 0.0, 0.0));
+            assert_eq!(&canvas.tokens()[7..10], [1; 3]);
+        }
+    }
+}
+
+/// The state a client sees never goes back in time, and ends at 0.
+#[test]
+fn times_fall_from_one_to_zero() {
+    let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
+    for sampler in [SamplerKind::Tweedie, SamplerKind::FirstHitting] {
+        let course = course(&chain, Parameterization::Score, plan(sampler, 30));
+        let mut canvas = Canvas::new(&course, &[None; 12], 3, 0);
+        assert_eq!((canvas.time(), canvas.step()), (1.0, 0));
+        let (mut scratch, row) = (Scratch::default(), vec![0.0; chain.graph.states()]);
+        let mut before = 1.1;
+        while !canvas.is_done() {
+            assert!(canvas.time() < before && canvas.next_sigma() <= canvas.sigma());
+            before = canvas.time();
+            let mut rows = canvas.rows();
+            let moves: Vec<(usize, Token)> = canvas
+                .wanted()
+                .map(|position| {
+                    (
+                        position,
+                        rows.draw(position, &row, &mut scratch).unwrap().unwrap(),
+                    )
+                })
+                .collect();
+            canvas.apply(moves);
+        }
+    }
+}
