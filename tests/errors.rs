@@ -61,6 +61,15 @@ async fn every_field_of_generate_is_checked() {
         ),
         ("sampling.sampler", sampling(|s| s.sampler = 99)),
         (
+            "sampling.entropy_bound",
+            sampling(|s| s.entropy_bound = Some(f64::NAN)),
+        ),
+        (
+            "sampling.entropy_bound",
+            sampling(|s| s.entropy_bound = Some(-0.1)),
+        ),
+        ("sampling.remask_rate", sampling(|s| s.remask_rate = Some(1.1))),
+        (
             "length",
             GenerateRequest {
                 length: Some(0),

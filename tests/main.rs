@@ -15,7 +15,8 @@ mod errors;
 mod foreign_client;
 mod foreign_network;
 mod frames;
-mod hit_times;
+
 mod infill;
 mod network;
+mod samplers;
 mod support;

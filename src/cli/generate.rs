@@ -33,12 +33,19 @@ pub(super) struct Generate {
     /// Denoising steps; as many as there are tokens to fill by default, at most 64.
     #[arg(long, value_name = "N")]
     steps: Option<u32>,
-    /// How to take a step: tweedie, euler or first-hitting (one token an evaluation); tweedie by default.
+    /// How to take a step: tweedie, euler, first-hitting (one token an evaluation), confidence or entropy-bounded
+    /// (the surest tokens first), remask (tokens can be masked again); tweedie by default.
     #[arg(long, value_name = "SAMPLER", value_parser = sampler)]
     sampler: Option<Sampler>,
     /// Let the noise alone decide when a token leaves the mask: evaluations that change nothing are not run.
     #[arg(long)]
     normalize: bool,
+    /// Entropy, in nats, of the tokens that entropy-bounded fills at once; 0.5 by default.
+    #[arg(long, value_name = "X")]
+    entropy_bound: Option<f64>,
+    /// Chance of a token to be masked again in a step of remask; 0.02 by default.
+    #[arg(long, value_name = "X")]
+    remask_rate: Option<f64>,
     /// Seed of all random choices: the same seed gives the same text. Drawn by default.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -141,6 +148,8 @@ impl Generate {
             top_p: self.top_p,
             num_samples: self.num_samples,
             normalize: self.normalize,
+            entropy_bound: self.entropy_bound,
+            remask_rate: self.remask_rate,
         }
     }
 

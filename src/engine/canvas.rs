@@ -3,154 +3,12 @@
 use std::sync::Arc;
 
 use super::ServedModel;
-use crate::bundle::Parameterization;
-use crate::diffusion::sampler::hits::{Survival, hitting_time};
-use crate::diffusion::sampler::row::{self, BadScores, Scratch};
-use crate::diffusion::sampler::{FINAL_TIME, LEAVE, Sampler, TimeGrid};
-use crate::diffusion::{Draws, GraphKind, RowLaw, SamplerKind, Token, TokenChoice};
-
-/// How a canvas is denoised.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Plan {
-    /// The times of the evaluations, where the sampler does not choose its own.
-    pub grid: TimeGrid,
-    /// How a step is taken.
-    pub sampler: SamplerKind,
-    /// How tokens are chosen.
-    pub choice: TokenChoice,
-    /// Whether scores are normalised, on absorbing graphs: the network then says where a position moves to,
-    /// the noise alone says when. Networks that give probabilities are normalised as they are.
-    pub normalize: bool,
-}
-
-impl Plan {
-    /// Evaluations of a canvas with `gaps` positions to fill, at most.
-    pub fn most_evaluations(&self, gaps: usize, model: &ServedModel) -> u64 {
-        let gaps = gaps as u64;
-        match self.sampler {
-            SamplerKind::FirstHitting => gaps,
-            SamplerKind::Tweedie | SamplerKind::Euler => {
-                let evaluations = u64::from(self.grid.evaluations());
-                if self.is_normalized(model) {
-                    gaps.min(evaluations)
-                } else {
-                    evaluations
-                }
-            }
-        }
-    }
-
-    /// Whether scores are normalised, asked for or not: hit times are then drawn at the start.
-    pub fn is_normalized(&self, model: &ServedModel) -> bool {
-        let manifest = model.manifest();
-        manifest.graph == GraphKind::Absorbing
-            && (self.normalize
-                || self.sampler == SamplerKind::FirstHitting
-                || manifest.parameterization == Parameterization::Mean)
-    }
-}
-
-/// What the canvases of a request share.
-#[derive(Debug)]
-pub struct Course {
-    model: Arc<ServedModel>,
-    plan: Plan,
-    departures: Departures,
-}
-
-/// What decides when a position leaves the mask, or its token.
-#[derive(Debug)]
-enum Departures {
-    /// Its scores, in every step of the grid.
-    Scores(&'static dyn Sampler),
-    /// A hit time on the grid.
-    Hits(Survival),
-    /// A hit time between 1 and 0.
-    ContinuousHits,
-}
-
-impl Course {
-    /// The course of `plan` for canvases of `model`.
-    pub fn new(model: &Arc<ServedModel>, plan: Plan) -> Self {
-        let departures = match plan.sampler.discretisation() {
-            None => Departures::ContinuousHits,
-            Some(sampler) if plan.is_normalized(model) => Departures::Hits(Survival::new(
-                sampler,
-                &model.graph(),
-                &model.manifest().schedule,
-                plan.grid,
-            )),
-            Some(sampler) => Departures::Scores(sampler),
-        };
-        Self {
-            model: Arc::clone(model),
-            plan,
-            departures,
-        }
-    }
-}
-
-/// When the positions of one canvas leave the mask; drawn at the start.
-#[derive(Clone, Debug)]
-struct Hits {
-    /// The step in which each position is hit; [`NEVER`] where clamped.
-    steps: Vec<u32>,
-    /// The time of every step, where they are not those of the grid.
-    times: Option<Vec<f64>>,
-}
-
-const NEVER: u32 = u32::MAX;
-
-impl Hits {
-    fn draw(course: &Course, clamped: &[bool], draws: &mut Draws) -> Option<Self> {
-        match &course.departures {
-            Departures::Scores(_) => None,
-            Departures::Hits(survival) => {
-                let step = |(i, clamped): (usize, &bool)| {
-                    if *clamped {
-                        NEVER
-                    } else {
-                        survival.hit(draws.hit(i))
-                    }
-                };
-                Some(Self {
-                    steps: clamped.iter().enumerate().map(step).collect(),
-                    times: None,
-                })
-            }
-            Departures::ContinuousHits => {
-                let schedule = &course.model.manifest().schedule;
-                let mut order: Vec<(f64, usize)> = (0..clamped.len())
-                    .filter(|&i| !clamped[i])
-                    .map(|i| (hitting_time(schedule, draws.hit(i)), i))
-                    .collect();
-                order.sort_by(|a, b| b.0.total_cmp(&a.0));
-                let mut steps = vec![NEVER; clamped.len()];
-                for (step, &(_, position)) in order.iter().enumerate() {
-                    steps[position] = step as u32;
-                }
-                Some(Self {
-                    steps,
-                    times: Some(order.into_iter().map(|(t, _)| t).collect()),
-                })
-            }
-        }
-    }
-
-    /// The first step from `step` on in which something is hit.
-    fn next(&self, step: u32) -> Option<u32> {
-        let hits = self.steps.iter().copied();
-        hits.filter(|&hit| hit != NEVER && hit >= step).min()
-    }
-
-    /// Steps in which something is hit.
-    fn evaluations(&self) -> u64 {
-        let mut steps: Vec<u32> = self.steps.iter().copied().filter(|&hit| hit != NEVER).collect();
-        steps.sort_unstable();
-        steps.dedup();
-        steps.len() as u64
-    }
-}
+use super::course::{Course, Departures, Doubts, Hits};
+use crate::diffusion::sampler::parallel::{even_share, surest, within_entropy};
+use crate::diffusion::sampler::remask::Remask;
+use crate::diffusion::sampler::row::{self, BadScores, Doubt, Scratch};
+use crate::diffusion::sampler::{FINAL_TIME, LEAVE};
+use crate::diffusion::{Draws, GraphKind, RowLaw, Token, TokenChoice};
 
 /// A row of tokens on its way from noise to text.
 #[derive(Clone, Debug)]
@@ -160,11 +18,24 @@ pub struct Canvas {
     draws: Draws,
     tokens: Vec<Token>,
     clamped: Arc<[bool]>,
+    /// Positions that are not clamped.
+    gaps: usize,
     hits: Option<Hits>,
     /// For every position, the number of steps after which it got its present token.
     committed_at: Vec<u32>,
     step: u32,
     nfe: u32,
+}
+
+/// A token for a position, drawn from its row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// Where it would go.
+    pub position: usize,
+    /// What would go there.
+    pub token: Token,
+    /// How unsure the network is, in nats; 0 for samplers that do not ask.
+    pub doubt: f64,
 }
 
 impl Canvas {
@@ -178,9 +49,10 @@ impl Canvas {
             .map(|(i, token)| token.unwrap_or_else(|| graph.sample_limit(draws.prior(i))))
             .collect();
         let clamped: Arc<[bool]> = template.iter().map(Option::is_some).collect();
-        Self {
+        let mut canvas = Self {
             tokens,
             hits: Hits::draw(course, &clamped, &mut draws),
+            gaps: clamped.iter().filter(|clamped| !**clamped).count(),
             clamped,
             committed_at: vec![0; template.len()],
             course: Arc::clone(course),
@@ -188,7 +60,9 @@ impl Canvas {
             draws,
             step: 0,
             nfe: 0,
-        }
+        };
+        canvas.pass_over_steps_without_evaluation();
+        canvas
     }
 
     /// The model that denoises this canvas.
@@ -228,20 +102,16 @@ impl Canvas {
 
     /// Steps until done, final denoising included.
     pub fn total(&self) -> u32 {
-        match &self.hits {
-            Some(Hits {
-                times: Some(times), ..
-            }) => times.len() as u32,
-            _ => self.course.plan.grid.evaluations(),
-        }
+        self.course.plan.steps(self.gaps)
     }
 
-    /// Evaluations that are left, at most.
+    /// Evaluations that are left, at most; at least 1.
     pub fn evaluations_left(&self) -> u64 {
-        match &self.hits {
-            Some(hits) => hits.evaluations().saturating_sub(u64::from(self.nfe)).max(1),
-            None => u64::from(self.total() - self.step),
-        }
+        let left = match &self.hits {
+            Some(hits) => hits.evaluations().saturating_sub(u64::from(self.nfe)),
+            None => u64::from(self.total().saturating_sub(self.step)),
+        };
+        left.max(1)
     }
 
     /// Whether every step is taken.
@@ -251,12 +121,14 @@ impl Canvas {
 
     /// Time of the present state, from 1 down to 0.
     pub fn time(&self) -> f64 {
-        match &self.hits {
+        match (&self.course.departures, &self.hits) {
             _ if self.is_done() => 0.0,
             // In continuous time a step ends where something is hit.
-            Some(Hits {
-                times: Some(times), ..
-            }) => self.step.checked_sub(1).map_or(1.0, |last| times[last as usize]),
+            (Departures::ContinuousHits, Some(hits)) => {
+                let last = self.step.checked_sub(1);
+                last.map_or(1.0, |last| hits.time(last))
+            }
+            (Departures::Doubts(_), _) => self.time_of_the_masked(),
             _ => self.course.plan.grid.time(self.step),
         }
     }
@@ -273,16 +145,23 @@ impl Canvas {
     /// Total noise of the next evaluation.
     pub fn next_sigma(&self) -> f64 {
         let step = self.next_step();
-        self.total_noise(match &self.hits {
-            Some(Hits {
-                times: Some(times), ..
-            }) => times.get(step as usize).copied().unwrap_or(FINAL_TIME),
+        self.total_noise(match (&self.course.departures, &self.hits) {
+            (Departures::ContinuousHits, Some(hits)) => hits.time(step),
+            (Departures::Doubts(_), _) => self.time_of_the_masked(),
             _ => self.course.plan.grid.time(step),
         })
     }
 
     fn total_noise(&self, t: f64) -> f64 {
         self.model().manifest().schedule.total_noise(t)
+    }
+
+    /// The time at which as many positions are masked as are now.
+    fn time_of_the_masked(&self) -> f64 {
+        let share = self.masked() as f64 / self.gaps.max(1) as f64;
+        let schedule = &self.model().manifest().schedule;
+        let most = -(-schedule.total_noise(1.0)).exp_m1();
+        schedule.time(-(-share.min(most)).ln_1p()).clamp(FINAL_TIME, 1.0)
     }
 
     /// The step of the next evaluation: the next one, or the next one in which something is hit.
@@ -302,9 +181,14 @@ impl Canvas {
     /// Positions whose scores the next evaluation needs, ascending.
     pub fn wanted(&self) -> impl Iterator<Item = usize> + '_ {
         let (mask, step) = (self.model().graph().mask(), self.next_step());
+        let mut draws = self.draws.clone();
+        let leave = self.chances(step).map_or(1.0, |chances| chances.leave);
         (0..self.tokens.len()).filter(move |&i| match &self.hits {
             Some(hits) => hits.steps[i] == step,
-            None => !self.clamped[i] && mask.is_none_or(|mask| self.tokens[i] == mask),
+            None => {
+                let can_move = !self.clamped[i] && mask.is_none_or(|mask| self.tokens[i] == mask);
+                can_move && (leave == 1.0 || draws.at(step, i).leave < leave)
+            }
         })
     }
 
@@ -316,22 +200,25 @@ impl Canvas {
             departures,
         } = &*self.course;
         let (graph, manifest) = (model.graph(), model.manifest());
-        let (law, offset) = match departures {
+        let (law, doubt) = match departures {
             Departures::Scores(sampler) => {
                 let law = plan.grid.law(*sampler, &graph, &manifest.schedule, self.step);
-                let (offset, sigma) = (manifest.sigma_offset, self.sigma());
-                let parameterization = manifest.parameterization;
-                (
-                    law,
-                    parameterization.log_score_offset(offset, sigma, manifest.vocab_size),
-                )
+                (law, Doubt::None)
             }
-            // Scores are compared with each other alone.
-            Departures::Hits(_) | Departures::ContinuousHits => (LEAVE, 0.0),
+            Departures::Hits(_) | Departures::ContinuousHits | Departures::Chance { .. } => {
+                (LEAVE, Doubt::None)
+            }
+            Departures::Doubts(Doubts::Even) => (LEAVE, Doubt::OfToken),
+            Departures::Doubts(Doubts::Bounded(_)) => (LEAVE, Doubt::OfRow),
         };
         Rows {
             law,
-            offset,
+            doubt,
+            offset: manifest.parameterization.log_score_offset(
+                manifest.sigma_offset,
+                self.sigma(),
+                manifest.vocab_size,
+            ),
             choice: plan.choice,
             step: self.next_step(),
             tokens: &self.tokens,
@@ -339,20 +226,83 @@ impl Canvas {
         }
     }
 
-    /// Ends the step: tokens change to what [`Rows::draw`] gave for positions.
-    pub fn apply(&mut self, moves: impl IntoIterator<Item = (usize, Token)>) {
-        self.step = self.next_step() + 1;
+    /// Ends the step with what [`Rows::draw`] gave for the wanted positions.
+    pub fn apply(&mut self, mut candidates: Vec<Candidate>) {
+        if let Departures::Doubts(doubts) = &self.course.departures {
+            candidates = self.take_the_surest(*doubts, &candidates);
+        }
+        self.step = self.next_step();
+        let masked_again = self.masked_again();
+        self.step += 1;
         self.nfe += 1;
-        for (position, token) in moves {
+        for Candidate { position, token, .. } in candidates {
             self.tokens[position] = token;
             self.committed_at[position] = self.step;
         }
-        let nothing_left = match &self.hits {
-            Some(hits) => hits.next(self.step).is_none(),
-            None => self.model().graph().kind() == GraphKind::Absorbing && self.wanted().next().is_none(),
-        };
-        if nothing_left {
+        self.mask(&masked_again);
+        self.pass_over_steps_without_evaluation();
+        if self.nothing_is_left() {
             self.step = self.total();
+        }
+    }
+
+    fn take_the_surest(&self, doubts: Doubts, candidates: &[Candidate]) -> Vec<Candidate> {
+        let of: Vec<f64> = candidates.iter().map(|candidate| candidate.doubt).collect();
+        let share = even_share(candidates.len(), self.total() - self.step);
+        let taken = match doubts {
+            Doubts::Even => surest(&of, share),
+            Doubts::Bounded(bound) => within_entropy(&of, bound, share),
+        };
+        taken.into_iter().map(|index| candidates[index]).collect()
+    }
+
+    /// Chances to leave and to be masked again in `step`, where nothing but chance decides.
+    fn chances(&self, step: u32) -> Option<Remask> {
+        let Departures::Chance { remask } = self.course.departures else {
+            return None;
+        };
+        let schedule = &self.model().manifest().schedule;
+        Some(Remask::new(schedule, self.course.plan.grid, step, remask))
+    }
+
+    /// Positions that the present step masks again.
+    fn masked_again(&self) -> Vec<usize> {
+        let (Some(chances), Some(mask)) = (self.chances(self.step), self.model().graph().mask()) else {
+            return Vec::new();
+        };
+        let mut draws = self.draws.clone();
+        (0..self.tokens.len())
+            .filter(|&i| !self.clamped[i] && self.tokens[i] != mask)
+            .filter(|&i| draws.at(self.step, i).leave < chances.mask)
+            .collect()
+    }
+
+    fn mask(&mut self, positions: &[usize]) {
+        let Some(mask) = self.model().graph().mask() else {
+            return;
+        };
+        for &position in positions {
+            self.tokens[position] = mask;
+            self.committed_at[position] = 0;
+        }
+    }
+
+    /// Takes steps in which chance leaves every mask where it is.
+    fn pass_over_steps_without_evaluation(&mut self) {
+        while self.chances(self.step).is_some() && !self.is_done() && self.wanted().next().is_none() {
+            let masked_again = self.masked_again();
+            self.mask(&masked_again);
+            self.step += 1;
+        }
+    }
+
+    fn nothing_is_left(&self) -> bool {
+        match (&self.course.departures, &self.hits) {
+            (_, Some(hits)) => hits.next(self.step).is_none(),
+            (Departures::Chance { .. }, None) => self.is_done(),
+            (_, None) => {
+                self.model().graph().kind() == GraphKind::Absorbing && self.wanted().next().is_none()
+            }
         }
     }
 }
@@ -361,6 +311,7 @@ impl Canvas {
 #[derive(Debug)]
 pub struct Rows<'a> {
     law: RowLaw,
+    doubt: Doubt,
     offset: f64,
     choice: TokenChoice,
     step: u32,
@@ -369,15 +320,23 @@ pub struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// What becomes of `position`, given the network's row for it: its new token, or `None` when it stays.
+    /// What becomes of `position`, given the network's row for it; `None` when it stays.
     pub fn draw(
         &mut self,
         position: usize,
         log_score: &[f32],
         scratch: &mut Scratch,
-    ) -> Result<Option<Token>, BadScores> {
+    ) -> Result<Option<Candidate>, BadScores> {
         let u = self.draws.at(self.step, position);
         let x = self.tokens[position];
-        row::draw(&self.law, &self.choice, x, log_score, self.offset, u, scratch)
+        let token = row::draw(&self.law, &self.choice, x, log_score, self.offset, u, scratch)?;
+        let candidate = |token| -> Result<Candidate, BadScores> {
+            Ok(Candidate {
+                position,
+                token,
+                doubt: row::doubt(self.doubt, x, token, log_score, scratch)?,
+            })
+        };
+        token.map(candidate).transpose()
     }
 }

@@ -3,13 +3,12 @@
 use std::ops::Range;
 use std::thread;
 
-use super::canvas::Canvas;
-use crate::diffusion::Token;
+use super::canvas::{Candidate, Canvas};
 use crate::diffusion::sampler::row::{BadScores, Scratch};
 use crate::network::ScoreRows;
 
-/// Positions with their new tokens.
-pub(super) type Moves = Vec<(usize, Token)>;
+/// What the rows of one canvas gave.
+pub(super) type Moves = Vec<Candidate>;
 
 /// Log-scores that are worth a thread: about a millisecond of reading, and starting a thread takes a
 /// twentieth of that.
@@ -74,8 +73,7 @@ fn draw_rows(
             let mut rows = canvas.rows();
             let moves = own.filter_map(|row| {
                 let position = positions[row - first];
-                let token = rows.draw(position, scores.row(row), &mut scratch).transpose()?;
-                Some(token.map(|token| (position, token)))
+                rows.draw(position, scores.row(row), &mut scratch).transpose()
             });
             drawn.push((index, moves.collect()));
         }

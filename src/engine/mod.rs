@@ -14,6 +14,7 @@
 
 mod admission;
 pub mod canvas;
+pub mod course;
 mod drawing;
 mod models;
 mod progress;
@@ -33,7 +34,8 @@ use tokio::sync::watch;
 use crate::diffusion::Token;
 use admission::Admission;
 pub use admission::Full;
-use canvas::{Canvas, Course, Plan};
+use canvas::Canvas;
+use course::{Course, Plan};
 pub use models::{Models, NetworkSource, ServedModel};
 pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::{Queue, Work};
@@ -269,6 +271,6 @@ impl Drop for Engine {
 }
 
 #[cfg(test)]
-mod hits_test;
+mod samplers_test;
 #[cfg(test)]
 mod tests;

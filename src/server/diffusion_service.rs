@@ -47,11 +47,15 @@ impl Service {
                 SamplerKind::Tweedie => v1::Sampler::Tweedie,
                 SamplerKind::Euler => v1::Sampler::Euler,
                 SamplerKind::FirstHitting => v1::Sampler::FirstHitting,
+                SamplerKind::Confidence => v1::Sampler::Confidence,
+                SamplerKind::EntropyBounded { .. } => v1::Sampler::EntropyBounded,
+                SamplerKind::Remask { .. } => v1::Sampler::Remask,
             }
             .into(),
-            steps: match sampling.plan.sampler {
-                SamplerKind::FirstHitting => asked.template.gaps() as u32,
-                SamplerKind::Tweedie | SamplerKind::Euler => sampling.plan.grid.steps,
+            steps: if sampling.plan.sampler == SamplerKind::FirstHitting {
+                asked.template.gaps() as u32
+            } else {
+                sampling.plan.grid.steps
             },
             length: asked.template.length() as u32,
             num_samples: sampling.samples,

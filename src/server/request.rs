@@ -7,7 +7,7 @@ use crate::config::LimitsConfig;
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::{GraphKind, SamplerKind, Token, TokenChoice};
 use crate::engine::ServedModel;
-use crate::engine::canvas::Plan;
+use crate::engine::course::Plan;
 use crate::proto::v1;
 
 use super::status::{FieldError, no_tokenizer};
@@ -16,6 +16,10 @@ use tonic::Status;
 
 /// Steps taken when none are asked for, at most.
 const DEFAULT_STEPS: u32 = 64;
+/// Entropies of the positions filled at once, in nats.
+const DEFAULT_ENTROPY_BOUND: f64 = 0.5;
+/// Chance of a token to be masked again in a step.
+const DEFAULT_REMASK_RATE: f64 = 0.02;
 /// Highest temperature: far beyond, every token is equally likely.
 const MOST_TEMPERATURE: f64 = 100.0;
 /// Longest request id.
@@ -57,6 +61,13 @@ pub(super) fn sampling(
         Ok(v1::Sampler::Unspecified | v1::Sampler::Tweedie) => SamplerKind::Tweedie,
         Ok(v1::Sampler::Euler) => SamplerKind::Euler,
         Ok(v1::Sampler::FirstHitting) => SamplerKind::FirstHitting,
+        Ok(v1::Sampler::Confidence) => SamplerKind::Confidence,
+        Ok(v1::Sampler::EntropyBounded) => SamplerKind::EntropyBounded {
+            bound: asked.entropy_bound.unwrap_or(DEFAULT_ENTROPY_BOUND),
+        },
+        Ok(v1::Sampler::Remask) => SamplerKind::Remask {
+            rate: asked.remask_rate.unwrap_or(DEFAULT_REMASK_RATE),
+        },
         Err(_) => {
             return Err(FieldError::new(
                 "sampling.sampler",
@@ -64,6 +75,14 @@ pub(super) fn sampling(
             ));
         }
     };
+    if let Some(bound) = asked.entropy_bound.filter(|b| !(*b >= 0.0 && b.is_finite())) {
+        let problem = format!("is {bound}, must be a number from 0");
+        return Err(FieldError::new("sampling.entropy_bound", problem));
+    }
+    if let Some(rate) = asked.remask_rate.filter(|rate| !(0.0..=1.0).contains(rate)) {
+        let problem = format!("is {rate}, must be 0 to 1");
+        return Err(FieldError::new("sampling.remask_rate", problem));
+    }
     let temperature = asked.temperature.unwrap_or(1.0);
     if !(0.0..=MOST_TEMPERATURE).contains(&temperature) {
         return Err(FieldError::new(
@@ -92,8 +111,8 @@ pub(super) fn sampling(
         normalize: asked.normalize,
     };
     if model.manifest().graph != GraphKind::Absorbing {
-        if sampler == SamplerKind::FirstHitting {
-            let problem = "SAMPLER_FIRST_HITTING is for absorbing graphs; this model's is uniform";
+        if sampler.normalizes() {
+            let problem = "is for absorbing graphs; this model's is uniform";
             return Err(FieldError::new("sampling.sampler", problem));
         }
         if plan.normalize {

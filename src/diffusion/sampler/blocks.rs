@@ -84,6 +84,16 @@ impl<'a> Row<'a> {
 
     /// For every block, the sum of `weight` over its entries: NaN where an entry is.
     pub(super) fn sums(&self, weight: &Weight, sums: &mut Vec<f64>) {
+        self.reduce(
+            #[inline(always)]
+            |entry| weight.of(entry),
+            sums,
+        );
+    }
+
+    /// For every block, the sum of `term` over its entries.
+    #[inline(always)]
+    fn reduce(&self, term: impl Fn(f32) -> f32, sums: &mut Vec<f64>) {
         sums.clear();
         vectorised(
             #[inline(always)]
@@ -93,13 +103,29 @@ impl<'a> Row<'a> {
                     let mut lanes = [0.0_f32; LANES];
                     for entries in self.block(index, &mut buffer).chunks_exact(LANES) {
                         for (lane, &entry) in lanes.iter_mut().zip(entries) {
-                            *lane += weight.of(entry);
+                            *lane += term(entry);
                         }
                     }
                     sums.push(lanes.iter().map(|&lane| f64::from(lane)).sum());
                 }
             },
         );
+    }
+
+    /// The sum of `(l - top) e^(l - top)` over all entries: what entropies are made of.
+    pub(super) fn mean_exponent(&self, top: f32, sums: &mut Vec<f64>) -> f64 {
+        let slope = std::f32::consts::LOG2_E;
+        self.reduce(
+            #[inline(always)]
+            |entry| {
+                let y = (entry - top) * slope;
+                let product = exp2(y) * y;
+                // Not zero times minus infinity.
+                if y < LOWEST { 0.0 } else { product }
+            },
+            sums,
+        );
+        sums.iter().sum::<f64>() * std::f64::consts::LN_2
     }
 
     /// The first entry at which the running sum of `weight` over block `index` exceeds `target`, or the last

@@ -11,7 +11,7 @@
 use statrs::distribution::{ChiSquared, ContinuousCDF};
 
 use super::row::{Scratch, draw};
-use super::{SamplerKind, TimeGrid, TokenChoice};
+use super::{Euler, Sampler, SamplerKind, TimeGrid, TokenChoice, Tweedie};
 use crate::diffusion::{Draws, Graph, GraphKind, Schedule, Token};
 
 const TOKENS: usize = 3;
@@ -154,17 +154,20 @@ impl Chain {
         law
     }
 
+    fn sampler(&self) -> &'static dyn Sampler {
+        if self.kind == SamplerKind::Euler {
+            &Euler
+        } else {
+            &Tweedie
+        }
+    }
+
     /// One canvas, drawn the way the engine draws it.
     fn sample(&self, seed: u64, scores: &mut impl FnMut(Canvas, usize, u32) -> Vec<f32>) -> Canvas {
         let (mut draws, mut scratch) = (Draws::new(seed, 0), Scratch::default());
         let mut canvas = [0, 1].map(|i| self.graph.sample_limit(draws.prior(i)));
         for step in 0..=self.grid.steps {
-            let law = self.grid.law(
-                self.kind.discretisation().unwrap(),
-                &self.graph,
-                &self.schedule,
-                step,
-            );
+            let law = self.grid.law(self.sampler(), &self.graph, &self.schedule, step);
             let before = canvas;
             for position in (0..LENGTH).filter(|&i| self.can_move(before[i])) {
                 let row = scores(before, position, step);

@@ -11,6 +11,8 @@
 mod blocks;
 mod euler;
 pub mod hits;
+pub mod parallel;
+pub mod remask;
 pub mod row;
 mod tweedie;
 
@@ -80,7 +82,7 @@ pub const LEAVE: RowLaw = RowLaw {
 };
 
 /// The samplers by name.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum SamplerKind {
     /// The paper's "analytic" sampler.
     #[default]
@@ -89,16 +91,26 @@ pub enum SamplerKind {
     Euler,
     /// One token per evaluation, in continuous time (arXiv 2409.02908): exact, for absorbing graphs.
     FirstHitting,
+    /// The same number of tokens in every step, the likeliest first (arXiv 2202.04200); a heuristic, for
+    /// absorbing graphs.
+    Confidence,
+    /// As many of the surest tokens at once as their entropies allow (arXiv 2505.24857); a heuristic, for
+    /// absorbing graphs.
+    EntropyBounded {
+        /// What entropies of a step may sum to, the largest left out; in nats, from 0.
+        bound: f64,
+    },
+    /// Tweedie's steps, which also mask tokens again (ReMDM, arXiv 2503.00307); for absorbing graphs.
+    Remask {
+        /// Chance of a token to be masked again in a step, as far as the noise allows; in `[0, 1]`.
+        rate: f64,
+    },
 }
 
 impl SamplerKind {
-    /// The discretisation behind the name; none where time is continuous.
-    pub fn discretisation(self) -> Option<&'static dyn Sampler> {
-        match self {
-            Self::Tweedie => Some(&Tweedie),
-            Self::Euler => Some(&Euler),
-            Self::FirstHitting => None,
-        }
+    /// Whether it takes scores as normalised always, which absorbing graphs alone allow.
+    pub fn normalizes(self) -> bool {
+        !matches!(self, Self::Tweedie | Self::Euler)
     }
 }
 

@@ -74,6 +74,50 @@ pub fn draw(
     pick(&row, weight, choice, u.token, scratch).map(Some)
 }
 
+/// Whose doubt is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doubt {
+    /// Nobody's.
+    None,
+    /// Minus the log probability of the token that was drawn.
+    OfToken,
+    /// The entropy of all tokens.
+    OfRow,
+}
+
+/// How unsure a row over target tokens is of `token` in place of `x`, in nats.
+///
+/// Before temperature, top-k and top-p; scores are taken as normalised.
+///
+/// # Errors
+/// [`BadScores`] when no law can be made of the row.
+pub fn doubt(
+    of: Doubt,
+    x: Token,
+    token: Token,
+    log_score: &[f32],
+    scratch: &mut Scratch,
+) -> Result<f64, BadScores> {
+    let row = Row::new(log_score, x as usize);
+    let top = match of {
+        Doubt::None => return Ok(0.0),
+        Doubt::OfToken | Doubt::OfRow => row.maximum(),
+    };
+    row.sums(&Weight::new(top), &mut scratch.sums);
+    let sum: f64 = scratch.sums.iter().sum();
+    let mean = if of == Doubt::OfToken {
+        f64::from(log_score[token as usize] - top)
+    } else {
+        row.mean_exponent(top, &mut scratch.sums) / sum
+    };
+    let doubt = sum.ln() - mean;
+    if doubt.is_nan() {
+        Err(BadScores)
+    } else {
+        Ok(doubt.max(0.0))
+    }
+}
+
 /// What a row says of leaving.
 #[derive(Clone, Copy, Debug)]
 struct Moves {
@@ -359,6 +403,29 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn doubts_are_surprise_and_entropy() {
+        let row: Vec<f32> = (0..700)
+            .map(|y| ((y * 7919 % 700) as f32 / 70.0).sin() * 8.0)
+            .collect();
+        let x = 5;
+        let mut chances: Vec<f64> = row.iter().map(|&l| f64::from(l).exp()).collect();
+        chances[x] = 0.0;
+        let whole: f64 = chances.iter().sum();
+        let entropy: f64 = chances
+            .iter()
+            .filter(|&&p| p > 0.0)
+            .map(|p| -(p / whole) * (p / whole).ln())
+            .sum();
+        let of = |of, token: Token| doubt(of, x as Token, token, &row, &mut Scratch::default()).unwrap();
+        assert!((of(Doubt::OfRow, 0) - entropy).abs() < 1e-5);
+        assert!((of(Doubt::OfToken, 9) + (chances[9] / whole).ln()).abs() < 1e-5);
+        assert_eq!(of(Doubt::None, 9), 0.0);
+        let certain = [0.0, f32::NEG_INFINITY, f32::NEG_INFINITY];
+        let scratch = &mut Scratch::default();
+        assert_eq!(doubt(Doubt::OfRow, 2, 0, &certain, scratch), Ok(0.0));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Canvases with hit times: the law of what comes out, and what it costs.
+//! Canvases of normalised models: the law of what comes out, and what it costs.
 //!
 //! Space, scores and statistic are those of `diffusion::sampler::law_test`: two positions, exact scores, chi-square
 //! at significance 1e-3, seeds fixed.
@@ -7,11 +7,13 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::canvas::{Canvas, Course, Plan};
+use super::canvas::{Candidate, Canvas};
+use super::course::{Course, Plan};
 use super::tests::{manifest, model_of};
 use crate::bundle::{Manifest, Parameterization};
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::sampler::law_test::{Chain, assert_follows};
+use crate::diffusion::sampler::remask::Remask;
 use crate::diffusion::sampler::row::Scratch;
 use crate::diffusion::{GraphKind, SamplerKind, Token, TokenChoice};
 
@@ -48,8 +50,7 @@ fn run(canvas: &mut Canvas, mut scores: impl FnMut(&[Token], usize, f64) -> Vec<
         let mut moves = Vec::new();
         for position in wanted {
             let row = scores(canvas.tokens(), position, sigma);
-            let token = rows.draw(position, &row, &mut scratch).unwrap();
-            moves.push((position, token.unwrap()));
+            moves.push(rows.draw(position, &row, &mut scratch).unwrap().unwrap());
         }
         canvas.apply(moves);
     }
@@ -152,16 +153,109 @@ fn times_fall_from_one_to_zero() {
             assert!(canvas.time() < before && canvas.next_sigma() <= canvas.sigma());
             before = canvas.time();
             let mut rows = canvas.rows();
-            let moves: Vec<(usize, Token)> = canvas
+            let candidates: Vec<Candidate> = canvas
                 .wanted()
-                .map(|position| {
-                    (
-                        position,
-                        rows.draw(position, &row, &mut scratch).unwrap().unwrap(),
-                    )
-                })
+                .map(|position| rows.draw(position, &row, &mut scratch).unwrap().unwrap())
                 .collect();
-            canvas.apply(moves);
+            canvas.apply(candidates);
         }
     }
+}
+
+/// The exact law of remasking: every position leaves, stays or is masked again by chance alone.
+fn remasked(chain: &Chain, steps: u32, rate: f64) -> Vec<f64> {
+    let (canvases, mask) = (chain.canvases(), chain.graph.mask().unwrap());
+    let grid = TimeGrid { steps };
+    let mut law: Vec<f64> = canvases
+        .iter()
+        .map(|c| f64::from(u8::from(*c == [mask; 2])))
+        .collect();
+    for step in 0..=steps {
+        let chances = Remask::new(&chain.schedule, grid, step, rate);
+        let sigma = chain.schedule.total_noise(grid.time(step));
+        let mut next = vec![0.0; canvases.len()];
+        for (canvas, p) in canvases.iter().zip(&law).filter(|(_, p)| **p > 0.0) {
+            let of = |position: usize| -> Vec<f64> {
+                let mut chance = vec![0.0; chain.graph.states()];
+                if canvas[position] == mask {
+                    let scores = chain.log_scores(*canvas, position, sigma);
+                    for (chance, score) in chance.iter_mut().zip(scores) {
+                        *chance = f64::from(score).exp();
+                    }
+                    chance[mask as usize] = 0.0;
+                    let whole: f64 = chance.iter().sum();
+                    chance.iter_mut().for_each(|p| *p *= chances.leave / whole);
+                    chance[mask as usize] = 1.0 - chances.leave;
+                } else {
+                    chance[mask as usize] = chances.mask;
+                    chance[canvas[position] as usize] = 1.0 - chances.mask;
+                }
+                chance
+            };
+            let (first, second) = (of(0), of(1));
+            for (to, next) in canvases.iter().zip(&mut next) {
+                *next += p * first[to[0] as usize] * second[to[1] as usize];
+            }
+        }
+        law = next;
+    }
+    law
+}
+
+#[test]
+fn remasking_follows_its_chain_and_without_a_rate_the_plain_one() {
+    for (rate, steps) in [(0.0, 5), (0.3, 3), (1.0, 6)] {
+        let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, steps);
+        let course = course(
+            &chain,
+            Parameterization::Score,
+            plan(SamplerKind::Remask { rate }, steps),
+        );
+        let counts = counts(&chain, &course);
+        assert_follows(&remasked(&chain, steps, rate), &counts, &format!("rate {rate}"));
+        if rate == 0.0 {
+            assert_follows(&chain.exact(), &counts, "rate 0");
+        }
+    }
+}
+
+/// One position an evaluation, whatever the order, is the chain rule: the data law.
+#[test]
+fn no_entropy_at_all_draws_the_data_law() {
+    let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
+    let sampler = SamplerKind::EntropyBounded { bound: 0.0 };
+    let course = course(&chain, Parameterization::Score, plan(sampler, 2));
+    assert_follows(&chain.data(), &counts(&chain, &course), "bound 0");
+}
+
+/// The surer, the further right: rows whose first token is likelier by `position` nats.
+fn surer_to_the_right(_: &[Token], position: usize, _: f64) -> Vec<f32> {
+    vec![position as f32, 0.0, 0.0, 0.0]
+}
+
+fn committed(sampler: SamplerKind, steps: u32) -> (Vec<u32>, u32) {
+    let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
+    let mut plan = plan(sampler, steps);
+    plan.choice.temperature = 0.0;
+    let course = course(&chain, Parameterization::Mean, plan);
+    let mut canvas = Canvas::new(&course, &[None; 10], 1, 0);
+    let nfe = run(&mut canvas, surer_to_the_right);
+    (canvas.committed_at().to_vec(), nfe)
+}
+
+#[test]
+fn the_surest_positions_are_filled_first() {
+    let (at, nfe) = committed(SamplerKind::Confidence, 4);
+    assert_eq!((at, nfe), (vec![4, 4, 3, 3, 2, 2, 2, 1, 1, 1], 4));
+    let (at, nfe) = committed(SamplerKind::Confidence, 64);
+    assert_eq!((at, nfe), ((1..=10).rev().collect(), 10));
+    // A generous bound fills all that are nearly certain at once.
+    let (at, nfe) = committed(SamplerKind::EntropyBounded { bound: 0.3 }, 64);
+    assert!(nfe < 10 && at.is_sorted_by(|a, b| a >= b), "{at:?}");
+    assert!(at[6..].iter().all(|&step| step == 1), "{at:?}");
+    let (_, nfe) = committed(SamplerKind::EntropyBounded { bound: 1e9 }, 64);
+    assert_eq!(nfe, 1);
+    // Few steps overrule the bound.
+    let (at, nfe) = committed(SamplerKind::EntropyBounded { bound: 0.0 }, 3);
+    assert_eq!((at, nfe), (vec![3, 3, 3, 2, 2, 2, 1, 1, 1, 1], 3));
 }

@@ -1,4 +1,4 @@
-//! Normalised scores cost no more evaluations than there are positions to fill.
+//! What the samplers promise of evaluations, and that each fills every gap.
 
 use denoised::bundle::Manifest;
 use denoised::diffusion::{Graph, GraphKind};
@@ -71,6 +71,43 @@ async fn first_hitting_fills_one_position_an_evaluation() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_sampler_fills_every_gap_within_its_evaluations() {
+    let server = TestServer::demo().await;
+    for (sampler, steps, most) in [
+        (Sampler::Tweedie, 12, 13),
+        (Sampler::Euler, 12, 13),
+        (Sampler::FirstHitting, 12, 40),
+        (Sampler::Confidence, 12, 12),
+        (Sampler::EntropyBounded, 12, 12),
+        (Sampler::Remask, 12, 13),
+    ] {
+        let sampling = Sampling {
+            sampler: sampler.into(),
+            steps: Some(steps),
+            remask_rate: Some(0.3),
+            ..Sampling::default()
+        };
+        let answer = generate(&mut server.client(), request("In the beginning", sampling))
+            .await
+            .unwrap();
+        let (accepted, result) = (answer.accepted.unwrap(), &answer.results[0]);
+        assert_eq!(accepted.sampler(), sampler);
+        assert!((1..=most).contains(&result.nfe), "{sampler:?}: {}", result.nfe);
+        assert!(result.tokens.iter().all(|&token| token < 1535), "{sampler:?}");
+        assert!(result.text().starts_with("In the beginning"));
+        let masked: Vec<u32> = answer.frames.iter().map(|frame| frame.masked).collect();
+        assert_eq!(masked.last(), Some(&0));
+        // Only remasking takes tokens back.
+        assert_eq!(
+            masked.is_sorted_by(|a, b| a >= b),
+            sampler != Sampler::Remask,
+            "{masked:?}"
+        );
+    }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn uniform_graphs_have_no_hit_times() {
     let graph = Graph::new(GraphKind::Uniform, 5);
     let manifest = Manifest {
@@ -94,7 +131,7 @@ async fn uniform_graphs_have_no_hit_times() {
         (
             "sampling.sampler",
             Sampling {
-                sampler: Sampler::FirstHitting.into(),
+                sampler: Sampler::Remask.into(),
                 ..Sampling::default()
             },
         ),
