@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use crate::bundle::{Bundle, BundleError, Manifest, TextTokenizer};
 use crate::diffusion::Graph;
 use crate::network::{NetworkError, ScoreNetwork};
@@ -17,6 +19,8 @@ pub struct ServedModel {
     manifest: Manifest,
     tokenizer: Option<TextTokenizer>,
     network: NetworkSource,
+    /// Loaded ahead, for the worker that asks first.
+    loaded: Mutex<Option<Box<dyn ScoreNetwork>>>,
 }
 
 impl ServedModel {
@@ -28,6 +32,7 @@ impl ServedModel {
             manifest: bundle.manifest().clone(),
             tokenizer,
             network,
+            loaded: Mutex::new(None),
         })
     }
 
@@ -38,6 +43,7 @@ impl ServedModel {
             manifest,
             tokenizer: None,
             network,
+            loaded: Mutex::new(None),
         }
     }
 
@@ -66,9 +72,17 @@ impl ServedModel {
         self.tokenizer.as_ref()
     }
 
+    /// Loads a network ahead: what cannot be loaded is told now, and the first request need not wait for it.
+    pub fn load_ahead(&self) -> Result<(), NetworkError> {
+        let network = (self.network)()?;
+        *self.loaded.lock() = Some(network);
+        Ok(())
+    }
+
     /// A network for one worker.
     pub fn network(&self) -> Result<Box<dyn ScoreNetwork>, NetworkError> {
-        (self.network)()
+        let loaded = self.loaded.lock().take();
+        loaded.map_or_else(|| (self.network)(), Ok)
     }
 }
 

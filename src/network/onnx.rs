@@ -225,6 +225,9 @@ fn open_session(bundle: &Bundle, options: &OnnxOptions) -> Result<Session, Netwo
         // Products of 8-bit matrices: without, CPUs that lack VNNI saturate sums at 16 bits.
         .with_config_entry("session.x64quantprecision", "1")
         .map_err(load)?
+        // Numbers of rows differ from step to step; a plan of memory for each would be kept for good.
+        .with_memory_pattern(false)
+        .map_err(load)?
         // Idle threads must sleep: other workers share the cores.
         .with_intra_op_spinning(false)
         .map_err(load)?;

@@ -53,8 +53,7 @@ pub fn load(config: &Config) -> Result<Models, StartError> {
             "there is no model to serve: set models.repository".to_owned(),
         ));
     };
-    // What cannot be loaded is told at the start, not to the first caller.
-    default.network()?;
+    default.load_ahead()?;
     Ok(models)
 }
 

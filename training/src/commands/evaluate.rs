@@ -58,7 +58,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .threads
         .or_else(|| thread::available_parallelism().ok())
         .map_or(1, NonZeroUsize::get);
-    if let Some(count) = arguments.quality.samples {
+    let (samples, written) = (arguments.quality.samples, arguments.quality.written.as_deref());
+    if samples.is_some() || written.is_some() {
         let asked = quality::Asked {
             config: arguments.config.as_deref(),
             bundle: arguments.bundle.as_deref(),
@@ -70,7 +71,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             threads,
             json: arguments.json,
         };
-        return quality::run(&arguments.quality, count, asked);
+        return match (samples, written, arguments.bundle.as_deref()) {
+            (_, Some(file), Some(bundle)) => quality::written(&arguments.quality, file, bundle, asked),
+            (Some(count), _, _) => quality::run(&arguments.quality, count, asked),
+            _ => Err(anyhow!("--written needs --bundle")),
+        };
     }
     let mut baselines = None;
     let (bound, bytes_per_token) = match (&arguments.config, &arguments.bundle) {

@@ -1,5 +1,7 @@
 //! `training evaluate --samples`: what a network writes, in numbers.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
@@ -7,6 +9,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use denoised::bundle::Bundle;
 use denoised::diffusion::{Token, TokenChoice};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use training::config::RunConfig;
 use training::evaluate::Served;
@@ -32,6 +35,9 @@ pub(crate) struct SampleArguments {
     /// Draw this many samples and measure these instead of the bound, next to as much held-out text.
     #[arg(long, value_name = "N", conflicts_with_all = ["draws", "baselines"])]
     pub(super) samples: Option<usize>,
+    /// Measure what `denoised generate --json` printed instead of samples of one's own: a server's, with any sampler.
+    #[arg(long, value_name = "FILE", requires = "bundle", conflicts_with_all = ["samples", "draws"])]
+    pub(super) written: Option<PathBuf>,
     /// Steps of a sample.
     #[arg(long, value_name = "S", default_value = "64", requires = "samples")]
     steps: NonZeroU32,
@@ -39,7 +45,7 @@ pub(crate) struct SampleArguments {
     #[arg(long, value_name = "T", default_value_t = 1.0, requires = "samples")]
     temperature: f64,
     /// A language model that reads the samples, as GGUF (`make judge` fetches SmolLM2; needs the feature `judge`).
-    #[arg(long, value_name = "FILE", requires = "samples")]
+    #[arg(long, value_name = "FILE")]
     judge: Option<PathBuf>,
 }
 
@@ -113,6 +119,87 @@ impl Quality {
     }
 }
 
+/// A line of `denoised generate --json`; other lines have no result.
+#[derive(Deserialize)]
+struct Line {
+    result: Option<Finished>,
+}
+
+#[derive(Deserialize)]
+struct Finished {
+    tokens: Vec<Token>,
+    nfe: u64,
+}
+
+/// The results in `file`.
+fn finished(file: &Path) -> Result<Vec<Finished>> {
+    let of = |line: &str| -> Result<Option<Finished>> { Ok(serde_json::from_str::<Line>(line)?.result) };
+    let lines = BufReader::new(File::open(file).with_context(|| file.display().to_string())?).lines();
+    let results = lines.zip(1..).filter_map(|(line, number)| {
+        let result = line.map_err(Into::into).and_then(|line| of(&line));
+        let result = result.with_context(|| format!("{}, line {number}", file.display()));
+        result.transpose()
+    });
+    let results: Vec<Finished> = results.take(MOST_SAMPLES + 1).collect::<Result<_>>()?;
+    ensure!(
+        (1..=MOST_SAMPLES).contains(&results.len()),
+        "{} holds {} results, must be 1 to {MOST_SAMPLES}",
+        file.display(),
+        results.len()
+    );
+    Ok(results)
+}
+
+/// Measures what a server wrote, next to as much text.
+pub(super) fn written(
+    arguments: &SampleArguments,
+    file: &Path,
+    bundle: &Path,
+    asked: Asked<'_>,
+) -> Result<()> {
+    let mut judge = arguments.judge.as_deref().map(Judge::load).transpose()?;
+    let results = finished(file)?;
+    let count = results.len();
+    let evaluations = results.iter().map(|result| result.nfe).sum::<u64>() as f64 / count as f64;
+    let bundle_directory = bundle;
+    let bundle = Bundle::open(bundle_directory)?;
+    let tokenizer = tokenizer_of(&bundle, bundle_directory)?;
+    let decode = |tokens: &[Token]| Ok(tokenizer.decode(tokens)?);
+    let sequences = results.into_iter().map(|result| result.tokens).collect();
+    let samples = Quality::of(&Written::decode(sequences, decode)?, judge.as_mut())?;
+    let samples = samples.context("there are no samples")?;
+    let held_out = match asked.documents {
+        Some(documents) => {
+            let text = encode(&bundle, &tokenizer, &documents)?;
+            let text = Written::decode(spread(&text.sequences, count), decode)?;
+            Quality::of(&text, judge.as_mut())?
+        }
+        None => None,
+    };
+    let settings = json!({"nfe": evaluations});
+    if !asked.json {
+        println!("{evaluations:.1} evaluations a sample");
+    }
+    print(&samples, held_out.as_ref(), settings, asked.json)
+}
+
+/// One JSON object with `settings`, or a line each.
+fn print(samples: &Quality, held_out: Option<&Quality>, settings: Value, json: bool) -> Result<()> {
+    if json {
+        let mut object = settings;
+        object["samples"] = samples.json()?;
+        object["held_out"] = held_out.map(Quality::json).transpose()?.into();
+        println!("{}", serde_json::to_string(&object)?);
+        return Ok(());
+    }
+    println!("{}", samples.line("samples"));
+    match held_out {
+        Some(held_out) => println!("{}", held_out.line("held-out text")),
+        None => println!("held-out text: none to compare with (--text)"),
+    }
+    Ok(())
+}
+
 pub(super) fn run(arguments: &SampleArguments, count: usize, asked: Asked<'_>) -> Result<()> {
     ensure!(
         (1..=MOST_SAMPLES).contains(&count),
@@ -142,23 +229,8 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: Asked<'_>) -
         Some(written) => Quality::of(&written, judge.as_mut())?,
         None => None,
     };
-    if json {
-        let object = json!({
-            "samples": samples.json()?,
-            "held_out": held_out.map(|quality| quality.json()).transpose()?,
-            "steps": steps,
-            "temperature": temperature,
-            "seed": seed,
-        });
-        println!("{}", serde_json::to_string(&object)?);
-        return Ok(());
-    }
-    println!("{}", samples.line("samples"));
-    match held_out {
-        Some(held_out) => println!("{}", held_out.line("held-out text")),
-        None => println!("held-out text: none to compare with (--text)"),
-    }
-    Ok(())
+    let settings = json!({"steps": steps, "temperature": temperature, "seed": seed});
+    print(&samples, held_out.as_ref(), settings, json)
 }
 
 impl SampleArguments {
