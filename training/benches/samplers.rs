@@ -220,15 +220,7 @@ fn main() -> Result<()> {
 /// Has the server's engine draw into `file`.
 fn draw(arguments: &Arguments, options: &[&str], file: &Path) -> Result<()> {
     let mut generate = Command::new(arguments.programs.join("denoised"));
-    generate.args([
-        "generate",
-        "--seed",
-        "1",
-        "--live",
-        "off",
-        "--json",
-        "--num-samples",
-    ]);
+    generate.args(["generate", "--seed", "1", "--json", "--num-samples"]);
     generate.arg(arguments.samples.to_string()).args(options);
     let status = generate.stdout(fs::File::create(file)?).status()?;
     ensure!(status.success(), "{options:?}: {status}");

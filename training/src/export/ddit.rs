@@ -57,8 +57,10 @@ struct Rows {
     sequence: Value,
 }
 
-/// Cosines and sines of the positions there are, `[length, 1, head width / 2]`.
+/// Cosines and sines by position, `[longest, head width / 2]`.
 struct Rotation {
+    /// The position that a sequence begins at: 0, `[1]`.
+    first: Value,
     cosine: Value,
     sine: Value,
 }
@@ -80,7 +82,7 @@ impl<'a> Writer<'a> {
             .node("Shape", &[&tokens], vec![int("start", 1), int("end", 2)]); // [1]
         let sequence = self.graph.node("Div", &[&positions, &length], vec![]);
         let rows = Rows { positions, sequence };
-        let rotation = self.rotation(&length);
+        let rotation = self.rotation();
         self.graph.scope("sigma_map.");
         let condition = self.condition(&sigma)?; // [batch, cond_dim]
 
@@ -171,17 +173,16 @@ impl<'a> Writer<'a> {
         Ok(self.silu(&condition))
     }
 
-    fn rotation(&mut self, length: &Value) -> Rotation {
+    fn rotation(&mut self) -> Rotation {
         let head_width = self.config.hidden_size / self.config.heads;
         let table = RotaryAttention::rotation(self.config.length, head_width);
-        let shape = [self.config.length, 1, head_width / 2];
-        let [start, axis] = [self.graph.ints(&[0]), self.graph.ints(&[0])];
+        let shape = [self.config.length, head_width / 2];
         let [cosine, sine] = [(0, "rotary_emb.cosine"), (1, "rotary_emb.sine")].map(|(part, name)| {
             let part: Vec<f32> = table.iter().map(|entry| entry[part]).collect();
-            let part = self.graph.floats(name, &shape, &part);
-            self.graph.node("Slice", &[&part, &start, length, &axis], vec![])
+            self.graph.floats(name, &shape, &part)
         });
-        Rotation { cosine, sine }
+        let first = self.graph.ints(&[0]);
+        Rotation { first, cosine, sine }
     }
 
     /// One block over `x` `[batch, length, width]`; with `rows`, only these come out: `[rows, width]`.
@@ -227,50 +228,24 @@ impl<'a> Writer<'a> {
     }
 
     /// Attention among all positions of a sequence: `[batch, length, 3 width]` to `[.., width]`.
+    ///
+    /// As one operator, ONNX Runtime takes the scores of some positions at a time; no
+    /// `[batch, heads, length, length]` stays in memory.
     fn attention(&mut self, qkv: &Value, rotation: &Rotation) -> Value {
-        let heads = self.config.heads as i64;
-        let width = self.config.hidden_size as i64;
-        let head_width = width / heads;
-        let parts = self.graph.ints(&[2 * width, width]);
-        let [queries_keys, values] = self.graph.nodes("Split", &[qkv, &parts], vec![int("axis", -1)]);
-
-        // Queries and keys turn alike: as one tensor of twice the heads.
-        let shape = self.graph.ints(&[0, 0, 2 * heads, head_width]);
-        let queries_keys = self.graph.node("Reshape", &[&queries_keys, &shape], vec![]);
-        let queries_keys = self.rotate(&queries_keys, rotation);
-        let by_head = || vec![ints("perm", &[0, 2, 1, 3])];
-        let queries_keys = self.graph.node("Transpose", &[&queries_keys], by_head());
-        let split = vec![int("axis", 1), int("num_outputs", 2)];
-        let [queries, keys] = self.graph.nodes("Split", &[&queries_keys], split); // [batch, heads, length, head width]
-        let shape = self.graph.ints(&[0, 0, heads, head_width]);
-        let values = self.graph.node("Reshape", &[&values, &shape], vec![]);
-        let values = self.graph.node("Transpose", &[&values], by_head());
-
-        let keys = self
-            .graph
-            .node("Transpose", &[&keys], vec![ints("perm", &[0, 1, 3, 2])]);
-        let scale = self.graph.float(1.0 / (head_width as f32).sqrt());
-        let queries = self.graph.node("Mul", &[&queries, &scale], vec![]);
-        let scores = self.graph.node("MatMul", &[&queries, &keys], vec![]); // [batch, heads, length, length]
-        let attention = self.graph.node("Softmax", &[&scores], vec![int("axis", -1)]);
-        let y = self.graph.node("MatMul", &[&attention, &values], vec![]);
-        let y = self.graph.node("Transpose", &[&y], by_head());
-        let shape = self.graph.ints(&[0, 0, width]);
-        self.graph.node("Reshape", &[&y, &shape], vec![])
+        let split = vec![int("axis", -1), int("num_outputs", 3)];
+        let [queries, keys, values] = self.graph.nodes("Split", &[qkv], split);
+        let [queries, keys] = [queries, keys].map(|x| self.rotate(&x, rotation));
+        let heads = vec![int("num_heads", self.config.heads as i64)];
+        self.graph
+            .contributed("MultiHeadAttention", &[&queries, &keys, &values], heads)
     }
 
-    /// Turns the pairs (k, k + half) of `x` `[batch, length, .., head width]` by their position.
+    /// Turns the pairs (k, k + half) of each head of `x` `[batch, length, width]` by their position.
     fn rotate(&mut self, x: &Value, rotation: &Rotation) -> Value {
-        let Rotation { cosine, sine } = rotation;
-        let [first, second] = self.graph.nodes("Split", &[x], halves());
-        let [first_cosine, second_sine] =
-            [(&first, cosine), (&second, sine)].map(|(x, by)| self.graph.node("Mul", &[x, by], vec![]));
-        let [second_cosine, first_sine] =
-            [(&second, cosine), (&first, sine)].map(|(x, by)| self.graph.node("Mul", &[x, by], vec![]));
-        let first = self.graph.node("Sub", &[&first_cosine, &second_sine], vec![]);
-        let second = self.graph.node("Add", &[&second_cosine, &first_sine], vec![]);
+        let Rotation { first, cosine, sine } = rotation;
+        let heads = vec![int("num_heads", self.config.heads as i64)];
         self.graph
-            .node("Concat", &[&first, &second], vec![int("axis", -1)])
+            .contributed("RotaryEmbedding", &[x, first, cosine, sine], heads)
     }
 
     /// The asked rows of `x` `[batch, length, width]`: `[rows, width]`.

@@ -18,6 +18,8 @@ use super::schema::{
 };
 use super::{ExportError, Storage};
 
+/// Operators of ONNX Runtime's own, beside those of the standard.
+pub(super) const CONTRIBUTED: &str = "com.microsoft";
 /// Tensors of fewer bytes stay in the graph, where tools see the constants that shapes follow from.
 const SMALLEST_EXTERNAL: usize = 1024;
 /// Tensors in a file of their own begin at multiples of a page, so that they can be mapped.
@@ -73,6 +75,20 @@ impl<'a> Builder<'a> {
     pub(super) fn input(&mut self, name: &str, element: DataType, shape: &[Axis]) -> Value {
         self.graph.input.push(value_info(name, element, shape));
         name.to_owned()
+    }
+
+    /// A node with one output, of an operator in [`CONTRIBUTED`].
+    pub(super) fn contributed(
+        &mut self,
+        operator: &str,
+        inputs: &[&Value],
+        attributes: Vec<AttributeProto>,
+    ) -> Value {
+        let output = self.node(operator, inputs, attributes);
+        if let Some(node) = self.graph.node.last_mut() {
+            node.domain = Some(CONTRIBUTED.to_owned());
+        }
+        output
     }
 
     /// A node with `N` outputs.

@@ -43,6 +43,8 @@ pub(crate) mod schema {
 
 /// Version of the operators in use: the first with `Gelu`.
 const OPERATORS: i64 = 20;
+/// Version of the operators that ONNX Runtime adds.
+const CONTRIBUTED_OPERATORS: i64 = 1;
 /// Version of the file format that came with them.
 const FILE_FORMAT: i64 = 9;
 /// No protobuf message may be larger.
@@ -132,13 +134,14 @@ fn encoded(
 ) -> Result<Vec<u8>, ExportError> {
     config.validate()?;
     check(config, weights)?;
-    let operators = schema::OperatorSetIdProto {
-        domain: Some(String::new()),
-        version: Some(OPERATORS),
-    };
+    let operators = [("", OPERATORS), (graph::CONTRIBUTED, CONTRIBUTED_OPERATORS)];
+    let operators = operators.map(|(domain, version)| schema::OperatorSetIdProto {
+        domain: Some(domain.to_owned()),
+        version: Some(version),
+    });
     let model = schema::ModelProto {
         ir_version: Some(FILE_FORMAT),
-        opset_import: vec![operators],
+        opset_import: operators.to_vec(),
         producer_name: Some(env!("CARGO_PKG_NAME").to_owned()),
         producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
         graph: Some(ddit::graph(config, weights, storage, external)?),
