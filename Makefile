@@ -50,6 +50,25 @@ demo: prerequisites tools ## Build the server, start it, and watch text come out
 test: prerequisites tools test-tools chart-test check lint doc ## Everything that must pass: chart, licences, format, lints, docs, all tests.
 	cargo test --workspace --locked
 
+# A python with torch and safetensors, to compare with: `make bench BENCH_PYTHON=venv/bin/python`.
+BENCH_PYTHON ?=
+
+.PHONY: bench
+bench: prerequisites tools ## Measure a step, a generation and the server under load (BENCH_PYTHON: beside PyTorch).
+	cargo build --release --locked --workspace
+	target="$${CARGO_TARGET_DIR:-target}"
+	models="$$target/bench"
+	make_model() {
+		if [[ -d "$$models/$$1/1" ]]; then return; fi
+		rm -rf "$$models/$$1.checkpoint"
+		"$$target/release/training" random "$$models/$$1.checkpoint" "$${@:2}"
+		"$$target/release/training" import "$$models/$$1.checkpoint" --out "$$models/$$1/1" --name "$$1"
+	}
+	make_model demo-shape --vocab-size 1535 --length 128 --hidden-size 192 --cond-dim 64 --blocks 4 --heads 3
+	make_model small-shape
+	cargo bench --locked --workspace --bench generation -- --models "$$(realpath "$$models")" --out "$$(realpath "$$models")/bench.json" \
+		$(if $(BENCH_PYTHON),--python $(BENCH_PYTHON))
+
 .PHONY: lint
 lint: prerequisites lint-proto ## Check the format and run clippy on all targets, warnings as errors.
 	cargo fmt --all --check

@@ -5,8 +5,6 @@
 //! `/proc`. Needs 3 GB of memory and 3 GB of disk below the target folder.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program")]
 
-mod tensors;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,11 +13,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use denoised::bundle::Parameterization;
-use serde_json::json;
-use training::network::NetworkConfig;
-
-use tensors::Tensors;
 
 #[derive(Parser)]
 struct Arguments {
@@ -37,20 +30,6 @@ struct Arguments {
     bench: bool,
 }
 
-const SHAPE: NetworkConfig = NetworkConfig {
-    states: 50_258,
-    length: 1024,
-    hidden_size: 768,
-    cond_dim: 128,
-    blocks: 12,
-    heads: 12,
-    dropout: 0.1,
-    scale_by_sigma: true,
-    parameterization: Parameterization::Score,
-    time_conditioned: true,
-    tie_embeddings: false,
-};
-
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     if !arguments.denoised.is_file() {
@@ -62,9 +41,9 @@ fn main() -> Result<()> {
     }
     let (checkpoint, repository) = (arguments.out.join("checkpoint"), arguments.out.join("models"));
     drop(fs::remove_dir_all(&arguments.out));
-    let parameters = write_checkpoint(&checkpoint)?;
-    println!("{parameters} parameters, random\n");
     println!("{:40} {:>9} {:>14}", "", "seconds", "peak memory");
+    let mut random = Command::new(env!("CARGO_BIN_EXE_training"));
+    measure("random weights", random.arg("random").arg(&checkpoint))?;
 
     let mut import = Command::new(env!("CARGO_BIN_EXE_training"));
     import.arg("import").arg(&checkpoint);
@@ -89,25 +68,6 @@ fn main() -> Result<()> {
     );
     fs::remove_dir_all(&arguments.out)?;
     Ok(())
-}
-
-/// A hub folder as the reference implementation leaves it; returns how many parameters it has.
-fn write_checkpoint(folder: &Path) -> Result<usize> {
-    fs::create_dir_all(folder)?;
-    let config = json!({
-        "tokens": SHAPE.states - 1,
-        "graph": {"type": "absorb"},
-        "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20},
-        "model": {
-            "hidden_size": SHAPE.hidden_size, "cond_dim": SHAPE.cond_dim, "length": SHAPE.length,
-            "n_blocks": SHAPE.blocks, "n_heads": SHAPE.heads, "scale_by_sigma": true, "dropout": 0.1,
-        },
-    });
-    fs::write(folder.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
-    let weights = SHAPE.initial_weights(1, 0.5);
-    let parameters = weights.parameters();
-    Tensors::from(weights).write(&folder.join("model.safetensors"))?;
-    Ok(parameters)
 }
 
 /// Runs a program to its end, prints what it took, and returns what it said.

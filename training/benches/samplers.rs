@@ -246,6 +246,9 @@ fn measure(arguments: &Arguments, file: &Path, held_out: bool) -> Result<Value> 
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
+/// A number of a row, and its standard error.
+type Quantity = fn(&Row) -> [f64; 2];
+
 /// Evaluations against bits per byte and token entropy, one above the other, with standard errors.
 fn plot(path: &Path, rows: &[Row]) -> Result<()> {
     let area = SVGBackend::new(path, (820, 760)).into_drawing_area();
@@ -258,7 +261,7 @@ fn plot(path: &Path, rows: &[Row]) -> Result<()> {
         }
     }
     let parts = area.split_evenly((2, 1));
-    let quantities: [(&str, fn(&Row) -> [f64; 2]); 2] = [
+    let quantities: [(&str, Quantity); 2] = [
         ("judge, bits per byte", |row| row.judged),
         ("token entropy, nats", |row| row.entropy),
     ];

@@ -5,7 +5,7 @@ mod commands;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use commands::{evaluate, export, fit, import, prepare, publish, report, tokenizer};
+use commands::{evaluate, export, fit, import, prepare, publish, random, report, tokenizer};
 
 /// Trains score-based discrete diffusion language models and exports them for the server.
 #[derive(Debug, Parser)]
@@ -25,6 +25,7 @@ enum Command {
     Export(export::Arguments),
     Import(import::Arguments),
     Publish(publish::Arguments),
+    Random(random::Arguments),
 }
 
 fn main() -> Result<()> {
@@ -37,6 +38,7 @@ fn main() -> Result<()> {
         Command::Export(arguments) => export::run(arguments),
         Command::Import(arguments) => import::run(arguments),
         Command::Publish(arguments) => publish::run(arguments),
+        Command::Random(arguments) => random::run(arguments),
     }
 }
 

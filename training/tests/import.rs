@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use denoised::bundle::{Bundle, Manifest};
 use denoised::diffusion::{Graph, GraphKind, Token, score_entropy, sigma_offset};
@@ -218,4 +219,35 @@ fn files_of_torch_are_read_in_both_layouts() {
             assert_eq!(*averaged, last + 0.5, "{name}");
         }
     }
+}
+
+#[test]
+fn random_checkpoints_import_and_tell_tokens_apart() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("random");
+    let random = || {
+        Command::new(env!("CARGO_BIN_EXE_training"))
+            .arg("random")
+            .arg(&folder)
+            .args(["--vocab-size", "20", "--length", "8", "--hidden-size", "16"])
+            .args(["--cond-dim", "8", "--blocks", "1", "--heads", "2"])
+            .output()
+            .unwrap()
+    };
+    assert!(random().status.success());
+    assert!(!random().status.success(), "nothing is written over");
+    let (manifest, mut network) = served(&import::read(&folder, Choice::Averaged).unwrap());
+    assert_eq!((manifest.vocab_size, manifest.max_length), (21, 8));
+    let batch = Batch {
+        tokens: &[20; 8],
+        length: 8,
+        sigma: &[0.7],
+        positions: &[3],
+    };
+    network
+        .log_score(&batch, &mut |rows| {
+            let row = rows.row(0);
+            assert!(row.iter().all(|score| score.is_finite()) && row[0] != row[1]);
+        })
+        .unwrap();
 }

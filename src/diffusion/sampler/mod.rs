@@ -1,12 +1,21 @@
-//! What one reverse step does to one token.
+//! From noise to tokens: what a step does to single positions, and which of them it is about.
 //!
-//! Every sampler here reduces to the same affine row law ([`RowLaw`]): the weight of moving to `y` is
+//! Every discretisation here reduces to the same affine row law ([`RowLaw`]): the weight of moving to `y` is
 //! `gain * s_y - spread * (1 + S)` and the weight of staying `stay - stay_slope * S`, with `S` the sum of
-//! the scores over `y != x` (the score at `x` itself is 1). A sampler only computes those four numbers from the noise on both sides of the
-//! step; [`row::draw`] turns a row of log-scores into a token.
+//! the scores over `y != x` (the score at `x` itself is 1). A [`Sampler`] only computes those four numbers from the
+//! noise on both sides of the step; [`row::draw`] turns a row of log-scores into a token.
 //!
-//! To add a sampler: a file with a type that implements [`Sampler`], an arm in [`SamplerKind`], one in
-//! the proto enum.
+//! On absorbing graphs normalised scores leave the network out of the decision *when* a position moves, so that
+//! fewer rows and fewer evaluations are needed: [`hits`] draws the times first, [`remask`] adds a way back, and
+//! [`parallel`] fills the surest positions first. Raw scores keep the exact rule of the outflow: every masked row
+//! is evaluated in every step.
+//!
+//! To add a sampler: a file with its rule, an arm in [`SamplerKind`] and in the engine's `course`, one in the proto
+//! enum, a test of its law.
+//!
+//! # Measured
+//!
+#![doc = include_str!("measured.md")]
 
 mod blocks;
 mod euler;

@@ -8,6 +8,7 @@ pub(crate) mod import;
 pub(crate) mod prepare;
 pub(crate) mod publish;
 mod quality;
+pub(crate) mod random;
 pub(crate) mod report;
 mod run;
 pub(crate) mod tokenizer;

@@ -1,0 +1,83 @@
+//! Generations through the engine, without the server around it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use denoised::bundle::Bundle;
+use denoised::diffusion::sampler::TimeGrid;
+use denoised::diffusion::{SamplerKind, TokenChoice};
+use denoised::engine::course::Plan;
+use denoised::engine::{Engine, EngineOptions, Phase, Publish, Request, ServedModel};
+use denoised::network::onnx::{Device, OnnxNetwork, OnnxOptions};
+
+pub(crate) struct Subject {
+    engine: Engine,
+    model: Arc<ServedModel>,
+}
+
+/// Seconds of one generation, and its evaluations.
+pub(crate) struct Times {
+    pub(crate) total: f64,
+    pub(crate) network: f64,
+    pub(crate) sampling: f64,
+    pub(crate) nfe: u32,
+}
+
+impl Subject {
+    pub(crate) fn load(directory: &Path, threads: usize) -> Result<Self> {
+        let bundle = Arc::new(Bundle::open(directory)?);
+        let source = Arc::clone(&bundle);
+        let options = OnnxOptions {
+            device: Device::Cpu,
+            threads,
+        };
+        let network = Box::new(move || Ok(Box::new(OnnxNetwork::load(&source, &options)?) as Box<_>));
+        let model = ServedModel::new(&bundle, 1, network)?;
+        model.load_ahead()?;
+        let engine = Engine::start(EngineOptions {
+            workers: 1,
+            threads,
+            batch_tokens: 1024,
+            max_queued_rows: 1 << 20,
+            max_running_requests: 8,
+        })?;
+        Ok(Self {
+            engine,
+            model: Arc::new(model),
+        })
+    }
+
+    pub(crate) fn generate(&self, length: usize, steps: u32, normalize: bool, seed: u64) -> Result<Times> {
+        let mut generation = self.engine.admit(Request {
+            id: format!("{seed}"),
+            model: Arc::clone(&self.model),
+            template: vec![None; length].into(),
+            plan: Plan {
+                grid: TimeGrid { steps },
+                sampler: SamplerKind::Tweedie,
+                choice: TokenChoice::default(),
+                normalize,
+            },
+            seed,
+            canvases: 1,
+            publish: Publish::Steps,
+        })?;
+        let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+        let state = runtime.block_on(async {
+            let ended = generation.canvases[0].wait_for(|state| !matches!(state.phase, Phase::Running));
+            ended.await.map(|state| state.clone())
+        })?;
+        let Phase::Done(outcome) = state.phase else {
+            bail!("the generation failed: {:?}", state.phase);
+        };
+        let seconds = |time: Duration| time.as_secs_f64();
+        Ok(Times {
+            total: seconds(outcome.timings.total),
+            network: seconds(outcome.timings.network),
+            sampling: seconds(outcome.timings.sampling),
+            nfe: state.nfe,
+        })
+    }
+}
