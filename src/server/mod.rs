@@ -20,9 +20,8 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::Status;
-use tonic::transport::server::Router;
+use tonic::transport::server::{Router, TcpIncoming};
 
 use crate::config::{Config, LimitsConfig};
 use crate::engine::{Engine, EngineOptions, Models, ServedModel};
@@ -184,7 +183,9 @@ impl Server {
         let engine = Arc::clone(&self.service.engine);
         let grace = Duration::from_secs(self.config.server.drain_grace_seconds);
         let (stop_accepting, stopped) = oneshot::channel::<()>();
-        let serving = router.serve_with_incoming_shutdown(TcpListenerStream::new(self.listener), async {
+        // Frames are small and are waited for: none is held back to be sent with the next.
+        let incoming = TcpIncoming::from(self.listener).with_nodelay(Some(true));
+        let serving = router.serve_with_incoming_shutdown(incoming, async {
             // An error means that the sender is gone, which is a reason to stop as well.
             let _gone = stopped.await.is_err();
         });

@@ -29,6 +29,9 @@ struct Arguments {
     /// Samples of each setting.
     #[arg(long, default_value_t = 20)]
     samples: usize,
+    /// Take what an earlier run has measured, and go on where it stopped.
+    #[arg(long)]
+    resume: bool,
     /// Where the table and the plot go.
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../src/diffusion/sampler"))]
     out: PathBuf,
@@ -188,9 +191,15 @@ fn main() -> Result<()> {
             .iter()
             .filter(|option| !option.starts_with("--sampler") && **option != sampler);
         let shown = shown.copied().collect::<Vec<_>>().join(" ");
-        draw(&arguments, options, &written)?;
-        let held_out = index == 0;
-        let measured = measure(&arguments, &written, held_out)?;
+        let (held_out, known) = (index == 0, work.join(format!("{index}.json")));
+        let measured = if arguments.resume && known.is_file() {
+            serde_json::from_slice(&fs::read(known)?)?
+        } else {
+            draw(&arguments, options, &written)?;
+            let measured = measure(&arguments, &written, held_out)?;
+            fs::write(known, measured.to_string())?;
+            measured
+        };
         if held_out {
             rows.push(Row::read("held-out text", "", None, &measured["held_out"])?);
         }
@@ -277,6 +286,10 @@ fn plot(path: &Path, rows: &[Row]) -> Result<()> {
             .build_cartesian_2d((8.0..300.0_f64).log_scale(), low - margin..high + margin)?;
         chart
             .configure_mesh()
+            .disable_x_mesh()
+            .light_line_style(TRANSPARENT)
+            .x_labels(6)
+            .x_label_formatter(&|x| format!("{x:.0}"))
             .x_desc("evaluations of the network")
             .y_desc(title)
             .draw()?;
@@ -299,6 +312,10 @@ fn plot(path: &Path, rows: &[Row]) -> Result<()> {
                     .iter()
                     .map(|&(x, [y, error])| PathElement::new([(x, y - error), (x, y + error)], color)),
             )?;
+            if points.is_sorted_by(|a, b| a.0 < b.0) {
+                let line = points.iter().map(|&(x, [y, _])| (x, y));
+                chart.draw_series(LineSeries::new(line, color.mix(0.4)))?;
+            }
             chart
                 .draw_series(
                     points
@@ -310,7 +327,7 @@ fn plot(path: &Path, rows: &[Row]) -> Result<()> {
         }
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
+            .position(SeriesLabelPosition::MiddleRight)
             .background_style(WHITE.mix(0.9))
             .draw()?;
     }

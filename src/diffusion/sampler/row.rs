@@ -1,7 +1,7 @@
 //! One token's draw from a row of log-scores.
 //!
 //! A row is read for its maximum and its sum, which decide whether the token leaves; only rows that leave are
-//! looked into again, a block of 256 entries of them ([`super::blocks`]). Exponentials are f32, sums and
+//! looked into again, a block of 256 entries of them (`blocks.rs`). Exponentials are f32, sums and
 //! decisions f64: the law is within a total variation of 1e-6 of the same in f64, which a test computes.
 
 use super::RowLaw;
