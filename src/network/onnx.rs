@@ -116,6 +116,16 @@ impl OnnxNetwork {
         else {
             return Err(contract("it has no output \"log_score\"".to_owned()));
         };
+        if let ValueType::Tensor { shape, .. } = output.dtype()
+            && let Some(&columns) = shape.last()
+            && columns >= 0
+            && columns != manifest.vocab_size as i64
+        {
+            return Err(contract(format!(
+                "output \"log_score\" has {columns} columns, the manifest says vocab_size = {}",
+                manifest.vocab_size
+            )));
+        }
         let half = match element_type(output.dtype()) {
             Some(TensorElementType::Float32) => false,
             Some(TensorElementType::Float16) => true,
