@@ -41,6 +41,8 @@ pub struct ServerConfig {
     pub max_concurrent_streams: u32,
     /// Largest message that is read, in bytes.
     pub max_message_bytes: usize,
+    /// Seconds that a client may leave a stream unread before its request is ended.
+    pub unread_seconds: u64,
 }
 
 impl Default for ServerConfig {
@@ -51,6 +53,7 @@ impl Default for ServerConfig {
             reflection: true,
             max_concurrent_streams: 256,
             max_message_bytes: 4 << 20,
+            unread_seconds: 60,
         }
     }
 }
@@ -92,8 +95,10 @@ pub struct EngineConfig {
     pub device: Device,
     /// Tokens of one forward pass: canvases times length.
     pub batch_tokens: usize,
-    /// Evaluations (canvases times remaining steps) that may wait.
-    pub max_queued_rows: u64,
+    /// Seconds that the workers are predicted to need for all that may wait.
+    pub max_queue_seconds: u64,
+    /// Share of `max_queue_seconds` that one caller may use, above 0 and at most 1.
+    pub max_caller_share: f64,
 }
 
 impl Default for EngineConfig {
@@ -103,7 +108,8 @@ impl Default for EngineConfig {
             threads_per_worker: 0,
             device: Device::Cpu,
             batch_tokens: 512,
-            max_queued_rows: 65_536,
+            max_queue_seconds: 3600,
+            max_caller_share: 0.5,
         }
     }
 }
@@ -127,6 +133,8 @@ pub struct LimitsConfig {
     pub max_steps: u32,
     /// Canvases.
     pub max_samples: u32,
+    /// Positions of all its canvases together.
+    pub max_request_tokens: usize,
     /// Parts of a template.
     pub max_template_parts: usize,
     /// Bytes of text.
@@ -140,6 +148,7 @@ impl Default for LimitsConfig {
         Self {
             max_steps: 4096,
             max_samples: 64,
+            max_request_tokens: 1 << 18,
             max_template_parts: 1024,
             max_text_bytes: 1 << 20,
             max_running_requests: 1024,
@@ -177,8 +186,8 @@ pub enum LogFormat {
     Json,
 }
 
-/// Longest wait for running requests at shutdown that can be asked for: a day, in seconds.
-const MOST_DRAIN_SECONDS: u64 = 86_400;
+/// Longest time that can be set: a day, in seconds.
+const MAX_SECONDS: u64 = 86_400;
 
 /// A setting that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -245,14 +254,16 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let at_least_one: [(&'static str, u64); 9] = [
+        let at_least_one: [(&'static str, u64); 11] = [
             (
                 "server.max_concurrent_streams",
                 self.server.max_concurrent_streams.into(),
             ),
             ("server.max_message_bytes", self.server.max_message_bytes as u64),
             ("engine.batch_tokens", self.engine.batch_tokens as u64),
-            ("engine.max_queued_rows", self.engine.max_queued_rows),
+            ("engine.max_queue_seconds", self.engine.max_queue_seconds),
+            ("server.unread_seconds", self.server.unread_seconds),
+            ("limits.max_request_tokens", self.limits.max_request_tokens as u64),
             ("limits.max_steps", self.limits.max_steps.into()),
             ("limits.max_samples", self.limits.max_samples.into()),
             ("limits.max_template_parts", self.limits.max_template_parts as u64),
@@ -285,12 +296,32 @@ impl Config {
                 });
             }
         }
-        if self.server.drain_grace_seconds > MOST_DRAIN_SECONDS {
+        if self.server.drain_grace_seconds > MAX_SECONDS {
             return Err(ConfigError::Range {
                 key: "server.drain_grace_seconds",
                 value: self.server.drain_grace_seconds.to_string(),
                 wanted: "at most 86400, a day",
             });
+        }
+        let share = self.engine.max_caller_share;
+        if !(share > 0.0 && share <= 1.0) {
+            return Err(ConfigError::Range {
+                key: "engine.max_caller_share",
+                value: share.to_string(),
+                wanted: "above 0 and at most 1",
+            });
+        }
+        for (key, value) in [
+            ("engine.max_queue_seconds", self.engine.max_queue_seconds),
+            ("server.unread_seconds", self.server.unread_seconds),
+        ] {
+            if value > MAX_SECONDS {
+                return Err(ConfigError::Range {
+                    key,
+                    value: value.to_string(),
+                    wanted: "at most 86400, a day",
+                });
+            }
         }
         if self.limits.max_steps > 1 << 20 {
             let value = self.limits.max_steps.to_string();

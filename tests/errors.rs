@@ -55,10 +55,6 @@ async fn every_field_of_generate_is_checked() {
             "sampling.num_samples",
             sampling(|s| s.num_samples = Some(1_000_000)),
         ),
-        (
-            "sampling.num_samples",
-            sampling(|s| (s.num_samples, s.steps) = (Some(64), Some(4096))),
-        ),
         ("sampling.sampler", sampling(|s| s.sampler = 99)),
         (
             "sampling.entropy_bound",
@@ -279,55 +275,76 @@ async fn text_of_a_model_without_tokenizer_is_refused_and_tokens_work() {
     server.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_queue_says_when_to_come_back() {
+/// A server on which one request of 149 steps fills most of a second: nothing is measured yet, so each of its
+/// evaluations is taken to cost 5 ms.
+async fn busy_server(max_queue_seconds: u64, max_caller_share: f64) -> (TestServer, Gate) {
     let mut config = config();
-    config.engine.max_queued_rows = 60;
+    config.engine.max_queue_seconds = max_queue_seconds;
+    config.engine.max_caller_share = max_caller_share;
     let (gate, source) = (Gate::default(), closed_form());
     let door = gate.clone();
-    let server = TestServer::with_network(
-        &config,
-        Box::new(move || {
-            door.wait();
-            source()
-        }),
-    )
-    .await;
-    let mut client = server.client();
-    let request = sampling(|s| s.steps = Some(49));
-    let mut first = client.generate(request.clone()).await.unwrap().into_inner();
-    let status = client.generate(request.clone()).await.unwrap_err();
-    assert_eq!(status.code(), Code::ResourceExhausted);
-    assert!(
-        status
-            .get_details_retry_info()
-            .unwrap()
-            .retry_delay
-            .unwrap()
-            .as_millis()
-            > 0
+    let network = move || {
+        door.wait();
+        source()
+    };
+    (TestServer::with_network(&config, Box::new(network)).await, gate)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_and_a_used_share_say_so_and_when_to_come_back() {
+    for (seconds, share, reason) in [(1, 1.0, "QUEUE_FULL"), (2, 0.5, "CALLER_SHARE_USED")] {
+        let (server, gate) = busy_server(seconds, share).await;
+        let mut client = server.client();
+        let request = sampling(|s| s.steps = Some(149));
+        let mut first = client.generate(request.clone()).await.unwrap().into_inner();
+        let status = client.generate(request.clone()).await.unwrap_err();
+        assert_eq!(status.code(), Code::ResourceExhausted);
+        let retry = status.get_details_retry_info().unwrap().retry_delay.unwrap();
+        // 0.75 s and 0.75 s again are half a second more than there is room for.
+        assert_eq!(retry.as_millis(), 500);
+        assert_eq!(status.get_details_error_info().unwrap().reason, reason);
+        let quota = status.get_details_quota_failure().is_some();
+        assert_eq!(quota, reason == "CALLER_SHARE_USED");
+        gate.open();
+        while first.message().await.unwrap().is_some() {}
+        assert_eq!(generate(&mut client, request).await.unwrap().results.len(), 1);
+        server.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_never_wait_is_refused_for_good() {
+    let (server, gate) = busy_server(1, 1.0).await;
+    let request = sampling(|s| (s.steps, s.num_samples) = (Some(149), Some(3)));
+    let status = generate(&mut server.client(), request).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert_eq!(
+        status.get_details_bad_request().unwrap().field_violations[0].field,
+        "sampling"
     );
-    assert_eq!(status.get_details_error_info().unwrap().reason, "QUEUE_FULL");
+    assert!(status.message().contains("2.2 s"), "{}", status.message());
+    assert!(status.get_details_retry_info().is_none());
     gate.open();
-    while first.message().await.unwrap().is_some() {}
-    assert_eq!(generate(&mut client, request).await.unwrap().results.len(), 1);
     server.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_network_that_cannot_be_loaded_is_an_internal_error_with_an_id() {
+async fn a_model_that_cannot_be_loaded_is_unavailable_and_tells_callers_no_secrets() {
     let server = TestServer::with_network(
         &config(),
         Box::new(|| Err(denoised::network::NetworkError::Load("secret path".into()))),
     )
     .await;
-    let request = GenerateRequest {
-        request_id: "find-me".into(),
-        ..GenerateRequest::default()
-    };
-    let status = generate(&mut server.client(), request).await.unwrap_err();
-    assert_eq!(status.code(), Code::Internal);
-    assert!(status.message().contains("find-me") && !status.message().contains("secret"));
+    // While it is being loaded, and when it is known to fail.
+    for _ in 0..2 {
+        let status = generate(&mut server.client(), GenerateRequest::default())
+            .await
+            .unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable);
+        assert_eq!(status.get_details_error_info().unwrap().reason, "MODEL_FAILED");
+        assert!(status.get_details_retry_info().is_some());
+        assert!(status.message().contains("closed-form@1") && !status.message().contains("secret"));
+    }
     server.stop().await;
 }
 

@@ -11,11 +11,11 @@ pub enum TokenizerError {
     /// Not a tokenizer file, or not one this program can read.
     #[error("cannot be read: {0}")]
     Format(String),
-    /// More tokens than the network knows.
-    #[error("has {tokens} tokens, the network has room for {room}")]
+    /// A token that the network does not know.
+    #[error("has the token id {highest}, the network knows ids below {room}")]
     Vocabulary {
-        /// Tokens in the tokenizer.
-        tokens: usize,
+        /// Highest id of the tokenizer.
+        highest: Token,
         /// States of the network, less the mask.
         room: usize,
     },
@@ -27,26 +27,50 @@ pub enum TokenizerError {
     Decode(String),
 }
 
+/// Tokens before others that decide how these are written.
+const CONTEXT: usize = 4;
+
 /// A bundle's tokenizer.
 #[derive(Clone, Debug)]
-pub struct TextTokenizer(Box<Tokenizer>);
+pub struct TextTokenizer {
+    tokenizer: Box<Tokenizer>,
+    /// Bytes of the longest token.
+    longest: usize,
+}
 
 impl TextTokenizer {
     /// Reads `tokenizer.json` and checks that its vocabulary fits the manifest's.
     pub fn from_json(bytes: &[u8], manifest: &Manifest) -> Result<Self, TokenizerError> {
-        let tokenizer = Tokenizer::from_bytes(bytes).map_err(|e| TokenizerError::Format(e.to_string()))?;
-        let tokens = tokenizer.get_vocab_size(true);
+        let mut tokenizer =
+            Tokenizer::from_bytes(bytes).map_err(|e| TokenizerError::Format(e.to_string()))?;
+        // Made for batches of training: here they would pad prompts and cut them off.
+        tokenizer.with_padding(None);
+        tokenizer
+            .with_truncation(None)
+            .map_err(|e| TokenizerError::Format(e.to_string()))?;
         let room = manifest.vocab_size - usize::from(manifest.mask_token.is_some());
-        if tokens > room {
-            return Err(TokenizerError::Vocabulary { tokens, room });
+        let vocabulary = tokenizer.get_vocab(true);
+        // Ids can have gaps, so that their number says nothing.
+        if let Some(&highest) = vocabulary.values().max().filter(|id| **id as usize >= room) {
+            return Err(TokenizerError::Vocabulary { highest, room });
         }
-        Ok(Self(Box::new(tokenizer)))
+        let longest = vocabulary.keys().map(String::len).max().unwrap_or(0);
+        Ok(Self {
+            tokenizer: Box::new(tokenizer),
+            longest,
+        })
+    }
+
+    /// Bytes of text beyond which it takes more than `tokens` tokens, whatever it says; generous, since
+    /// tokenizers may drop some of it.
+    pub fn max_bytes(&self, tokens: usize) -> usize {
+        tokens.saturating_mul(self.longest).saturating_mul(4)
     }
 
     /// Tokens of `text`, without anything added around it.
     pub fn encode(&self, text: &str) -> Result<Vec<Token>, TokenizerError> {
         let encoding = self
-            .0
+            .tokenizer
             .encode_fast(text, false)
             .map_err(|e| TokenizerError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
@@ -54,8 +78,23 @@ impl TextTokenizer {
 
     /// Text of `tokens`, special tokens left out. Bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, tokens: &[Token]) -> Result<String, TokenizerError> {
-        self.0
+        self.tokenizer
             .decode(tokens, true)
             .map_err(|e| TokenizerError::Decode(e.to_string()))
+    }
+
+    /// Text of `tokens` where they follow `before`: many tokenizers write the space between words at the
+    /// beginning of a token and leave it out at the beginning of a text.
+    pub fn decode_after(&self, before: &[Token], tokens: &[Token]) -> Result<String, TokenizerError> {
+        let before = &before[before.len().saturating_sub(CONTEXT)..];
+        if before.is_empty() {
+            return self.decode(tokens);
+        }
+        let whole = self.decode(&[before, tokens].concat())?;
+        match whole.strip_prefix(self.decode(before)?.as_str()) {
+            Some(text) => Ok(text.to_owned()),
+            // A character whose bytes lie on both sides.
+            None => self.decode(tokens),
+        }
     }
 }

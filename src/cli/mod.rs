@@ -163,6 +163,8 @@ pub fn main() -> ExitCode {
             Command::Models(models) => models.run().await,
         }
     });
+    // Text that never ends to be read must not keep the process from ending.
+    runtime.shutdown_background();
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failed) => report(&failed),

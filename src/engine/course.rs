@@ -123,6 +123,8 @@ pub(super) struct Hits {
     pub(super) steps: Vec<u32>,
     /// The time of every step, where they are not those of the grid.
     times: Option<Vec<f64>>,
+    /// Steps in which something is hit.
+    evaluations: u64,
 }
 
 const NEVER: u32 = u32::MAX;
@@ -140,10 +142,7 @@ impl Hits {
                         survival.hit(draws.hit(i))
                     }
                 };
-                Some(Self {
-                    steps: clamped.iter().enumerate().map(step).collect(),
-                    times: None,
-                })
+                Some(Self::new(clamped.iter().enumerate().map(step).collect(), None))
             }
             Departures::ContinuousHits => {
                 let schedule = &course.model.manifest().schedule;
@@ -156,10 +155,10 @@ impl Hits {
                 for (step, &(_, position)) in order.iter().enumerate() {
                     steps[position] = step as u32;
                 }
-                Some(Self {
+                Some(Self::new(
                     steps,
-                    times: Some(order.into_iter().map(|(t, _)| t).collect()),
-                })
+                    Some(order.into_iter().map(|(t, _)| t).collect()),
+                ))
             }
         }
     }
@@ -176,11 +175,19 @@ impl Hits {
         hits.filter(|&hit| hit != NEVER && hit >= step).min()
     }
 
+    fn new(steps: Vec<u32>, times: Option<Vec<f64>>) -> Self {
+        let mut distinct: Vec<u32> = steps.iter().copied().filter(|&hit| hit != NEVER).collect();
+        distinct.sort_unstable();
+        distinct.dedup();
+        Self {
+            evaluations: distinct.len() as u64,
+            steps,
+            times,
+        }
+    }
+
     /// Steps in which something is hit.
     pub(super) fn evaluations(&self) -> u64 {
-        let mut steps: Vec<u32> = self.steps.iter().copied().filter(|&hit| hit != NEVER).collect();
-        steps.sort_unstable();
-        steps.dedup();
-        steps.len() as u64
+        self.evaluations
     }
 }

@@ -1,44 +1,56 @@
 //! The engine: stateless workers, canvases as work items.
 //!
 //! ```text
-//! admit -> ready queue -> worker: take -> run -> apply -> publish -> put back
+//! admit -> ready queue -> worker: take -> run -> commit -> publish -> put back
 //! ```
 //!
-//! A request becomes one or more [`canvas::Canvas`]es. A worker takes the oldest ready ones that share
-//! a model and a length, evaluates its network once for all of them and puts them back, so requests with
-//! other step counts, samplers or temperatures share forward passes, and new ones join at the next step.
-//! Progress is published through one watch channel a canvas, which keeps the newest state only: a slow
-//! reader slows nobody.
+//! A request becomes one or more [`canvas::Canvas`]es. The queue says who is next: callers take turns, and the
+//! requests of a caller, by the predicted time of what they are given. A worker takes what is next, with others
+//! that share a model and a length, evaluates the network once for all of them and puts them back, so requests
+//! with other step counts, samplers or temperatures share forward passes, and new ones join at the next step.
+//! Progress is published through one watch channel a canvas, which keeps the newest state only: a slow reader
+//! slows nobody.
 //!
-//! The engine knows tokens, not text, and nothing of gRPC. Only worker threads touch a network.
+//! Failures stay where they happen. A canvas with unusable scores ends alone; after a pass that failed its
+//! canvases run one by one, and only the session that it ran on is replaced; a model that cannot be loaded
+//! fails its own requests. Loading has a thread of its own. However work ends, whoever follows it is told.
+//!
+//! The engine knows tokens, not text, and nothing of gRPC. Only workers and the loader touch a network.
 
 mod admission;
 pub mod canvas;
+mod cost;
 pub mod course;
 mod drawing;
 mod models;
+mod pass;
 mod progress;
 mod queue;
+mod request;
+mod sessions;
+mod work;
 mod worker;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use parking_lot::Mutex;
-use tokio::sync::watch;
 
-use crate::diffusion::Token;
 use admission::Admission;
-pub use admission::Full;
+pub use admission::{NoRoom, Room};
 use canvas::Canvas;
-use course::{Course, Plan};
+use cost::Costs;
+use course::Course;
 pub use models::{Models, NetworkSource, ServedModel};
 pub use progress::{Failure, Outcome, Phase, State, Timings};
-use queue::{Queue, Work};
+use queue::Queue;
+pub use request::{AdmitError, Caller, Generation, Publish, Request};
+use sessions::Loader;
+use work::{Origin, Work};
 
 /// How the engine is laid out.
 #[derive(Clone, Copy, Debug)]
@@ -49,183 +61,190 @@ pub struct EngineOptions {
     pub threads: usize,
     /// Tokens of one forward pass: canvases times length. One canvas always fits.
     pub batch_tokens: usize,
-    /// Evaluations (canvases times remaining steps) that may wait.
-    pub max_queued_rows: u64,
+    /// Work that may wait, as the time that the workers are predicted to need for it.
+    pub max_queue: Duration,
+    /// Share of it that one caller may have, in (0, 1].
+    pub caller_share: f64,
     /// Requests that may run.
     pub max_running_requests: usize,
 }
 
-/// What to denoise.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// Names the request among the running ones.
-    pub id: String,
-    /// The model.
-    pub model: Arc<ServedModel>,
-    /// The canvas: tokens where clamped, `None` where to fill.
-    pub template: Arc<[Option<Token>]>,
-    /// How to denoise.
-    pub plan: Plan,
-    /// Seed of all random choices.
-    pub seed: u64,
-    /// Independent canvases; at least 1.
-    pub canvases: u32,
-    /// Whether intermediate states are wanted, or the end alone.
-    pub publish: Publish,
-}
-
-/// Which states a canvas publishes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Publish {
-    /// Every step, for whoever looks in time.
-    Steps,
-    /// The end alone.
-    End,
-}
-
-/// Why a request is not admitted.
-#[derive(Debug, thiserror::Error)]
-pub enum AdmitError {
-    /// Too much work waits.
-    #[error(transparent)]
-    Full(#[from] Full),
-    /// A running request has this id.
-    #[error("a request with id {0:?} is running")]
-    Exists(String),
-    /// The engine is shutting down.
-    #[error("the server is shutting down")]
-    Draining,
-}
-
-/// A request that runs. Dropping it ends its canvases at their next step.
-#[derive(Debug)]
-pub struct Generation {
-    /// The state in which every canvas began, however far it has come since.
-    pub initial: Vec<State>,
-    /// The newest state of every canvas.
-    pub canvases: Vec<watch::Receiver<State>>,
-    _running: Running,
-}
-
-/// Keeps a request's id taken while it runs.
+/// A request that has canvases left.
 #[derive(Debug)]
 struct Running {
-    id: String,
-    shared: Arc<Shared>,
+    number: u64,
+    cancelled: Arc<AtomicBool>,
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.shared.running.remove(&self.id);
-    }
-}
-
-/// What workers, admission and callers share.
+/// What workers, loader, admission and callers share.
 #[derive(Debug)]
 struct Shared {
     options: EngineOptions,
     queue: Queue,
     admission: Arc<Admission>,
-    /// Cancel flags of running requests, by id.
-    running: DashMap<String, Arc<AtomicBool>>,
+    costs: Costs,
+    loader: Loader,
+    /// Running requests by id.
+    running: DashMap<String, Running>,
+    /// Requests so far.
+    requests: AtomicU64,
     draining: AtomicBool,
 }
+
+impl Shared {
+    /// Lets work wait for its next evaluation, or ends it where nothing waits any more.
+    fn put(&self, work: Vec<Work>) {
+        end_all(self.queue.put(work), &Failure::ShutDown);
+    }
+
+    /// A request has ended: its id and its place are free.
+    fn forget(&self, id: &str, number: u64) {
+        // Another may have the id by now.
+        self.running.remove_if(id, |_, running| running.number == number);
+    }
+
+    /// Takes out what waits of a request, wherever it does.
+    fn withdraw(&self, request: u64) -> Vec<Work> {
+        let mut work = self.queue.withdraw(request);
+        work.extend(self.loader.withdraw(Some(request)));
+        work
+    }
+}
+
+fn end_all(work: Vec<Work>, failure: &Failure) {
+    work.into_iter().for_each(|work| work.end(failure.clone()));
+}
+
+/// How long shutting down waits for threads in the middle of a pass or a load.
+const LAST_PASS: Duration = Duration::from_secs(5);
 
 /// A pool of workers and the queue before them.
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    /// Taken by whoever shuts down first.
-    workers: Mutex<Vec<JoinHandle<()>>>,
+    /// Workers and loader; taken by whoever shuts down first.
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Engine {
-    /// Starts the workers.
+    /// Starts the workers and the loader.
     ///
     /// # Errors
     /// When the system gives no thread.
     pub fn start(options: EngineOptions) -> std::io::Result<Self> {
+        let options = EngineOptions {
+            workers: options.workers.max(1),
+            ..options
+        };
         let shared = Arc::new(Shared {
             options,
             queue: Queue::new(),
-            admission: Arc::new(Admission::new(options.max_queued_rows, options.workers)),
+            admission: Arc::new(Admission::new(
+                options.max_queue,
+                options.caller_share,
+                options.workers,
+            )),
+            costs: Costs::default(),
+            loader: Loader::default(),
             running: DashMap::new(),
+            requests: AtomicU64::new(0),
             draining: AtomicBool::new(false),
         });
-        let workers = (0..options.workers.max(1))
-            .map(|index| {
-                let shared = Arc::clone(&shared);
-                std::thread::Builder::new()
-                    .name(format!("denoise-{index}"))
-                    .spawn(move || worker::run(&shared, index))
-            })
-            .collect::<std::io::Result<Vec<_>>>()?;
-        Ok(Self {
-            shared,
-            workers: Mutex::new(workers),
-        })
+        let engine = Self {
+            shared: Arc::clone(&shared),
+            threads: Mutex::new(Vec::new()),
+        };
+        for index in 0..options.workers {
+            let shared = Arc::clone(&shared);
+            engine.spawn(format!("denoise-{index}"), move || worker::run(&shared, index))?;
+        }
+        engine.spawn("load".to_owned(), move || shared.loader.run(&shared))?;
+        Ok(engine)
     }
 
-    /// Queues a request's canvases.
+    fn spawn(&self, name: String, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+        let thread = std::thread::Builder::new().name(name).spawn(run)?;
+        self.threads.lock().push(thread);
+        Ok(())
+    }
+
+    /// Queues a request's canvases. Refusals come before anything is built or drawn.
     pub fn admit(&self, request: Request) -> Result<Generation, AdmitError> {
-        if self.shared.draining.load(Ordering::Acquire) {
+        let shared = &self.shared;
+        if shared.draining.load(Ordering::Acquire) {
             return Err(AdmitError::Draining);
         }
-        let cancelled = Arc::new(AtomicBool::new(false));
-        if self.shared.running.len() >= self.shared.options.max_running_requests {
-            return Err(self.shared.admission.full().into());
+        if let Some(retry_at) = shared.loader.sessions(&request.model).failed() {
+            return Err(AdmitError::Model {
+                model: request.model.to_string(),
+                retry_after: retry_at.saturating_duration_since(Instant::now()),
+            });
         }
-        match self.shared.running.entry(request.id.clone()) {
-            Entry::Occupied(_) => return Err(AdmitError::Exists(request.id)),
-            Entry::Vacant(place) => place.insert(Arc::clone(&cancelled)),
-        };
-        let running = Running {
-            id: request.id.clone(),
-            shared: Arc::clone(&self.shared),
-        };
+        let running = shared.running.len();
+        if running >= shared.options.max_running_requests {
+            return Err(AdmitError::Running { running });
+        }
+        let gaps = request.template.iter().filter(|token| token.is_none()).count();
+        let evaluations = request.plan.most_evaluations(gaps, &request.model);
+        let cost = shared.costs.predicted(&request.model, request.template.len());
+        let origin = Arc::new(self.register(&request)?);
+        let permits = shared
+            .admission
+            .admit(&request.caller, request.canvases, evaluations, cost)?;
         let course = Arc::new(Course::new(&request.model, request.plan));
-        let canvases: Vec<Canvas> = (0..u64::from(request.canvases))
-            .map(|index| Canvas::new(&course, &request.template, request.seed, index))
-            .collect();
-        let evaluations: Vec<u64> = canvases.iter().map(Canvas::evaluations_left).collect();
-        let permits = self.shared.admission.admit(&evaluations)?;
-        let now = Instant::now();
-        let (canvases, work): (Vec<_>, Vec<Work>) = canvases
+        let (canvases, work): (Vec<_>, Vec<_>) = permits
             .into_iter()
-            .zip(permits)
-            .map(|(canvas, permit)| {
-                let (progress, receiver) = watch::channel(State::running(&canvas));
-                let work = Work {
-                    canvas,
-                    request: request.id.clone(),
-                    progress,
-                    publish: request.publish,
-                    cancelled: Arc::clone(&cancelled),
-                    permit,
-                    admitted: now,
-                    ready: now,
-                    timings: Timings::default(),
-                    attempts: 0,
-                };
+            .zip(0u32..)
+            .map(|(permit, index)| {
+                let canvas = Canvas::new(&course, &request.template, request.seed, index.into());
+                let (work, receiver) = Work::new(canvas, &origin, index, permit);
                 (receiver, work)
             })
             .unzip();
-        let initial = work.iter().map(|work| work.progress.borrow().clone()).collect();
-        self.shared.queue.put(work);
+        let initial = canvases.iter().map(|newest| newest.borrow().clone()).collect();
+        shared.put(work);
         Ok(Generation {
             initial,
             canvases,
-            _running: running,
+            id: request.id,
+            number: origin.number,
+            shared: Arc::clone(shared),
         })
     }
 
-    /// Ends a running request at its next step; `false` when none has this id.
+    /// Enters a request under its id, for as long as the result lives.
+    fn register(&self, request: &Request) -> Result<Origin, AdmitError> {
+        let number = self.shared.requests.fetch_add(1, Ordering::AcqRel);
+        let cancelled = Arc::new(AtomicBool::new(false));
+        match self.shared.running.entry(request.id.clone()) {
+            Entry::Occupied(_) => return Err(AdmitError::Exists(request.id.clone())),
+            Entry::Vacant(place) => place.insert(Running {
+                number,
+                cancelled: Arc::clone(&cancelled),
+            }),
+        };
+        Ok(Origin {
+            id: request.id.clone(),
+            number,
+            caller: request.caller.clone(),
+            cancelled,
+            publish: request.publish,
+            admitted: Instant::now(),
+            shared: Arc::clone(&self.shared),
+        })
+    }
+
+    /// Ends a running request: canvases that wait at once, those in a pass after it; `false` when none has
+    /// this id.
     pub fn cancel(&self, id: &str) -> bool {
-        self.shared
-            .running
-            .get(id)
-            .map(|flag| flag.store(true, Ordering::Release))
-            .is_some()
+        let found = self.shared.running.get(id).map(|running| {
+            running.cancelled.store(true, Ordering::Release);
+            running.number
+        });
+        if let Some(number) = found {
+            end_all(self.shared.withdraw(number), &Failure::Cancelled);
+        }
+        found.is_some()
     }
 
     /// Stops admission; what runs goes on.
@@ -235,20 +254,34 @@ impl Engine {
 
     /// Whether no canvas waits or runs.
     pub fn is_idle(&self) -> bool {
-        self.shared.admission.queued() == 0
+        self.shared.admission.is_idle()
     }
 
-    /// Ends what still runs, joins the workers.
+    /// Ends what still runs, joins the threads.
     ///
-    /// Blocks for at most one step of every worker.
+    /// Blocks for at most one pass of every worker, and for no longer than 5 seconds: a thread that is not back
+    /// by then is left behind.
     pub fn shut_down(&self) {
         self.drain();
-        self.shared.queue.close();
-        for worker in self.workers.lock().drain(..) {
-            if worker.join().is_err() {
-                tracing::error!("a worker panicked outside of a step");
+        end_all(self.shared.queue.close(), &Failure::ShutDown);
+        self.shared.loader.close();
+        end_all(self.shared.loader.withdraw(None), &Failure::ShutDown);
+        let end = Instant::now() + LAST_PASS;
+        for thread in self.threads.lock().drain(..) {
+            while !thread.is_finished() && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if !thread.is_finished() {
+                tracing::error!(
+                    thread = thread.thread().name(),
+                    "a thread did not end in time and is left behind"
+                );
+            } else if thread.join().is_err() {
+                tracing::error!("a thread of the engine panicked");
             }
         }
+        // A worker can have parked what it took before the queue was closed.
+        end_all(self.shared.loader.withdraw(None), &Failure::ShutDown);
     }
 
     /// Waits until nothing runs, at most `grace`.
@@ -270,6 +303,8 @@ impl Drop for Engine {
     }
 }
 
+#[cfg(test)]
+mod failures_test;
 #[cfg(test)]
 mod samplers_test;
 #[cfg(test)]

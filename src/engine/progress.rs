@@ -73,6 +73,15 @@ pub enum Failure {
     /// The server shut down before the canvas was finished.
     #[error("the server shut down before the canvas was finished")]
     ShutDown,
+    /// Nobody follows the canvas any more.
+    #[error("nobody follows the canvas any more")]
+    Abandoned,
+    /// The model cannot be loaded or run; the log says why.
+    #[error("model {model} has failed; the server's log has the details")]
+    Model {
+        /// The model, with its version.
+        model: String,
+    },
     /// The worker failed, again and again; the log has the details under the request's id.
     #[error("the network failed; the server's log has the details under request id {request}")]
     Worker {

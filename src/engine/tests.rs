@@ -3,21 +3,25 @@
 
 use std::sync::atomic::AtomicUsize;
 
+use tokio::sync::watch;
+
+use super::course::Plan;
 use super::*;
 use crate::bundle::{FORMAT, MODEL, Manifest, Parameterization};
 use crate::diffusion::sampler::TimeGrid;
-use crate::diffusion::{GraphKind, SamplerKind, Schedule, TokenChoice};
+use crate::diffusion::{GraphKind, SamplerKind, Schedule, Token, TokenChoice};
 use crate::network::closed_form::ClosedForm;
 use crate::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 
 const LENGTH: usize = 6;
 
-fn options(workers: usize) -> EngineOptions {
+pub(super) fn options(workers: usize) -> EngineOptions {
     EngineOptions {
         workers,
         threads: 2,
         batch_tokens: 8 * LENGTH,
-        max_queued_rows: 100_000,
+        max_queue: Duration::from_secs(1000),
+        caller_share: 1.0,
         max_running_requests: 64,
     }
 }
@@ -49,7 +53,7 @@ pub(super) fn manifest(graph: GraphKind) -> Manifest {
 }
 
 /// Three sentences that share tokens, so that positions depend on each other.
-fn sentences() -> Vec<(Vec<Token>, f64)> {
+pub(super) fn sentences() -> Vec<(Vec<Token>, f64)> {
     vec![
         (vec![0, 1, 2, 3, 0, 1], 0.5),
         (vec![3, 2, 1, 0, 3, 2], 0.3),
@@ -63,11 +67,11 @@ pub(super) fn model_of(manifest: Manifest) -> Arc<ServedModel> {
     Arc::new(ServedModel::without_bundle(manifest, 1, none))
 }
 
-fn model_with(graph: GraphKind, network: NetworkSource) -> Arc<ServedModel> {
+pub(super) fn model_with(graph: GraphKind, network: NetworkSource) -> Arc<ServedModel> {
     Arc::new(ServedModel::without_bundle(manifest(graph), 1, network))
 }
 
-fn model(graph: GraphKind) -> Arc<ServedModel> {
+pub(super) fn model(graph: GraphKind) -> Arc<ServedModel> {
     let noise = manifest(graph).graph();
     model_with(
         graph,
@@ -75,9 +79,10 @@ fn model(graph: GraphKind) -> Arc<ServedModel> {
     )
 }
 
-fn request(model: &Arc<ServedModel>, number: u32) -> Request {
+pub(super) fn request(model: &Arc<ServedModel>, number: u32) -> Request {
     Request {
         id: format!("request-{number}"),
+        caller: Caller::new("test"),
         model: Arc::clone(model),
         template: vec![None; LENGTH].into(),
         plan: Plan {
@@ -102,7 +107,7 @@ fn request(model: &Arc<ServedModel>, number: u32) -> Request {
 }
 
 /// The last state of a canvas.
-fn end(receiver: &mut watch::Receiver<State>) -> State {
+pub(super) fn end(receiver: &mut watch::Receiver<State>) -> State {
     tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
@@ -117,7 +122,7 @@ fn end(receiver: &mut watch::Receiver<State>) -> State {
         })
 }
 
-fn tokens(generation: &mut Generation) -> Vec<Vec<Token>> {
+pub(super) fn tokens(generation: &mut Generation) -> Vec<Vec<Token>> {
     generation
         .canvases
         .iter_mut()
@@ -254,7 +259,8 @@ fn gated() -> (Arc<Mutex<()>>, Arc<ServedModel>) {
 #[test]
 fn admission_is_bounded_and_room_comes_back() {
     let engine = Engine::start(EngineOptions {
-        max_queued_rows: 40,
+        // 40 evaluations, each of 5 ms as long as nothing is measured.
+        max_queue: Duration::from_millis(200),
         ..options(1)
     })
     .unwrap();
@@ -274,7 +280,9 @@ fn admission_is_bounded_and_room_comes_back() {
         plan,
         ..request(&model, 2)
     });
-    assert!(matches!(refused, Err(AdmitError::Full(full)) if full.queued == 30 && full.limit == 40));
+    assert!(
+        matches!(refused, Err(AdmitError::NoRoom(NoRoom::Server(room))) if room.waiting.as_millis() == 150 && room.limit.as_millis() == 200)
+    );
     let again = engine.admit(Request {
         id: "request-0".to_owned(),
         ..request(&model, 2)
@@ -292,32 +300,61 @@ fn admission_is_bounded_and_room_comes_back() {
     );
 }
 
-#[test]
-fn cancelled_and_abandoned_canvases_stop_and_free_their_room() {
-    let engine = Engine::start(options(1)).unwrap();
-    let (gate, model) = gated();
-    let closed = gate.lock();
-    let mut cancelled = engine.admit(request(&model, 1)).unwrap();
-    let abandoned = engine.admit(request(&model, 3)).unwrap();
-    assert!(engine.cancel("request-1"));
-    assert!(!engine.cancel("request-77"));
-    drop(abandoned);
-    drop(closed);
-    for receiver in &mut cancelled.canvases {
-        assert!(matches!(
-            end(receiver).phase,
-            Phase::Failed(Failure::Cancelled) | Phase::Done(_)
-        ));
-    }
-    // Both have given back their room once the queue has passed over them.
-    let mut after = engine.admit(request(&model, 4)).unwrap();
-    tokens(&mut after);
-    let idle = tokio::runtime::Builder::new_current_thread()
+pub(super) fn idle(engine: &Engine) -> bool {
+    tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
         .unwrap()
-        .block_on(engine.idle_within(Duration::from_secs(30)));
-    assert!(idle);
+        .block_on(engine.idle_within(Duration::from_secs(30)))
+}
+
+#[test]
+fn cancelled_and_abandoned_canvases_leave_at_once() {
+    let engine = Engine::start(options(1)).unwrap();
+    let (gate, model) = gated();
+    let closed = gate.lock();
+    // Of another length than what follows, so that the worker is busy with it and with nothing else.
+    let mut busy = engine
+        .admit(Request {
+            template: vec![None; 3].into(),
+            ..request(&model, 6)
+        })
+        .unwrap();
+    let occupied = engine.shared.admission.waiting();
+    let mut cancelled = engine.admit(request(&model, 1)).unwrap();
+    let abandoned = engine.admit(request(&model, 3)).unwrap();
+    assert!(engine.shared.admission.waiting() > occupied);
+    assert!(engine.cancel("request-1"));
+    assert!(!engine.cancel("request-77"));
+    drop(abandoned);
+    // No pass has ended yet.
+    assert_eq!(engine.shared.admission.waiting(), occupied);
+    assert_eq!(engine.shared.running.len(), 1);
+    for receiver in &mut cancelled.canvases {
+        assert!(matches!(end(receiver).phase, Phase::Failed(Failure::Cancelled)));
+    }
+    drop(closed);
+    tokens(&mut busy);
+    assert!(idle(&engine) && engine.shared.running.is_empty());
+}
+
+#[test]
+fn what_runs_is_cancelled_after_its_pass() {
+    let engine = Engine::start(options(1)).unwrap();
+    let (gate, model) = gated();
+    let closed = gate.lock();
+    let mut running = engine.admit(request(&model, 4)).unwrap();
+    while !engine.shared.queue.is_empty() {
+        std::thread::yield_now();
+    }
+    assert!(engine.cancel("request-4"));
+    drop(closed);
+    let state = end(&mut running.canvases[0]);
+    assert!(
+        matches!(state.phase, Phase::Failed(Failure::Cancelled)),
+        "{state:?}"
+    );
+    assert!(idle(&engine) && engine.shared.running.is_empty());
 }
 
 #[test]
@@ -333,82 +370,126 @@ fn shutting_down_ends_what_waits() {
     ));
     std::thread::scope(|scope| {
         scope.spawn(|| engine.shut_down());
+        while !engine.shared.queue.is_closed() {
+            std::thread::yield_now();
+        }
         drop(closed);
     });
     for receiver in &mut generation.canvases {
-        assert!(matches!(
-            end(receiver).phase,
-            Phase::Failed(Failure::ShutDown) | Phase::Done(_)
-        ));
+        let state = end(receiver);
+        assert!(
+            matches!(state.phase, Phase::Failed(Failure::ShutDown)),
+            "{state:?}"
+        );
     }
 }
 
-/// Panics, fails or answers NaN on its first evaluations.
-struct Faulty {
-    network: ClosedForm,
-    faults: Arc<AtomicUsize>,
+/// A reader that never comes keeps neither the id nor a place among the running requests.
+#[test]
+fn a_request_ends_with_its_last_canvas_not_with_its_reader() {
+    let engine = Engine::start(EngineOptions {
+        max_running_requests: 1,
+        ..options(1)
+    })
+    .unwrap();
+    let model = model(GraphKind::Absorbing);
+    let mut unread = Vec::new();
+    for _ in 0..3 {
+        let mut generation = engine.admit(request(&model, 1)).unwrap();
+        tokens(&mut generation);
+        // The canvas is told before its place is free.
+        while !engine.shared.running.is_empty() {
+            std::thread::yield_now();
+        }
+        unread.push(generation);
+    }
 }
 
-impl ScoreNetwork for Faulty {
+/// Counts passes, and notes the number of the last one with short canvases.
+struct Numbered {
+    network: ClosedForm,
+    passes: Arc<AtomicUsize>,
+    last_short: Arc<AtomicUsize>,
+    door: Arc<Mutex<()>>,
+}
+
+impl ScoreNetwork for Numbered {
     fn log_score(
         &mut self,
         batch: &Batch<'_>,
         read: &mut dyn FnMut(ScoreRows<'_>),
     ) -> Result<(), NetworkError> {
-        let left = self
-            .faults
-            .try_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
-        match left {
-            Ok(n) if n.is_multiple_of(2) => panic!("injected"),
-            Ok(_) => Err(NetworkError::Run("injected".to_owned())),
-            Err(_) => self.network.log_score(batch, read),
+        drop(self.door.lock());
+        let number = self.passes.fetch_add(1, Ordering::AcqRel) + 1;
+        if batch.length < LENGTH {
+            self.last_short.store(number, Ordering::Release);
         }
+        self.network.log_score(batch, read)
     }
 }
 
-fn faulty(faults: usize) -> Arc<ServedModel> {
-    let (noise, left) = (
-        manifest(GraphKind::Absorbing).graph(),
-        Arc::new(AtomicUsize::new(faults)),
-    );
-    model_with(
-        GraphKind::Absorbing,
-        Box::new(move || {
-            let network = ClosedForm::new(noise, sentences());
-            Ok(Box::new(Faulty {
-                network,
-                faults: Arc::clone(&left),
-            }))
-        }),
-    )
-}
-
+/// A short request waits for at most one pass of others for each of its evaluations, whoever else asks for
+/// however much. Beside requests of its own caller it first waits for those whose turn it is in the present round:
+/// 32 canvases, four passes.
 #[test]
-fn failed_steps_are_tried_again_with_the_same_outcome() {
-    let sound = tokens(
-        &mut Engine::start(options(1))
-            .unwrap()
-            .admit(request(&model(GraphKind::Absorbing), 5))
-            .unwrap(),
-    );
-    let engine = Engine::start(options(1)).unwrap();
-    assert_eq!(tokens(&mut engine.admit(request(&faulty(2), 5)).unwrap()), sound);
-    // One fault too many ends the canvas, names the request and leaves the worker alive.
-    let mut lost = engine
-        .admit(Request {
-            canvases: 1,
-            ..request(&faulty(3), 5)
-        })
-        .unwrap();
-    let Phase::Failed(Failure::Worker { request: named }) = end(&mut lost.canvases[0]).phase else {
-        panic!()
-    };
-    assert_eq!(named, "request-5");
-    drop(lost);
-    assert_eq!(
-        tokens(&mut engine.admit(request(&model(GraphKind::Absorbing), 5)).unwrap()),
-        sound
-    );
+fn a_short_request_is_not_held_up_by_long_ones() {
+    for (caller, round) in [("test", 4), ("somebody else", 1)] {
+        let (passes, door) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(())));
+        let noise = manifest(GraphKind::Absorbing).graph();
+        let last_short = Arc::new(AtomicUsize::new(0));
+        let (counter, last, gate) = (Arc::clone(&passes), Arc::clone(&last_short), Arc::clone(&door));
+        let model = model_with(
+            GraphKind::Absorbing,
+            Box::new(move || {
+                Ok(Box::new(Numbered {
+                    network: ClosedForm::independent(noise, &[0.4, 0.3, 0.2, 0.1]),
+                    passes: Arc::clone(&counter),
+                    last_short: Arc::clone(&last),
+                    door: Arc::clone(&gate),
+                }))
+            }),
+        );
+        let engine = Engine::start(options(1)).unwrap();
+        let long = Plan {
+            grid: TimeGrid { steps: 4000 },
+            ..request(&model, 0).plan
+        };
+        let long: Vec<_> = (0..32)
+            .map(|number| {
+                engine
+                    .admit(Request {
+                        plan: long,
+                        ..request(&model, 2 * number)
+                    })
+                    .unwrap()
+            })
+            .collect();
+        while passes.load(Ordering::Acquire) < 10 {
+            std::thread::yield_now();
+        }
+        let closed = door.lock();
+        let before = passes.load(Ordering::Acquire);
+        let mut short = engine
+            .admit(Request {
+                id: "short".to_owned(),
+                caller: Caller::new(caller),
+                template: vec![None; 2].into(),
+                plan: Plan {
+                    grid: TimeGrid { steps: 3 },
+                    ..request(&model, 0).plan
+                },
+                ..request(&model, 0)
+            })
+            .unwrap();
+        drop(closed);
+        tokens(&mut short);
+        let took = last_short.load(Ordering::Acquire) - before;
+        assert!(
+            took <= round + 2 * 4 + 1,
+            "{caller}: 4 evaluations took {took} passes"
+        );
+        drop(long);
+    }
 }
 
 /// Null: sentences come out with the data's probabilities. Chi-square, 2 degrees of freedom,

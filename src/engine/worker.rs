@@ -1,181 +1,105 @@
-//! A worker: one thread, with networks of its own.
+//! A worker: one thread that takes work, runs a pass of it, tells what came of it and puts it back.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use super::canvas::Canvas;
-use super::queue::Work;
-use super::{Failure, Publish, ServedModel, Shared, State, drawing};
-use crate::network::{Batch, NetworkError, ScoreNetwork};
+use super::pass::Pass;
+use super::work::Work;
+use super::{Failure, Shared};
+use crate::network::NetworkError;
 
-/// Failed steps in a row after which a canvas is given up.
-const MOST_ATTEMPTS: u32 = 3;
-/// Pause after a failed step, doubled with every further one in a row.
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-
-/// The networks that this worker has loaded, with their models; few enough to look through.
-type Networks = Vec<(Arc<ServedModel>, Box<dyn ScoreNetwork>)>;
+/// Passes that may fail in a row with a canvas alone, before it is given up.
+const MAX_ATTEMPTS: u32 = 3;
 
 /// Takes work until the queue closes.
 pub(super) fn run(shared: &Shared, index: usize) {
-    let mut networks = Networks::new();
-    let mut step = Step::default();
-    let mut pause = FIRST_PAUSE;
-    while let Some(taken) = shared.queue.take(shared.options.batch_tokens) {
-        let mut batch: Vec<Work> = taken.into_iter().filter(Work::is_wanted).collect();
-        if batch.is_empty() {
+    // What a panic takes with it is told by the work that it drops; the thread goes on.
+    while catch_unwind(AssertUnwindSafe(|| work(shared, index))).is_err() {
+        tracing::error!(worker = index, "a worker panicked outside of a pass");
+    }
+}
+
+fn work(shared: &Shared, index: usize) {
+    let mut pass = Pass::default();
+    while let Some(taken) = shared.queue.take(shared.options.batch_tokens, &shared.costs) {
+        let batch = those_who_go_on(taken);
+        let Some(model) = batch.first().map(|work| Arc::clone(work.canvas.model())) else {
             continue;
-        }
-        // A panic leaves every canvas either before or after its step: `apply` moves tokens at once.
+        };
+        let sessions = shared.loader.sessions(&model);
+        let Some((mut session, mut batch)) = sessions.check_out(batch, &shared.loader) else {
+            continue;
+        };
+        // A panic leaves every canvas either before or after its step: tokens move at once.
         let result = catch_unwind(AssertUnwindSafe(|| {
-            step.run(&mut networks, &mut batch, shared.options.threads)
+            pass.run(session.as_mut(), &mut batch, shared.options.threads)
         }))
-        .unwrap_or_else(|_| Err(NetworkError::Run("the step panicked".to_owned())));
+        .unwrap_or_else(|_| Err(NetworkError::Run("the pass panicked".to_owned())));
         match result {
-            Ok(took) => {
-                shared.admission.measured(took, batch.len());
-                pause = FIRST_PAUSE;
-                shared.queue.put(batch.into_iter().filter_map(publish));
+            Ok((verdicts, took)) => {
+                let length = batch.first().map_or(0, |work| work.canvas.tokens().len());
+                shared.costs.measured(&model, length, batch.len(), took);
+                sessions.check_in(session, shared);
+                let mut back = Vec::with_capacity(batch.len());
+                for (work, verdict) in batch.into_iter().zip(verdicts) {
+                    match verdict {
+                        Ok(()) => back.extend(work.publish()),
+                        Err(error) => {
+                            tracing::error!(request = %work.origin.id, canvas = work.index, %error, "a canvas is given up");
+                            give_up(work);
+                        }
+                    }
+                }
+                shared.put(back);
             }
-            Err(error) => {
-                tracing::error!(worker = index, %error, canvases = batch.len(), "a step failed; starting over with a new session");
-                networks.clear();
-                shared.queue.put(batch.into_iter().filter_map(retry));
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(LONGEST_PAUSE);
+            Err(error @ NetworkError::Run(_)) => {
+                tracing::error!(worker = index, %model, %error, canvases = batch.len(), "a pass failed; its canvases run one by one");
+                sessions.lost(session, &shared.loader);
+                let with_others = batch.len() > 1;
+                shared.put(
+                    batch
+                        .into_iter()
+                        .filter_map(|work| retry(work, with_others))
+                        .collect(),
+                );
+            }
+            // What cannot heal by trying again is the model's, not the canvases'.
+            Err(error @ (NetworkError::Runtime(_) | NetworkError::Load(_) | NetworkError::Contract(_))) => {
+                sessions.lost(session, &shared.loader);
+                sessions.fail(&error.to_string(), &shared.loader);
+                sessions.end(batch);
             }
         }
     }
 }
 
-/// Tells the listener; gives back what is not finished.
-fn publish(mut work: Work) -> Option<Work> {
-    work.attempts = 0;
-    work.permit.spend();
-    if work.canvas.is_done() {
-        work.timings.total = work.admitted.elapsed();
-        work.progress
-            .send_replace(State::done(&work.canvas, work.timings));
-        return None;
-    }
-    if work.publish == Publish::Steps {
-        work.progress.send_replace(State::running(&work.canvas));
-    }
-    work.ready = Instant::now();
-    Some(work)
+/// Ends what nobody wants any more.
+fn those_who_go_on(taken: Vec<Work>) -> Vec<Work> {
+    let goes_on = |work: Work| match work.is_over() {
+        Some(failure) => {
+            work.end(failure);
+            None
+        }
+        None => Some(work),
+    };
+    taken.into_iter().filter_map(goes_on).collect()
 }
 
-/// Gives back what may be tried again.
-fn retry(mut work: Work) -> Option<Work> {
-    work.attempts += 1;
-    if work.canvas.is_done() {
-        return publish(work);
+/// Gives back what may be tried again, alone: its neighbours must not fail with it, nor it with them.
+fn retry(mut work: Work, with_others: bool) -> Option<Work> {
+    if !with_others {
+        work.attempts += 1;
     }
-    if work.attempts < MOST_ATTEMPTS {
+    work.set_alone(true);
+    if work.attempts < MAX_ATTEMPTS {
         return Some(work);
     }
-    tracing::error!(request = %work.request, "a canvas failed {MOST_ATTEMPTS} times and is given up");
-    work.fail(Failure::Worker {
-        request: work.request.clone(),
-    });
+    tracing::error!(request = %work.origin.id, canvas = work.index, "a canvas failed {MAX_ATTEMPTS} times alone and is given up");
+    give_up(work);
     None
 }
 
-/// One step of a batch, and its buffers.
-#[derive(Debug, Default)]
-struct Step {
-    tokens: Vec<i64>,
-    sigma: Vec<f32>,
-    positions: Vec<i64>,
-    /// Wanted positions of every canvas.
-    wanted: Vec<Vec<usize>>,
-}
-
-impl Step {
-    /// Evaluates the network for `batch` and moves every canvas one step on.
-    ///
-    /// Canvases whose scores are unusable are ended and taken out. Returns the time taken.
-    fn run(
-        &mut self,
-        networks: &mut Networks,
-        batch: &mut Vec<Work>,
-        threads: usize,
-    ) -> Result<Duration, NetworkError> {
-        let started = Instant::now();
-        let network = network_of(networks, batch)?;
-        self.gather(batch);
-        let length = batch.first().map_or(0, |work| work.canvas.tokens().len());
-        let inputs = Batch {
-            tokens: &self.tokens,
-            length,
-            sigma: &self.sigma,
-            positions: &self.positions,
-        };
-        let canvases: Vec<&Canvas> = batch.iter().map(|work| &work.canvas).collect();
-        let (mut evaluated, mut outcomes) = (started, Vec::new());
-        network.log_score(&inputs, &mut |rows| {
-            evaluated = Instant::now();
-            outcomes = drawing::draw(&canvases, &self.wanted[..canvases.len()], &rows, threads);
-        })?;
-        let (network_time, sampling) = (evaluated - started, evaluated.elapsed());
-        let mut outcomes = outcomes.into_iter();
-        batch.retain_mut(|work| {
-            work.timings.queue += started.saturating_duration_since(work.ready);
-            work.timings.network += network_time;
-            work.timings.sampling += sampling;
-            match outcomes.next() {
-                Some(Ok(moves)) => {
-                    work.canvas.apply(moves);
-                    true
-                }
-                Some(Err(error)) => {
-                    tracing::error!(request = %work.request, %error, "a canvas is given up");
-                    work.fail(Failure::Worker {
-                        request: work.request.clone(),
-                    });
-                    false
-                }
-                None => true,
-            }
-        });
-        Ok(started.elapsed())
-    }
-
-    fn gather(&mut self, batch: &[Work]) {
-        self.tokens.clear();
-        self.sigma.clear();
-        self.positions.clear();
-        self.wanted.resize_with(batch.len(), Vec::new);
-        for (work, wanted) in batch.iter().zip(&mut self.wanted) {
-            let first = self.tokens.len() as i64;
-            wanted.clear();
-            wanted.extend(work.canvas.wanted());
-            self.positions.extend(wanted.iter().map(|&i| first + i as i64));
-            self.tokens
-                .extend(work.canvas.tokens().iter().map(|&t| i64::from(t)));
-            self.sigma.push(work.canvas.next_sigma() as f32);
-        }
-    }
-}
-
-/// This worker's network for the batch's model, loaded on first use.
-fn network_of<'a>(
-    networks: &'a mut Networks,
-    batch: &[Work],
-) -> Result<&'a mut dyn ScoreNetwork, NetworkError> {
-    let Some(first) = batch.first() else {
-        return Err(NetworkError::Run("the batch is empty".to_owned()));
-    };
-    let model = first.canvas.model();
-    let known = networks.iter().position(|(loaded, _)| Arc::ptr_eq(loaded, model));
-    let index = match known {
-        Some(index) => index,
-        None => {
-            networks.push((Arc::clone(model), model.network()?));
-            networks.len() - 1
-        }
-    };
-    Ok(networks[index].1.as_mut())
+fn give_up(work: Work) {
+    let request = work.origin.id.clone();
+    work.end(Failure::Worker { request });
 }

@@ -5,19 +5,20 @@ use std::sync::Arc;
 use futures_util::stream::{BoxStream, StreamExt};
 use tonic::{Request, Response, Status};
 
-use super::Service;
 use super::request;
 use super::status::{FieldError, not_found};
-use super::stream::{Event, View, events};
+use super::stream::{Event, View, deliver, events};
 use super::template::Template;
+use super::{Service, caller};
 use crate::diffusion::SamplerKind;
-use crate::engine::{Publish, ServedModel};
+use crate::engine::{Caller, Publish, ServedModel};
 use crate::proto::v1;
 use crate::proto::v1::diffusion_service_server::DiffusionService;
 
 /// What `Generate` and `Infill` have in common, checked.
 struct Asked {
     id: String,
+    caller: Caller,
     model: Arc<ServedModel>,
     template: Template,
     sampling: Option<v1::Sampling>,
@@ -27,14 +28,10 @@ struct Asked {
 
 impl Service {
     /// One path for both calls: a prompt is a template with one gap at its end.
+    ///
+    /// Lays out canvases, which takes its time: not for the threads that answer.
     fn start(&self, asked: Asked) -> Result<BoxStream<'static, Result<Event, Status>>, Status> {
-        let sampling = request::sampling(
-            asked.sampling,
-            asked.template.gaps(),
-            &asked.model,
-            &self.limits,
-            self.max_queued_rows,
-        )?;
+        let sampling = request::sampling(asked.sampling, &asked.template, &asked.model, &self.limits)?;
         let frames = request::frames(asked.frames)?;
         let accepted = v1::Accepted {
             request_id: asked.id.clone(),
@@ -63,6 +60,7 @@ impl Service {
         };
         let generation = self.engine.admit(crate::engine::Request {
             id: asked.id.clone(),
+            caller: asked.caller,
             model: Arc::clone(&asked.model),
             template: asked.template.canvas(),
             plan: sampling.plan,
@@ -95,17 +93,24 @@ impl DiffusionService for Service {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         use v1::generate_response::Event as Out;
+        let caller = caller::of(&request);
         let asked = request.into_inner();
         let model = self.model(asked.model)?;
-        let template = request::prompt(asked.prompt, asked.length, &model, &self.limits)?;
-        let events = self.start(Asked {
-            id: request::id(asked.request_id)?,
-            model,
-            template,
-            sampling: asked.sampling,
-            frames: asked.frames,
-            keep_after_end: asked.keep_after_end,
-        })?;
+        let id = request::id(asked.request_id)?;
+        let (service, name) = (self.clone(), id.clone());
+        let start = move || {
+            let template = request::prompt(asked.prompt, asked.length, &model, &service.limits)?;
+            service.start(Asked {
+                id,
+                caller,
+                model,
+                template,
+                sampling: asked.sampling,
+                frames: asked.frames,
+                keep_after_end: asked.keep_after_end,
+            })
+        };
+        let events = deliver(self.text.run(start).await?, name, self.unread);
         let out = events.map(|event| {
             let event = match event? {
                 Event::Accepted(accepted) => Out::Accepted(accepted),
@@ -122,18 +127,25 @@ impl DiffusionService for Service {
         request: Request<v1::InfillRequest>,
     ) -> Result<Response<Self::InfillStream>, Status> {
         use v1::infill_response::Event as Out;
+        let caller = caller::of(&request);
         let asked = request.into_inner();
         let model = self.model(asked.model)?;
-        let template = request::template(asked.template, &model, &self.limits)?;
-        let events = self.start(Asked {
-            id: request::id(asked.request_id)?,
-            model,
-            template,
-            sampling: asked.sampling,
-            frames: asked.frames,
-            // A template says itself what comes after its gaps.
-            keep_after_end: true,
-        })?;
+        let id = request::id(asked.request_id)?;
+        let (service, name) = (self.clone(), id.clone());
+        let start = move || {
+            let template = request::template(asked.template, &model, &service.limits)?;
+            service.start(Asked {
+                id,
+                caller,
+                model,
+                template,
+                sampling: asked.sampling,
+                frames: asked.frames,
+                // A template says itself what comes after its gaps.
+                keep_after_end: true,
+            })
+        };
+        let events = deliver(self.text.run(start).await?, name, self.unread);
         let out = events.map(|event| {
             let event = match event? {
                 Event::Accepted(accepted) => Out::Accepted(accepted),
@@ -166,7 +178,9 @@ impl DiffusionService for Service {
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
         let asked = request.into_inner();
         let model = self.model(asked.model)?;
-        let tokens = request::encode("text", &asked.text, &model, &self.limits)?;
+        let limits = self.limits.clone();
+        let encode = move || request::encode("text", &asked.text, &model, &limits);
+        let tokens = self.text.run(encode).await?;
         Ok(Response::new(v1::TokenizeResponse { tokens }))
     }
 
@@ -176,15 +190,22 @@ impl DiffusionService for Service {
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
         let asked = request.into_inner();
         let model = self.model(asked.model)?;
+        let (tokens, max) = (asked.tokens.len(), self.limits.max_request_tokens);
+        if tokens > max {
+            let problem = format!("has {tokens} tokens, at most {max} are allowed");
+            return Err(FieldError::new("tokens", problem).into());
+        }
         let tokens: Vec<u32> = asked
             .tokens
             .into_iter()
             .filter(|t| Some(*t) != model.manifest().mask_token)
             .collect();
         let tokens = request::tokens("tokens", tokens, &model)?;
-        let text = request::tokenizer(&model)?
-            .decode(&tokens)
-            .map_err(|e| FieldError::new("tokens", e.to_string()))?;
+        let decode = move || {
+            let text = request::tokenizer(&model)?.decode(&tokens);
+            text.map_err(|e| FieldError::new("tokens", e.to_string()).into())
+        };
+        let text = self.text.run(decode).await?;
         Ok(Response::new(v1::DetokenizeResponse { text }))
     }
 }

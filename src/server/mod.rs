@@ -3,6 +3,7 @@
 //! `request` checks what comes in, `stream` shapes what goes out, `status` alone knows gRPC codes.
 //! A [`Server`] is a function of a configuration (or of models, in tests) and a shutdown future.
 
+mod caller;
 mod diffusion_service;
 mod model_service;
 pub mod models;
@@ -10,6 +11,7 @@ mod request;
 mod status;
 mod stream;
 mod template;
+mod text;
 
 pub use template::MASKED;
 
@@ -68,7 +70,9 @@ struct Service {
     engine: Arc<Engine>,
     models: Arc<Models>,
     limits: LimitsConfig,
-    max_queued_rows: u64,
+    text: text::TextThreads,
+    /// How long a stream may go unread.
+    unread: Duration,
 }
 
 impl Service {
@@ -124,7 +128,8 @@ impl Server {
             workers: config.engine.workers,
             threads: config.engine.threads(),
             batch_tokens: config.engine.batch_tokens,
-            max_queued_rows: config.engine.max_queued_rows,
+            max_queue: Duration::from_secs(config.engine.max_queue_seconds),
+            caller_share: config.engine.max_caller_share,
             max_running_requests: config.limits.max_running_requests,
         })
         .map_err(system("cannot start the workers".to_owned()))?;
@@ -132,7 +137,8 @@ impl Server {
             engine: Arc::new(engine),
             models: Arc::new(models),
             limits: config.limits.clone(),
-            max_queued_rows: config.engine.max_queued_rows,
+            text: text::TextThreads::new(),
+            unread: Duration::from_secs(config.server.unread_seconds),
         };
         Ok(Self {
             listener,

@@ -39,6 +39,7 @@ impl Service {
                 max_steps: self.limits.max_steps,
                 max_samples: self.limits.max_samples,
                 max_template_parts: self.limits.max_template_parts as u32,
+                max_request_tokens: u32::try_from(self.limits.max_request_tokens).unwrap_or(u32::MAX),
             }),
             provenance_json: manifest.provenance.to_string(),
         }

@@ -36,15 +36,15 @@ pub(super) struct Sampling {
     pub samples: u32,
 }
 
-/// Checks `sampling` for a canvas with `gaps` positions to fill.
+/// Checks `sampling` for canvases of `template`.
 pub(super) fn sampling(
     sampling: Option<v1::Sampling>,
-    gaps: usize,
+    template: &Template,
     model: &ServedModel,
     limits: &LimitsConfig,
-    max_rows: u64,
 ) -> Result<Sampling, FieldError> {
     let asked = sampling.unwrap_or_default();
+    let gaps = template.gaps();
     let steps = within(
         "sampling.steps",
         asked
@@ -120,10 +120,10 @@ pub(super) fn sampling(
             return Err(FieldError::new("sampling.normalize", problem));
         }
     }
-    let evaluations = plan.most_evaluations(gaps, model);
-    if u64::from(samples) * evaluations > max_rows {
+    let (length, max) = (template.length(), limits.max_request_tokens);
+    if (samples as usize).saturating_mul(length) > max {
         let problem = format!(
-            "{samples} canvases of {evaluations} evaluations are more than the server queues ({max_rows} evaluations)"
+            "is {samples}: that many canvases of {length} positions are more than the {max} positions that one request may have"
         );
         return Err(FieldError::new("sampling.num_samples", problem));
     }
@@ -174,7 +174,7 @@ pub(super) fn prompt(
     let tokens = if prompt.is_empty() {
         Vec::new()
     } else {
-        encode("prompt", &prompt, model, limits)?
+        encode_within("prompt", &prompt, model, limits)?
     };
     let Some(gap) = length.checked_sub(tokens.len()).filter(|gap| *gap > 0) else {
         let problem = format!(
@@ -226,7 +226,7 @@ pub(super) fn template(
         let field = format!("template[{index}]");
         let piece = match part.part {
             Some(v1::template_part::Part::Text(text)) => {
-                let tokens = encode(&format!("{field}.text"), &text, model, limits)?;
+                let tokens = encode_within(&format!("{field}.text"), &text, model, limits)?;
                 length += tokens.len();
                 Piece::Text(text, tokens)
             }
@@ -276,6 +276,25 @@ pub(super) fn encode(
     tokenizer
         .encode(text)
         .map_err(|e| FieldError::new(field, e.to_string()).into())
+}
+
+/// Tokens of a text that has to fit into a canvas: what cannot fit is refused before it is read.
+fn encode_within(
+    field: &str,
+    text: &str,
+    model: &ServedModel,
+    limits: &LimitsConfig,
+) -> Result<Vec<Token>, Status> {
+    let max = model.manifest().max_length;
+    let bytes = tokenizer(model)?.max_bytes(max);
+    if text.len() > bytes {
+        let problem = format!(
+            "has {} bytes, which cannot fit into the model's max_length of {max} positions",
+            text.len()
+        );
+        return Err(FieldError::new(field, problem).into());
+    }
+    encode(field, text, model, limits)
 }
 
 /// The model's tokenizer, or why there is none.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::engine::{AdmitError, Failure};
+use crate::engine::{AdmitError, Failure, NoRoom, Room};
 
 /// The `ErrorInfo` domain of all our errors.
 const DOMAIN: &str = "denoised.v1";
@@ -42,15 +42,27 @@ impl From<AdmitError> for Status {
     fn from(error: AdmitError) -> Self {
         let message = error.to_string();
         match error {
-            AdmitError::Full(full) => {
-                let mut details = ErrorDetails::with_retry_info(Some(full.retry_after));
-                let numbers = [
-                    ("queued".to_owned(), full.queued.to_string()),
-                    ("limit".to_owned(), full.limit.to_string()),
-                ];
-                details.set_error_info("QUEUE_FULL", DOMAIN, numbers);
+            AdmitError::NoRoom(NoRoom::Server(room)) => {
+                let mut details = ErrorDetails::with_retry_info(Some(room.retry_after));
+                details.set_error_info("QUEUE_FULL", DOMAIN, seconds(&room));
                 Self::with_error_details(Code::ResourceExhausted, message, details)
             }
+            AdmitError::NoRoom(NoRoom::Caller(room)) => {
+                let mut details = ErrorDetails::with_retry_info(Some(room.retry_after));
+                details.set_error_info("CALLER_SHARE_USED", DOMAIN, seconds(&room));
+                details.add_quota_failure_violation("caller", &message);
+                Self::with_error_details(Code::ResourceExhausted, message, details)
+            }
+            // Steps and canvases are both within their limits, their product is not: waiting is of no use.
+            AdmitError::NoRoom(NoRoom::Request(_)) => {
+                FieldError::new("sampling", format!("{message}; ask for fewer steps or canvases")).into()
+            }
+            AdmitError::Running { .. } => {
+                let mut details = ErrorDetails::with_retry_info(Some(Duration::from_secs(1)));
+                details.set_error_info("TOO_MANY_REQUESTS", DOMAIN, [] as [(String, String); 0]);
+                Self::with_error_details(Code::ResourceExhausted, message, details)
+            }
+            AdmitError::Model { model, retry_after } => model_failed(message, model, retry_after),
             AdmitError::Exists(id) => {
                 let details =
                     ErrorDetails::with_resource_info("request", id, "", "choose another request_id");
@@ -65,7 +77,8 @@ impl From<Failure> for Status {
     fn from(failure: Failure) -> Self {
         let message = failure.to_string();
         match failure {
-            Failure::Cancelled => Self::cancelled(message),
+            Failure::Cancelled | Failure::Abandoned => Self::cancelled(message),
+            Failure::Model { model } => model_failed(message, model, Duration::from_secs(1)),
             Failure::ShutDown => unavailable(message),
             Failure::Worker { request } => {
                 let details =
@@ -74,6 +87,21 @@ impl From<Failure> for Status {
             }
         }
     }
+}
+
+fn seconds(room: &Room) -> [(String, String); 2] {
+    let text = |time: Duration| format!("{:.3}", time.as_secs_f64());
+    [
+        ("waiting_seconds".to_owned(), text(room.waiting)),
+        ("limit_seconds".to_owned(), text(room.limit)),
+    ]
+}
+
+/// The model cannot be run now; it is tried again.
+fn model_failed(message: String, model: String, retry_after: Duration) -> Status {
+    let mut details = ErrorDetails::with_retry_info(Some(retry_after));
+    details.set_error_info("MODEL_FAILED", DOMAIN, [("model".to_owned(), model)]);
+    Status::with_error_details(Code::Unavailable, message, details)
 }
 
 /// The server goes away; another one may answer.

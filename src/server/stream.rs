@@ -1,13 +1,14 @@
 //! A running generation as a stream of events: Accepted, frames, results.
 //!
-//! The stream is pulled: it looks at a canvas when the client is ready for more, and then at its newest
-//! state. It keeps the last tokens it sent, for deltas, and nothing else.
+//! The stream is pulled: it looks at a canvas when the connection has taken the last event, and then at its
+//! newest state. It keeps the last tokens it sent, for deltas, and nothing else. One event waits between here
+//! and the connection; what HTTP/2 and the kernel buffer comes on top of it.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{self, BoxStream, SelectAll, StreamExt};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -68,17 +69,67 @@ pub(super) fn events(
     let first = stream::once(async { Ok(Event::Accepted(accepted)) });
     // The generation rides along, so that it lives as long as the stream.
     let rest = stream::unfold(
-        (canvases, Some(generation)),
-        |(mut canvases, generation)| async move {
-            let event = canvases.next().await?;
-            // After an error nothing more is sent: the whole request is over.
-            if event.is_err() {
-                return Some((event, (SelectAll::new(), None)));
+        (canvases, generation, None),
+        |(mut canvases, generation, mut failed)| async move {
+            loop {
+                match canvases.next().await {
+                    Some(Ok(event)) => return Some((Ok(event), (canvases, generation, failed))),
+                    // The other canvases still give their results; the error ends the stream after them.
+                    Some(Err(status)) => failed = failed.or(Some(status)),
+                    None => {
+                        let status = failed.take()?;
+                        return Some((Err(status), (canvases, generation, None)));
+                    }
+                }
             }
-            Some((event, (canvases, generation)))
         },
     );
     first.chain(rest).boxed()
+}
+
+/// Hands `events` of a request to its connection, from a task of its own: a client that reads nothing for
+/// `unread` ends its request, although its stream is not asked for anything any more.
+pub(super) fn deliver(
+    mut events: BoxStream<'static, Result<Event, Status>>,
+    request: String,
+    unread: Duration,
+) -> BoxStream<'static, Result<Event, Status>> {
+    let (sender, receiver) = mpsc::channel::<Option<Result<Event, Status>>>(1);
+    tokio::spawn(async move {
+        loop {
+            // Room first: an event is made when it can go out, and is true then.
+            let room = match tokio::time::timeout(unread, sender.reserve()).await {
+                Ok(Ok(room)) => room,
+                // The call is over.
+                Ok(Err(_)) => return,
+                Err(_) => {
+                    tracing::warn!(%request, unread_seconds = unread.as_secs(), "nobody reads the stream; the request is ended");
+                    return;
+                }
+            };
+            let event = tokio::select! {
+                event = events.next() => event,
+                () = sender.closed() => return,
+            };
+            let ended = event.is_none();
+            room.send(event);
+            if ended {
+                return;
+            }
+        }
+    });
+    stream::unfold(Some(receiver), move |receiver| async move {
+        let mut receiver = receiver?;
+        match receiver.recv().await {
+            Some(Some(event)) => Some((event, Some(receiver))),
+            Some(None) => None,
+            None => {
+                let problem = format!("the stream was left unread for {} s", unread.as_secs());
+                Some((Err(Status::aborted(problem)), None))
+            }
+        }
+    })
+    .boxed()
 }
 
 fn canvas_events(follower: Follower) -> BoxStream<'static, Result<Event, Status>> {
@@ -121,8 +172,9 @@ impl Follower {
             return Ok(Event::Frame(self.frame(&initial, Last::No)?));
         }
         loop {
+            let mut open = true;
             if self.sent.as_ref().is_none_or(|sent| !sent.last) {
-                self.wait().await;
+                open = self.wait().await;
             }
             let state = self.states.borrow_and_update().clone();
             match &state.phase {
@@ -137,16 +189,22 @@ impl Follower {
                 Phase::Running if self.is_due(&state) => {
                     return Ok(Event::Frame(self.frame(&state, Last::No)?));
                 }
-                Phase::Running => {}
+                Phase::Running if open => {}
+                Phase::Running => {
+                    tracing::error!(canvas = self.canvas, "a canvas was lost");
+                    return Err(Status::internal(
+                        "the canvas was lost; the server's log has the details",
+                    ));
+                }
             }
         }
     }
 
     /// Waits for a new state, and until the interval between two frames is over or the canvas has ended.
-    async fn wait(&mut self) {
-        // A closed channel is not an error: the last state stays, and it is final.
-        let _closed = self.states.changed().await.is_err();
-        let Some(sent) = &self.sent else { return };
+    /// Whether another state can follow.
+    async fn wait(&mut self) -> bool {
+        let open = self.states.changed().await.is_ok();
+        let Some(sent) = &self.sent else { return open };
         let due = sent.at + self.view.frames.min_interval;
         if self.view.frames.min_interval > Duration::ZERO {
             let ended = self
@@ -154,6 +212,7 @@ impl Follower {
                 .wait_for(|state| !matches!(state.phase, Phase::Running));
             let _in_time = tokio::time::timeout_at(due, ended).await.is_ok();
         }
+        open
     }
 
     fn is_due(&self, state: &State) -> bool {

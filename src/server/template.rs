@@ -106,12 +106,22 @@ impl Template {
                 .and_then(|end| drawn.iter().position(|t| *t == end))
                 .filter(|_| matches!(piece, Piece::Gap(_)));
             let drawn = &drawn[..ends.unwrap_or(drawn.len())];
+            let mut at = range.start;
             for run in drawn.chunk_by(|a, b| (Some(*a) == mask) == (Some(*b) == mask)) {
                 if mask.is_some() && run.first().copied() == mask {
                     text.extend(run.iter().map(|_| MASKED));
                 } else {
-                    text.push_str(&tokenizer.decode(run)?);
+                    let before = &tokens[..at];
+                    let masked = mask.and_then(|mask| before.iter().rposition(|token| *token == mask));
+                    let before = match masked {
+                        // What stands there is not known, but something will: this is not the beginning.
+                        Some(masked) if masked + 1 == at => &run[..1],
+                        Some(masked) => &before[masked + 1..],
+                        None => before,
+                    };
+                    text.push_str(&tokenizer.decode_after(before, run)?);
                 }
+                at += run.len();
             }
             if ends.is_some() {
                 break;

@@ -9,7 +9,7 @@ use denoised::bundle::Bundle;
 use denoised::diffusion::sampler::TimeGrid;
 use denoised::diffusion::{SamplerKind, TokenChoice};
 use denoised::engine::course::Plan;
-use denoised::engine::{Engine, EngineOptions, Phase, Publish, Request, ServedModel};
+use denoised::engine::{Caller, Engine, EngineOptions, Phase, Publish, Request, ServedModel};
 use denoised::network::onnx::{Device, OnnxNetwork, OnnxOptions};
 
 pub(crate) struct Subject {
@@ -40,7 +40,8 @@ impl Subject {
             workers: 1,
             threads,
             batch_tokens: 1024,
-            max_queued_rows: 1 << 20,
+            max_queue: Duration::from_secs(86_400),
+            caller_share: 1.0,
             max_running_requests: 8,
         })?;
         Ok(Self {
@@ -52,6 +53,7 @@ impl Subject {
     pub(crate) fn generate(&self, length: usize, steps: u32, normalize: bool, seed: u64) -> Result<Times> {
         let mut generation = self.engine.admit(Request {
             id: format!("{seed}"),
+            caller: Caller::new("bench"),
             model: Arc::clone(&self.model),
             template: vec![None; length].into(),
             plan: Plan {

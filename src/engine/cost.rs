@@ -1,0 +1,104 @@
+//! What an evaluation costs: measured, per model and length, and predicted from that.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::ServedModel;
+
+/// Before anything is measured: what an evaluation of one canvas is taken to cost.
+const UNKNOWN: Duration = Duration::from_millis(5);
+
+/// Measured times, kept for lengths up to each power of two: a caller cannot make this grow.
+#[derive(Debug, Default)]
+pub(super) struct Costs {
+    /// Running means of nanoseconds per token of a canvas.
+    measured: Mutex<HashMap<(usize, u32), f64>>,
+}
+
+impl Costs {
+    /// Takes note of a pass of `canvases` canvases of `length`.
+    pub(super) fn measured(&self, model: &ServedModel, length: usize, canvases: usize, pass: Duration) {
+        let per_token = pass.as_nanos() as f64 / (canvases.max(1) * length.max(1)) as f64;
+        let mut measured = self.measured.lock();
+        measured
+            .entry((address(model), bucket(length)))
+            // A pass that the system kept waiting says little of the next one.
+            .and_modify(|mean| *mean += (per_token.min(4.0 * *mean) - *mean) / 8.0)
+            .or_insert(per_token);
+    }
+
+    /// Nanoseconds that an evaluation of one canvas of `length` will take, at least 1; a guess where nothing of
+    /// the model is measured.
+    pub(super) fn predicted(&self, model: &ServedModel, length: usize) -> u64 {
+        self.known(address(model), length)
+            .unwrap_or(UNKNOWN.as_nanos() as u64)
+    }
+
+    /// The same for the model at this address, where anything of it is measured.
+    pub(super) fn known(&self, model: usize, length: usize) -> Option<u64> {
+        let measured = self.measured.lock();
+        let bucket = bucket(length);
+        // Of other lengths the nearest is the best guess that there is.
+        let nearest = measured
+            .iter()
+            .filter(|((of, _), _)| *of == model)
+            .min_by_key(|((_, at), _)| (at.abs_diff(bucket), *at))
+            .map(|(_, per_token)| per_token * length as f64);
+        // Nor does a canvas cost more than a longer one, which few slow passes could make it seem.
+        let longer = measured
+            .iter()
+            .filter(|((of, at), _)| *of == model && *at > bucket)
+            .map(|((_, at), per_token)| per_token * (1u64 << at) as f64);
+        let nanos = longer.chain(nearest).reduce(f64::min)?;
+        Some((nanos as u64).max(1))
+    }
+}
+
+/// Names a model as long as it lives.
+pub(super) fn address(model: &ServedModel) -> usize {
+    std::ptr::from_ref(model).addr()
+}
+
+fn bucket(length: usize) -> u32 {
+    length.max(1).next_power_of_two().ilog2()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{manifest, model_of};
+    use super::*;
+    use crate::diffusion::GraphKind;
+
+    #[test]
+    fn predictions_follow_what_was_measured_by_model_and_length() {
+        let costs = Costs::default();
+        let [fast, slow] = [(); 2].map(|()| model_of(manifest(GraphKind::Absorbing)));
+        assert_eq!(
+            costs.predicted(&fast, 128),
+            5_000_000,
+            "a guess before the first pass"
+        );
+        for _ in 0..64 {
+            costs.measured(&fast, 128, 4, Duration::from_micros(512));
+            costs.measured(&slow, 128, 1, Duration::from_millis(128));
+        }
+        assert_eq!(costs.predicted(&fast, 128), 128_000);
+        assert_eq!(
+            costs.predicted(&fast, 16),
+            16_000,
+            "by length, where nothing nearer is known"
+        );
+        assert_eq!(costs.predicted(&slow, 64), 64_000_000);
+        costs.measured(&fast, 16, 1, Duration::from_micros(64));
+        assert_eq!(
+            costs.predicted(&fast, 16),
+            64_000,
+            "short canvases cost more a token"
+        );
+        assert_eq!(costs.predicted(&fast, 128), 128_000);
+        costs.measured(&fast, 32, 1, Duration::from_secs(1));
+        assert_eq!(costs.predicted(&fast, 32), 128_000, "no more than a longer one");
+    }
+}

@@ -1,0 +1,370 @@
+//! Failures stay where they happen: injected into networks, sessions and threads.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+use std::sync::atomic::AtomicUsize;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use super::tests::{end, idle, manifest, model, model_with, options, request, sentences, tokens};
+use super::*;
+use crate::diffusion::{GraphKind, Token};
+use crate::network::closed_form::ClosedForm;
+use crate::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
+
+/// A network that does to each evaluation what `fault` says, or evaluates.
+struct Faulty<F> {
+    network: ClosedForm,
+    fault: F,
+}
+
+/// What goes wrong with an evaluation.
+enum Fault {
+    Run,
+    Contract,
+    Panic,
+    /// The rows of this canvas of the batch are NaN.
+    Nan(usize),
+}
+
+impl<F> ScoreNetwork for Faulty<F>
+where
+    F: FnMut(&Batch<'_>) -> Option<Fault> + Send,
+{
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
+        match (self.fault)(batch) {
+            None => self.network.log_score(batch, read),
+            Some(Fault::Run) => Err(NetworkError::Run("injected".to_owned())),
+            Some(Fault::Contract) => Err(NetworkError::Contract("injected".to_owned())),
+            // Without the hook that prints where.
+            Some(Fault::Panic) => std::panic::resume_unwind(Box::new("injected")),
+            Some(Fault::Nan(canvas)) => self.network.log_score(batch, &mut |rows| {
+                let bad = |position: i64| position as usize / batch.length == canvas;
+                let data: Vec<f32> = (0..batch.positions.len())
+                    .flat_map(|row| {
+                        let bad = bad(batch.positions[row]);
+                        rows.row(row).iter().map(move |x| if bad { f32::NAN } else { *x })
+                    })
+                    .collect();
+                read(ScoreRows::packed(&data, rows.vocab()));
+            }),
+        }
+    }
+}
+
+/// A model whose evaluations `fault` disturbs; every session has a copy of it.
+fn faulty<F>(graph: GraphKind, fault: F) -> Arc<ServedModel>
+where
+    F: FnMut(&Batch<'_>) -> Option<Fault> + Clone + Send + Sync + 'static,
+{
+    let noise = manifest(graph).graph();
+    model_with(
+        graph,
+        Box::new(move || {
+            Ok(Box::new(Faulty {
+                network: ClosedForm::new(noise, sentences()),
+                fault: fault.clone(),
+            }))
+        }),
+    )
+}
+
+/// Faults on the first `count` evaluations of all sessions together.
+fn first(
+    count: usize,
+    fault: fn(usize) -> Fault,
+) -> impl FnMut(&Batch<'_>) -> Option<Fault> + Clone + Send + Sync {
+    let left = Arc::new(AtomicUsize::new(count));
+    move |_| {
+        let left = left.try_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
+        left.ok().map(fault)
+    }
+}
+
+fn undisturbed(model: &Arc<ServedModel>, number: u32) -> Vec<Vec<Token>> {
+    tokens(
+        &mut Engine::start(options(1))
+            .unwrap()
+            .admit(request(model, number))
+            .unwrap(),
+    )
+}
+
+#[test]
+fn failed_passes_are_tried_again_with_the_same_outcome() {
+    let sound = model(GraphKind::Absorbing);
+    let alternately = |n: usize| {
+        if n.is_multiple_of(2) {
+            Fault::Panic
+        } else {
+            Fault::Run
+        }
+    };
+    let engine = Engine::start(options(1)).unwrap();
+    let healing = faulty(GraphKind::Absorbing, first(2, alternately));
+    // Two canvases: they fail together, then one of them alone.
+    assert_eq!(
+        tokens(&mut engine.admit(request(&healing, 5)).unwrap()),
+        undisturbed(&sound, 5)
+    );
+    // One fault too many ends the canvas, names the request and leaves the worker alive.
+    let lasting = faulty(GraphKind::Absorbing, first(3, alternately));
+    let mut lost = engine.admit(request(&lasting, 4)).unwrap();
+    let Phase::Failed(Failure::Worker { request: named }) = end(&mut lost.canvases[0]).phase else {
+        panic!()
+    };
+    assert_eq!(named, "request-4");
+    assert_eq!(
+        tokens(&mut engine.admit(request(&lasting, 5)).unwrap()),
+        undisturbed(&sound, 5)
+    );
+}
+
+#[test]
+fn a_model_that_cannot_be_loaded_fails_its_own_requests_alone() {
+    let engine = Engine::start(options(1)).unwrap();
+    let broken = model_with(
+        GraphKind::Absorbing,
+        Box::new(|| Err(NetworkError::Load("injected".to_owned()))),
+    );
+    let sound = model(GraphKind::Absorbing);
+    let expected: Vec<_> = (0..8).map(|n| undisturbed(&sound, 2 * n + 1)).collect();
+    let (mut good, mut refused) = (Vec::new(), 0);
+    for n in 0..8 {
+        match engine.admit(request(&broken, 2 * n)) {
+            Ok(mut waits) => {
+                let phase = end(&mut waits.canvases[0]).phase;
+                assert!(matches!(phase, Phase::Failed(Failure::Model { .. })), "{phase:?}");
+            }
+            Err(AdmitError::Model { .. }) => refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+        good.push(engine.admit(request(&sound, 2 * n + 1)).unwrap());
+    }
+    assert!(
+        refused > 0,
+        "once the model is known to fail, requests are refused"
+    );
+    for (generation, expected) in good.iter_mut().zip(expected) {
+        assert_eq!(tokens(generation), expected);
+    }
+    assert!(idle(&engine));
+}
+
+#[test]
+fn a_model_that_heals_is_served_again() {
+    let engine = Engine::start(options(1)).unwrap();
+    let left = AtomicUsize::new(3);
+    let noise = manifest(GraphKind::Absorbing).graph();
+    let healing = model_with(
+        GraphKind::Absorbing,
+        Box::new(move || {
+            let fails = left.try_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
+            match fails {
+                Ok(_) => Err(NetworkError::Load("injected".to_owned())),
+                Err(_) => Ok(Box::new(ClosedForm::new(noise, sentences()))),
+            }
+        }),
+    );
+    let phase = end(&mut engine.admit(request(&healing, 2)).unwrap().canvases[0]).phase;
+    assert!(matches!(phase, Phase::Failed(Failure::Model { .. })), "{phase:?}");
+    // It is tried again without being asked for.
+    while engine.shared.loader.sessions(&healing).failed().is_some() {
+        std::thread::yield_now();
+    }
+    let mut healed = engine.admit(request(&healing, 2)).unwrap();
+    assert_eq!(tokens(&mut healed), undisturbed(&model(GraphKind::Absorbing), 2));
+}
+
+#[test]
+fn loading_one_model_delays_no_other() {
+    let engine = Engine::start(options(1)).unwrap();
+    let gate = Arc::new(Mutex::new(()));
+    let (noise, door) = (manifest(GraphKind::Absorbing).graph(), Arc::clone(&gate));
+    let slow = model_with(
+        GraphKind::Absorbing,
+        Box::new(move || {
+            drop(door.lock());
+            Ok(Box::new(ClosedForm::new(noise, sentences())))
+        }),
+    );
+    let closed = gate.lock();
+    let sound = model(GraphKind::Absorbing);
+    let mut waits = engine.admit(request(&slow, 0)).unwrap();
+    let mut abandoned = engine.admit(request(&slow, 2)).unwrap();
+    // All of these end while the other model is being loaded.
+    for n in [1, 3, 5, 7] {
+        let mut generation = engine.admit(request(&sound, n)).unwrap();
+        assert_eq!(tokens(&mut generation), undisturbed(&sound, n));
+    }
+    // What waits for a load can be cancelled.
+    assert!(engine.cancel("request-2"));
+    let phase = end(&mut abandoned.canvases[0]).phase;
+    assert!(matches!(phase, Phase::Failed(Failure::Cancelled)), "{phase:?}");
+    drop(closed);
+    assert_eq!(tokens(&mut waits), undisturbed(&sound, 0));
+    assert!(idle(&engine));
+}
+
+#[test]
+fn a_network_that_breaks_its_contract_fails_its_model() {
+    let engine = Engine::start(options(1)).unwrap();
+    let broken = faulty(GraphKind::Absorbing, |_| Some(Fault::Contract));
+    let mut both = engine.admit(request(&broken, 1)).unwrap();
+    for receiver in &mut both.canvases {
+        let phase = end(receiver).phase;
+        assert!(matches!(phase, Phase::Failed(Failure::Model { .. })), "{phase:?}");
+    }
+    assert!(idle(&engine));
+}
+
+/// Whether a batch holds a canvas that begins with token 3, which no free canvas of the tests is clamped to.
+fn poisoned(batch: &Batch<'_>) -> Option<usize> {
+    batch
+        .tokens
+        .chunks(batch.length)
+        .position(|canvas| canvas[0] == 3)
+}
+
+#[test]
+fn a_poison_canvas_fails_alone() {
+    let kinds: [fn(&Batch<'_>) -> Option<Fault>; 3] = [
+        |batch| poisoned(batch).map(|_| Fault::Run),
+        |batch| poisoned(batch).map(|_| Fault::Panic),
+        |batch| poisoned(batch).map(Fault::Nan),
+    ];
+    // Sentences that begin with 0 go on unharmed.
+    let template: Arc<[Option<Token>]> = [Some(0), None, None, None, None, None].into();
+    let clamped = |model: &Arc<ServedModel>, number: u32| Request {
+        template: Arc::clone(&template),
+        ..request(model, number)
+    };
+    let sound = model(GraphKind::Absorbing);
+    for fault in kinds {
+        let engine = Engine::start(options(1)).unwrap();
+        let model = faulty(GraphKind::Absorbing, fault);
+        let mut poison = engine
+            .admit(Request {
+                id: "poison".to_owned(),
+                template: [Some(3), None, None, None, None, None].into(),
+                ..request(&model, 2)
+            })
+            .unwrap();
+        let mut neighbours: Vec<_> = (0..8)
+            .map(|n| engine.admit(clamped(&model, n)).unwrap())
+            .collect();
+        let phase = end(&mut poison.canvases[0]).phase;
+        assert!(
+            matches!(phase, Phase::Failed(Failure::Worker { .. })),
+            "{phase:?}"
+        );
+        for (n, neighbour) in (0..8).zip(&mut neighbours) {
+            let alone = tokens(
+                &mut Engine::start(options(1))
+                    .unwrap()
+                    .admit(clamped(&sound, n))
+                    .unwrap(),
+            );
+            assert_eq!(tokens(neighbour), alone);
+        }
+        assert!(idle(&engine));
+    }
+}
+
+/// A network that fails, and takes its worker's thread with it when it is dropped.
+struct Deadly;
+
+impl ScoreNetwork for Deadly {
+    fn log_score(&mut self, _: &Batch<'_>, _: &mut dyn FnMut(ScoreRows<'_>)) -> Result<(), NetworkError> {
+        Err(NetworkError::Run("injected".to_owned()))
+    }
+}
+
+impl Drop for Deadly {
+    fn drop(&mut self) {
+        let thread = std::thread::current();
+        if thread.name().is_some_and(|name| name.starts_with("denoise-")) {
+            std::panic::resume_unwind(Box::new("injected"));
+        }
+    }
+}
+
+#[test]
+fn a_thread_that_dies_is_replaced_and_what_it_had_is_told() {
+    let engine = Engine::start(options(1)).unwrap();
+    let deadly = model_with(GraphKind::Absorbing, Box::new(|| Ok(Box::new(Deadly))));
+    let sound = model(GraphKind::Absorbing);
+    for round in 0..3 {
+        let mut lost = engine.admit(request(&deadly, 2)).unwrap();
+        let phase = end(&mut lost.canvases[0]).phase;
+        assert!(
+            matches!(phase, Phase::Failed(Failure::Worker { .. })),
+            "{phase:?}"
+        );
+        drop(lost);
+        let mut after = engine.admit(request(&sound, 2 * round + 1)).unwrap();
+        assert_eq!(tokens(&mut after), undisturbed(&sound, 2 * round + 1));
+    }
+    assert!(idle(&engine) && engine.shared.running.is_empty());
+}
+
+/// Random faults on every third evaluation or so, seed fixed: nothing is lost, doubled or stuck, and whatever is
+/// finished has the tokens of the undisturbed run.
+#[test]
+fn random_faults_lose_nothing() {
+    for graph in [GraphKind::Absorbing, GraphKind::Uniform] {
+        let random = Arc::new(Mutex::new(ChaCha8Rng::seed_from_u64(7)));
+        let faults = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&faults);
+        let model = faulty(graph, move |_| {
+            let fault = match random.lock().next_u32() % 12 {
+                0 | 1 => Fault::Run,
+                2 => Fault::Panic,
+                _ => return None,
+            };
+            count.fetch_add(1, Ordering::AcqRel);
+            Some(fault)
+        });
+        let sound = super::tests::model(graph);
+        let engine = Engine::start(EngineOptions {
+            max_running_requests: 500,
+            ..options(3)
+        })
+        .unwrap();
+        let mut generations: Vec<_> = (0..500)
+            .map(|n| engine.admit(request(&model, n)).unwrap())
+            .collect();
+        let calm = Engine::start(EngineOptions {
+            max_running_requests: 500,
+            ..options(1)
+        })
+        .unwrap();
+        let mut expected: Vec<_> = (0..500)
+            .map(|n| calm.admit(request(&sound, n)).unwrap())
+            .collect();
+        let (mut done, mut given_up) = (0, 0);
+        for (generation, expected) in generations.iter_mut().zip(&mut expected) {
+            for (receiver, expected) in generation.canvases.iter_mut().zip(tokens(expected)) {
+                let state = end(receiver);
+                match state.phase {
+                    Phase::Done(_) => {
+                        assert_eq!(*state.tokens, *expected);
+                        done += 1;
+                    }
+                    Phase::Failed(Failure::Worker { .. }) => given_up += 1,
+                    phase @ (Phase::Running | Phase::Failed(_)) => panic!("{phase:?}"),
+                }
+            }
+        }
+        let faults = faults.load(Ordering::Acquire);
+        assert!(
+            faults > 500 && done > 3 * given_up,
+            "{faults} faults, {done} done, {given_up} given up"
+        );
+        assert!(idle(&engine) && engine.shared.running.is_empty() && engine.shared.queue.is_empty());
+    }
+}

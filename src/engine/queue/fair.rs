@@ -1,0 +1,552 @@
+//! Who is next: virtual-time fair queueing over callers, and over the requests of a caller.
+//!
+//! Every caller and every request (a *flow*) has a virtual time: the predicted time of the evaluations that it
+//! was given so far. The caller with the least of it is next, and of its requests the one with the least
+//! (start-time fair queueing, Goyal et al. 1996; for language models the "virtual token counter" of arXiv
+//! 2401.00588). What is charged is predicted time, so a short canvas is not charged as a long one. A new or
+//! returning flow starts at the present virtual time: idle time earns nothing.
+//!
+//! A pass is headed by whose turn it is and filled, in the same order, with others that can share it. Whoever
+//! rides along is charged as well, so nobody gains by it, and no room of a pass is left empty.
+//!
+//! Pure data, no clock and no lock. Every operation is logarithmic in what waits, but for re-listing a caller in a
+//! lane that it has advanced in since, which happens at most once for each time that it was charged.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::Hash;
+
+/// Nanoseconds of predicted evaluation time, from an arbitrary start.
+type VirtualTime = u64;
+
+/// A caller, by order of arrival: ties go to whoever came first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct CallerNumber(u64);
+
+/// Names a flow: a request, or one canvas of it that has to run alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(in crate::engine) struct FlowKey {
+    /// The request, by order of arrival.
+    pub(in crate::engine) request: u64,
+    /// The canvas that has to run alone, if one has.
+    pub(in crate::engine) alone: Option<u32>,
+}
+
+/// What items of a flow have in common.
+#[derive(Clone, Debug)]
+pub(in crate::engine) struct FlowDescription<C, L> {
+    /// Who asks.
+    pub(in crate::engine) caller: C,
+    /// Items of the same lane can share a pass.
+    pub(in crate::engine) lane: L,
+}
+
+#[derive(Debug)]
+struct Flow<L, T> {
+    caller: CallerNumber,
+    lane: L,
+    time: VirtualTime,
+    /// Items that wait, by number of the canvas: the first canvases of a request are finished first.
+    items: BTreeMap<u32, T>,
+    /// Members that have not left, waiting or not.
+    members: usize,
+}
+
+#[derive(Debug)]
+struct CallerFlow<C, L> {
+    name: C,
+    time: VirtualTime,
+    /// Start of the request that was served last.
+    now: VirtualTime,
+    /// Flows with items that wait.
+    waiting: BTreeSet<(VirtualTime, FlowKey)>,
+    lanes: HashMap<L, CallerInLane>,
+    /// Flows that have members.
+    flows: usize,
+}
+
+#[derive(Debug, Default)]
+struct CallerInLane {
+    waiting: BTreeSet<(VirtualTime, FlowKey)>,
+    /// The time under which the lane lists the caller; never later than the caller's own.
+    listed: VirtualTime,
+}
+
+#[derive(Debug, Default)]
+struct Lane {
+    callers: BTreeSet<(VirtualTime, CallerNumber)>,
+    items: usize,
+}
+
+/// Items of flows of callers `C`, in lanes `L`.
+#[derive(Debug)]
+pub(in crate::engine) struct FairOrder<C, L, T> {
+    numbers: HashMap<C, CallerNumber>,
+    callers: HashMap<CallerNumber, CallerFlow<C, L>>,
+    flows: BTreeMap<FlowKey, Flow<L, T>>,
+    lanes: HashMap<L, Lane>,
+    /// Callers with items that wait.
+    backlogged: BTreeSet<(VirtualTime, CallerNumber)>,
+    /// Callers without members that are ahead of `now` still: what they had is not forgotten before.
+    ahead: BTreeSet<(VirtualTime, CallerNumber)>,
+    /// Start of what was served last.
+    now: VirtualTime,
+    arrivals: u64,
+    items: usize,
+}
+
+impl<C, L, T> FairOrder<C, L, T>
+where
+    C: Clone + Eq + Hash,
+    L: Copy + Eq + Hash,
+{
+    pub(in crate::engine) fn new() -> Self {
+        Self {
+            numbers: HashMap::new(),
+            callers: HashMap::new(),
+            flows: BTreeMap::new(),
+            lanes: HashMap::new(),
+            backlogged: BTreeSet::new(),
+            ahead: BTreeSet::new(),
+            now: 0,
+            arrivals: 0,
+            items: 0,
+        }
+    }
+
+    /// Items that wait.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.items
+    }
+
+    /// Makes room for one more member of a flow, which begins if it is new.
+    pub(in crate::engine) fn join(&mut self, key: FlowKey, description: &FlowDescription<C, L>) {
+        if let Some(flow) = self.flows.get_mut(&key) {
+            flow.members += 1;
+            return;
+        }
+        let (now, arrivals) = (self.now, &mut self.arrivals);
+        let number = *self.numbers.entry(description.caller.clone()).or_insert_with(|| {
+            *arrivals += 1;
+            CallerNumber(*arrivals)
+        });
+        let caller = self.callers.entry(number).or_insert_with(|| CallerFlow {
+            name: description.caller.clone(),
+            time: now,
+            now: 0,
+            waiting: BTreeSet::new(),
+            lanes: HashMap::new(),
+            flows: 0,
+        });
+        self.ahead.remove(&(caller.time, number));
+        caller.flows += 1;
+        let flow = Flow {
+            caller: number,
+            lane: description.lane,
+            time: caller.now,
+            items: BTreeMap::new(),
+            members: 1,
+        };
+        self.flows.insert(key, flow);
+    }
+
+    /// A member of a flow has ended; it must not wait.
+    pub(in crate::engine) fn leave(&mut self, key: FlowKey) {
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return;
+        };
+        flow.members = flow.members.saturating_sub(1);
+        if flow.members > 0 {
+            return;
+        }
+        let number = flow.caller;
+        self.flows.remove(&key);
+        let Some(caller) = self.callers.get_mut(&number) else {
+            return;
+        };
+        caller.flows = caller.flows.saturating_sub(1);
+        if caller.flows == 0 {
+            self.ahead.insert((caller.time, number));
+            self.forget_who_is_not_ahead();
+        }
+    }
+
+    /// Lets item number `index` of a flow wait; gives it back when the flow is not known.
+    pub(in crate::engine) fn push(&mut self, key: FlowKey, index: u32, item: T) -> Result<(), T> {
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return Err(item);
+        };
+        let Some(caller) = self.callers.get_mut(&flow.caller) else {
+            return Err(item);
+        };
+        if flow.items.is_empty() {
+            flow.time = flow.time.max(caller.now);
+            if caller.waiting.is_empty() {
+                caller.time = caller.time.max(self.now);
+                self.backlogged.insert((caller.time, flow.caller));
+            }
+            caller.waiting.insert((flow.time, key));
+            let lane = self.lanes.entry(flow.lane).or_default();
+            let here = caller.lanes.entry(flow.lane).or_insert_with(|| {
+                lane.callers.insert((caller.time, flow.caller));
+                CallerInLane {
+                    waiting: BTreeSet::new(),
+                    listed: caller.time,
+                }
+            });
+            here.waiting.insert((flow.time, key));
+        }
+        flow.items.insert(index, item);
+        self.lanes.entry(flow.lane).or_default().items += 1;
+        self.items += 1;
+        Ok(())
+    }
+
+    /// Takes the items of one pass: whose turn it is, and others of its lane in the same order.
+    ///
+    /// `measure` says of a lane how many items a pass holds and what each is charged. They are shared with as many
+    /// others that wait for work as there are `sleepers`, so that none is idle while another has too much.
+    pub(in crate::engine) fn take(
+        &mut self,
+        sleepers: usize,
+        measure: impl FnOnce(&L) -> (usize, u64),
+    ) -> Vec<T> {
+        let Some(&(time, number)) = self.backlogged.first() else {
+            return Vec::new();
+        };
+        self.now = self.now.max(time);
+        self.forget_who_is_not_ahead();
+        let first = self
+            .callers
+            .get(&number)
+            .and_then(|caller| caller.waiting.first());
+        let Some(&(_, key)) = first else {
+            return Vec::new();
+        };
+        let Some((lane, waiting)) = self
+            .flows
+            .get(&key)
+            .map(|flow| (flow.lane, self.lanes.get(&flow.lane).map_or(0, |lane| lane.items)))
+        else {
+            return Vec::new();
+        };
+        let (room, cost) = measure(&lane);
+        let room = room.clamp(1, waiting.div_ceil(sleepers + 1).max(1));
+        let mut batch: Vec<T> = self.pop(key, cost).into_iter().collect();
+        while batch.len() < room {
+            let next = self.next_in(lane);
+            let Some(item) = next.and_then(|key| self.pop(key, cost)) else {
+                break;
+            };
+            batch.push(item);
+        }
+        batch
+    }
+
+    /// Takes out everything of a request that waits; its members have not left.
+    pub(in crate::engine) fn withdraw(&mut self, request: u64) -> Vec<T> {
+        let all = FlowKey { request, alone: None }..=FlowKey {
+            request,
+            alone: Some(u32::MAX),
+        };
+        let keys: Vec<FlowKey> = self.flows.range(all).map(|(key, _)| *key).collect();
+        keys.into_iter().flat_map(|key| self.empty(key)).collect()
+    }
+
+    /// Takes out everything that waits.
+    pub(in crate::engine) fn drain(&mut self) -> Vec<T> {
+        let keys: Vec<FlowKey> = self.flows.keys().copied().collect();
+        keys.into_iter().flat_map(|key| self.empty(key)).collect()
+    }
+
+    fn empty(&mut self, key: FlowKey) -> Vec<T> {
+        let Some(flow) = self.flows.get_mut(&key) else {
+            return Vec::new();
+        };
+        let items: Vec<T> = std::mem::take(&mut flow.items).into_values().collect();
+        if !items.is_empty() {
+            let (number, time, lane) = (flow.caller, flow.time, flow.lane);
+            self.count_out(lane, items.len());
+            self.unlist(key, number, time, lane);
+        }
+        items
+    }
+
+    /// Takes the first item of a flow and charges it `cost`.
+    fn pop(&mut self, key: FlowKey, cost: u64) -> Option<T> {
+        let flow = self.flows.get_mut(&key)?;
+        let (_, item) = flow.items.pop_first()?;
+        let (number, before, lane) = (flow.caller, flow.time, flow.lane);
+        flow.time = before.saturating_add(cost);
+        let again = (!flow.items.is_empty()).then_some(flow.time);
+        self.count_out(lane, 1);
+        if let Some(caller) = self.callers.get_mut(&number) {
+            caller.now = caller.now.max(before);
+            self.backlogged.remove(&(caller.time, number));
+            caller.time = caller.time.saturating_add(cost);
+            self.backlogged.insert((caller.time, number));
+            if let Some(after) = again {
+                caller.waiting.remove(&(before, key));
+                caller.waiting.insert((after, key));
+                if let Some(here) = caller.lanes.get_mut(&lane) {
+                    here.waiting.remove(&(before, key));
+                    here.waiting.insert((after, key));
+                }
+            }
+        }
+        if again.is_none() {
+            self.unlist(key, number, before, lane);
+        }
+        Some(item)
+    }
+
+    fn count_out(&mut self, lane: L, items: usize) {
+        self.items -= items;
+        if let Some(lane) = self.lanes.get_mut(&lane) {
+            lane.items -= items;
+        }
+    }
+
+    /// Takes a flow that has nothing left to wait out of the orders, and its caller where this was its last.
+    fn unlist(&mut self, key: FlowKey, number: CallerNumber, time: VirtualTime, lane: L) {
+        let Some(caller) = self.callers.get_mut(&number) else {
+            return;
+        };
+        caller.waiting.remove(&(time, key));
+        if caller.waiting.is_empty() {
+            self.backlogged.remove(&(caller.time, number));
+        }
+        let Some(here) = caller.lanes.get_mut(&lane) else {
+            return;
+        };
+        here.waiting.remove(&(time, key));
+        if here.waiting.is_empty() {
+            let listed = here.listed;
+            caller.lanes.remove(&lane);
+            if let Some(callers) = self.lanes.get_mut(&lane) {
+                callers.callers.remove(&(listed, number));
+                if callers.callers.is_empty() {
+                    self.lanes.remove(&lane);
+                }
+            }
+        }
+    }
+
+    /// The flow that is next in `lane`.
+    fn next_in(&mut self, lane: L) -> Option<FlowKey> {
+        let callers = &mut self.lanes.get_mut(&lane)?.callers;
+        loop {
+            let &(listed, number) = callers.first()?;
+            let caller = self.callers.get_mut(&number)?;
+            let here = caller.lanes.get_mut(&lane)?;
+            if caller.time == listed {
+                return here.waiting.first().map(|(_, key)| *key);
+            }
+            // Times only grow, so whoever was listed earlier is at its place after this.
+            callers.remove(&(listed, number));
+            callers.insert((caller.time, number));
+            here.listed = caller.time;
+        }
+    }
+
+    /// Forgets callers that are gone and have had no more than their share.
+    fn forget_who_is_not_ahead(&mut self) {
+        while let Some(&(time, number)) = self.ahead.first() {
+            // With nobody left there is nobody to be ahead of.
+            if time > self.now && self.ahead.len() < self.callers.len() {
+                return;
+            }
+            self.ahead.remove(&(time, number));
+            if let Some(caller) = self.callers.remove(&number) {
+                self.numbers.remove(&caller.name);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A lane and what its items cost.
+    type Lane = (u32, u64);
+    type Order = FairOrder<&'static str, Lane, (u64, u32)>;
+
+    fn key(request: u64) -> FlowKey {
+        FlowKey { request, alone: None }
+    }
+
+    /// Adds `items` items of `cost` each.
+    fn add(order: &mut Order, request: u64, caller: &'static str, lane: u32, items: u32, cost: u64) {
+        for index in 0..items {
+            let lane = (lane, cost);
+            order.join(key(request), &FlowDescription { caller, lane });
+            order.push(key(request), index, (request, index)).unwrap();
+        }
+    }
+
+    fn take(order: &mut Order, room: usize) -> Vec<(u64, u32)> {
+        order.take(0, |(_, cost)| (room, *cost))
+    }
+
+    #[test]
+    fn callers_take_turns_whatever_they_queue() {
+        let mut order = Order::new();
+        add(&mut order, 1, "greedy", 0, 100, 10);
+        add(&mut order, 2, "modest", 1, 3, 10);
+        let taken: Vec<u64> = (0..6).map(|_| take(&mut order, 1)[0].0).collect();
+        assert_eq!(taken, [1, 2, 1, 2, 1, 2]);
+    }
+
+    #[test]
+    fn requests_of_a_caller_take_turns_and_cost_counts() {
+        let mut order = Order::new();
+        add(&mut order, 1, "one", 0, 100, 40);
+        add(&mut order, 2, "one", 1, 100, 10);
+        let short = (0..50).filter(|_| take(&mut order, 1)[0].0 == 2).count();
+        assert_eq!(short, 40, "four short evaluations for every long one");
+    }
+
+    #[test]
+    fn canvases_of_a_request_go_in_their_order() {
+        let mut order = Order::new();
+        add(&mut order, 1, "one", 0, 5, 10);
+        let batch = take(&mut order, 3);
+        assert_eq!(batch, [(1, 0), (1, 1), (1, 2)]);
+        for item in batch {
+            order.push(key(1), item.1, item).unwrap();
+        }
+        assert_eq!(
+            take(&mut order, 3),
+            [(1, 0), (1, 1), (1, 2)],
+            "the oldest first, again"
+        );
+    }
+
+    #[test]
+    fn a_pass_is_filled_in_turn_with_those_who_can_share_it() {
+        let mut order = Order::new();
+        add(&mut order, 1, "one", 7, 10, 10);
+        add(&mut order, 2, "two", 8, 10, 10);
+        add(&mut order, 3, "three", 7, 10, 10);
+        let of =
+            |batch: Vec<(u64, u32)>| -> Vec<u64> { batch.into_iter().map(|(request, _)| request).collect() };
+        assert_eq!(of(take(&mut order, 4)), [1, 3, 1, 3]);
+        assert_eq!(of(take(&mut order, 4)), [2, 2, 2, 2]);
+    }
+
+    #[test]
+    fn who_sleeps_gets_a_share() {
+        let mut order = Order::new();
+        add(&mut order, 1, "one", 0, 8, 10);
+        assert_eq!(order.take(1, |_| (8, 10)).len(), 4);
+        assert_eq!(order.take(0, |_| (8, 10)).len(), 4);
+        assert_eq!(order.take(3, |_| (8, 10)).len(), 0);
+    }
+
+    #[test]
+    fn idle_time_earns_nothing() {
+        let mut order = Order::new();
+        add(&mut order, 1, "steady", 0, 1000, 10);
+        add(&mut order, 2, "returning", 1, 1, 10);
+        (0..101).for_each(|_| drop(take(&mut order, 1)));
+        add(&mut order, 3, "returning", 1, 50, 10);
+        let returning = (0..20).filter(|_| take(&mut order, 1)[0].0 == 3).count();
+        assert_eq!(returning, 10, "half, not all that it has missed");
+    }
+
+    #[test]
+    fn leaving_and_coming_back_erases_no_debt() {
+        let mut order = Order::new();
+        add(&mut order, 1, "steady", 0, 100, 10);
+        add(&mut order, 2, "hopping", 1, 1, 100);
+        let first: Vec<u64> = (0..2).map(|_| take(&mut order, 1)[0].0).collect();
+        assert_eq!(first, [1, 2]);
+        order.leave(key(2));
+        add(&mut order, 3, "hopping", 1, 1, 100);
+        let steady = (0..9).filter(|_| take(&mut order, 1)[0].0 == 1).count();
+        assert_eq!(steady, 9, "what it had is charged still");
+    }
+
+    #[test]
+    fn withdrawn_items_are_gone_and_flows_without_members_forgotten() {
+        let mut order = Order::new();
+        add(&mut order, 1, "one", 0, 3, 10);
+        let alone = FlowKey {
+            request: 1,
+            alone: Some(2),
+        };
+        order.join(
+            alone,
+            &FlowDescription {
+                caller: "one",
+                lane: (9, 10),
+            },
+        );
+        order.push(alone, 2, (1, 2)).unwrap();
+        add(&mut order, 2, "two", 0, 1, 10);
+        assert_eq!(order.withdraw(1).len(), 4);
+        assert_eq!(order.len(), 1);
+        assert_eq!(take(&mut order, 4), [(2, 0)]);
+        for key in [key(1), key(1), key(1), alone, key(2)] {
+            order.leave(key);
+        }
+        assert!(order.callers.is_empty() && order.numbers.is_empty() && order.flows.is_empty());
+        assert!(order.lanes.is_empty() && order.backlogged.is_empty() && order.ahead.is_empty());
+    }
+
+    const CALLERS: [&str; 4] = ["a", "b", "c", "d"];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        /// Over random arrivals: a pass is never empty while something waits, and full while its lane has more;
+        /// nothing is lost or doubled. Where no two callers can share a pass, none that waits falls behind
+        /// another by more than one pass. (Who rides along in room that would be empty gets more, and is charged.)
+        #[test]
+        fn nobody_who_waits_falls_behind_by_more_than_a_pass(
+            requests in prop::collection::vec((0usize..4, 0u32..3, 1u32..30, 1u64..50), 1..20),
+            room in 1usize..6,
+            shared: bool,
+        ) {
+            let mut order = Order::new();
+            let mut waiting = [0usize; 4];
+            let lane_of = |caller: usize, lane: u32| if shared { lane } else { 3 * caller as u32 + lane };
+            for (number, &(caller, lane, items, cost)) in requests.iter().enumerate() {
+                add(&mut order, number as u64, CALLERS[caller], lane_of(caller, lane), items, cost);
+                waiting[caller] += items as usize;
+            }
+            let most_of_a_pass = 50 * room as u64;
+            let mut served = [0u64; 4];
+            let mut seen = BTreeSet::new();
+            while order.len() > 0 {
+                let before = order.len();
+                let batch = take(&mut order, room);
+                prop_assert!(!batch.is_empty() && before - order.len() == batch.len());
+                let lane = |request: u64| {
+                    let (caller, lane, _, cost) = requests[request as usize];
+                    (lane_of(caller, lane), cost)
+                };
+                let passed = lane(batch[0].0);
+                prop_assert!(batch.iter().all(|(request, _)| lane(*request) == passed));
+                if batch.len() < room {
+                    prop_assert!(!order.lanes.contains_key(&passed), "room is left while the lane has more");
+                }
+                for &(request, index) in &batch {
+                    prop_assert!(seen.insert((request, index)));
+                    let (caller, _, _, cost) = requests[request as usize];
+                    served[caller] += cost;
+                    waiting[caller] -= 1;
+                }
+                for (a, b) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {
+                    if !shared && waiting[a] > 0 {
+                        prop_assert!(served[b] <= served[a] + most_of_a_pass, "{served:?}");
+                    }
+                }
+            }
+            prop_assert_eq!(seen.len() as u32, requests.iter().map(|r| r.2).sum::<u32>());
+        }
+    }
+}

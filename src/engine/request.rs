@@ -1,0 +1,107 @@
+//! What goes into the engine, and what comes out.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::admission::NoRoom;
+use super::course::Plan;
+use super::{ServedModel, Shared, State};
+use crate::diffusion::Token;
+
+/// Who asks: a flow of its own in the queue, with a share of its own of what may wait.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Caller(Arc<str>);
+
+impl Caller {
+    /// The caller of this name: a principal, or an address.
+    pub fn new(name: impl Into<Arc<str>>) -> Self {
+        Self(name.into())
+    }
+}
+
+impl std::fmt::Display for Caller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What to denoise.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Names the request among the running ones.
+    pub id: String,
+    /// Who asks.
+    pub caller: Caller,
+    /// The model.
+    pub model: Arc<ServedModel>,
+    /// The canvas: tokens where clamped, `None` where to fill.
+    pub template: Arc<[Option<Token>]>,
+    /// How to denoise.
+    pub plan: Plan,
+    /// Seed of all random choices.
+    pub seed: u64,
+    /// Independent canvases; at least 1.
+    pub canvases: u32,
+    /// Whether intermediate states are wanted, or the end alone.
+    pub publish: Publish,
+}
+
+/// Which states a canvas publishes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Publish {
+    /// Every step, for whoever looks in time.
+    Steps,
+    /// The end alone.
+    End,
+}
+
+/// Why a request is not admitted.
+#[derive(Debug, thiserror::Error)]
+pub enum AdmitError {
+    /// Too much work waits.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
+    /// As many requests run as may.
+    #[error("{running} requests run, which is the limit (limits.max_running_requests)")]
+    Running {
+        /// Requests that run.
+        running: usize,
+    },
+    /// A running request has this id.
+    #[error("a request with id {0:?} is running")]
+    Exists(String),
+    /// The model cannot be loaded; the log says why.
+    #[error("model {model} has failed; the server's log has the details")]
+    Model {
+        /// The model, with its version.
+        model: String,
+        /// When it will be tried again.
+        retry_after: Duration,
+    },
+    /// The engine is shutting down.
+    #[error("the server is shutting down")]
+    Draining,
+}
+
+/// A request that runs. Dropping it ends its canvases: those that wait at once, one in a pass after it.
+#[derive(Debug)]
+pub struct Generation {
+    /// The state in which every canvas began, however far it has come since.
+    pub initial: Vec<State>,
+    /// The newest state of every canvas.
+    pub canvases: Vec<watch::Receiver<State>>,
+    pub(super) id: String,
+    pub(super) number: u64,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        // Nobody listens any more; what is dropped here gives its room back.
+        self.canvases.clear();
+        drop(self.shared.withdraw(self.number));
+        self.shared.forget(&self.id, self.number);
+    }
+}

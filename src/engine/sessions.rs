@@ -1,0 +1,300 @@
+//! Sessions: the networks of a model that passes run on, loaded by threads of their own.
+//!
+//! A worker checks a session out for a pass and in again. Where there is none, because the model is still being
+//! loaded or because sessions were lost, the work is parked with the model and goes back to the queue when there
+//! is one: loading is never waited for by a worker, nor by work of other models.
+
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::cost::address;
+use super::work::Work;
+use super::{Failure, ServedModel, Shared};
+use crate::network::{NetworkError, ScoreNetwork};
+
+/// Pause after a failed load or pass, doubled with every further one in a row.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE_OF_A_SESSION: Duration = Duration::from_secs(2);
+const LONGEST_PAUSE_OF_A_MODEL: Duration = Duration::from_secs(60);
+
+/// A network that one pass runs on.
+pub(super) type Session = Box<dyn ScoreNetwork>;
+
+/// The sessions of one model.
+pub(super) struct Sessions {
+    pub(super) model: Arc<ServedModel>,
+    /// Guards what follows. Held for moves of pointers only, never while a session is loaded, run or dropped.
+    held: Mutex<Held>,
+}
+
+#[derive(Default)]
+struct Held {
+    idle: Vec<Session>,
+    /// Sessions that are idle or out for a pass.
+    count: usize,
+    /// Whether the loader has been asked for more.
+    loading: bool,
+    /// When a model that has failed is tried again.
+    failed: Option<Instant>,
+    /// Failed loads or passes in a row.
+    failures: u32,
+    /// Work that waits for a session.
+    parked: Vec<Work>,
+}
+
+impl std::fmt::Debug for Sessions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sessions")
+            .field("model", &self.model)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Sessions {
+    fn new(model: &Arc<ServedModel>) -> Self {
+        Self {
+            model: Arc::clone(model),
+            held: Mutex::new(Held::default()),
+        }
+    }
+
+    /// Whether the model has failed, and when it is tried again.
+    pub(super) fn failed(&self) -> Option<Instant> {
+        self.held.lock().failed
+    }
+
+    /// A session for a pass of `batch`; without one the batch is parked, or ended where the model has failed.
+    pub(super) fn check_out(
+        self: &Arc<Self>,
+        batch: Vec<Work>,
+        loader: &Loader,
+    ) -> Option<(Session, Vec<Work>)> {
+        let mut held = self.held.lock();
+        if let Some(session) = held.idle.pop() {
+            return Some((session, batch));
+        }
+        if held.failed.is_some() {
+            drop(held);
+            self.end(batch);
+            return None;
+        }
+        held.parked.extend(batch);
+        // With a session out for a pass there will be one; without any there will be none unless it is loaded.
+        let ask = held.count == 0 && !std::mem::replace(&mut held.loading, true);
+        drop(held);
+        if ask {
+            loader.ask(self, Duration::ZERO);
+        }
+        None
+    }
+
+    /// Takes a session back from a pass that went well.
+    pub(super) fn check_in(self: &Arc<Self>, session: Session, shared: &Shared) {
+        let mut held = self.held.lock();
+        held.idle.push(session);
+        held.failures = 0;
+        held.failed = None;
+        let parked = std::mem::take(&mut held.parked);
+        let ask = held.count < shared.options.workers && !std::mem::replace(&mut held.loading, true);
+        drop(held);
+        if ask {
+            shared.loader.ask(self, Duration::ZERO);
+        }
+        shared.put(parked);
+    }
+
+    /// Gives up a session that a pass has failed on, and loads another in its place.
+    pub(super) fn lost(self: &Arc<Self>, session: Session, loader: &Loader) {
+        let mut held = self.held.lock();
+        held.count = held.count.saturating_sub(1);
+        let pause = held.pause(LONGEST_PAUSE_OF_A_SESSION);
+        let ask = !std::mem::replace(&mut held.loading, true);
+        drop(held);
+        if ask {
+            loader.ask(self, pause);
+        }
+        // Last: it is foreign code, and may panic.
+        drop(session);
+    }
+
+    /// Gives up on the model: all its sessions, and whatever waits for it. It is tried again after a while.
+    pub(super) fn fail(self: &Arc<Self>, reason: &str, loader: &Loader) {
+        let mut held = self.held.lock();
+        let sessions = std::mem::take(&mut held.idle);
+        // Sessions that are out come back one by one, and are used again if the model is.
+        held.count = held.count.saturating_sub(sessions.len());
+        let pause = held.pause(LONGEST_PAUSE_OF_A_MODEL);
+        held.failed = Some(Instant::now() + pause);
+        let parked = std::mem::take(&mut held.parked);
+        let ask = !std::mem::replace(&mut held.loading, true);
+        drop(held);
+        tracing::error!(model = %self.model, reason, retry_in_ms = pause.as_millis() as u64, "a model has failed; what waits for it is ended");
+        self.end(parked);
+        if ask {
+            loader.ask(self, pause);
+        }
+        drop(sessions);
+    }
+
+    /// Ends `work`: it cannot be evaluated.
+    pub(super) fn end(&self, work: Vec<Work>) {
+        for work in work {
+            let model = self.model.to_string();
+            work.end(Failure::Model { model });
+        }
+    }
+
+    /// Takes out what waits for a session, of one request or of all.
+    fn withdraw(&self, request: Option<u64>) -> Vec<Work> {
+        let mut held = self.held.lock();
+        let (taken, left) = std::mem::take(&mut held.parked)
+            .into_iter()
+            .partition(|work| request.is_none_or(|request| work.origin.number == request));
+        held.parked = left;
+        taken
+    }
+
+    /// Loads sessions until there are enough, or one cannot be loaded.
+    fn load(self: &Arc<Self>, shared: &Shared) {
+        loop {
+            match catch_unwind(AssertUnwindSafe(|| self.load_one(shared))) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(_) => {
+                    tracing::error!(model = %self.model, "giving up sessions panicked");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Loads one session. Whether more are wanted.
+    fn load_one(self: &Arc<Self>, shared: &Shared) -> bool {
+        let loaded = catch_unwind(AssertUnwindSafe(|| self.model.network()))
+            .unwrap_or_else(|_| Err(NetworkError::Load("loading it panicked".to_owned())));
+        match loaded {
+            Ok(session) => {
+                let goes_on = !shared.loader.is_closed();
+                let mut held = self.held.lock();
+                held.idle.push(session);
+                held.count += 1;
+                held.failed = None;
+                let more = held.count < shared.options.workers && goes_on;
+                held.loading = more;
+                let parked = std::mem::take(&mut held.parked);
+                drop(held);
+                shared.put(parked);
+                more
+            }
+            Err(error) => {
+                self.held.lock().loading = false;
+                self.fail(&error.to_string(), &shared.loader);
+                false
+            }
+        }
+    }
+}
+
+impl Held {
+    fn pause(&mut self, longest: Duration) -> Duration {
+        self.failures = (self.failures + 1).min(16);
+        (FIRST_PAUSE * (1 << (self.failures - 1))).min(longest)
+    }
+}
+
+/// Has sessions loaded; knows those of all models.
+#[derive(Debug, Default)]
+pub(super) struct Loader {
+    /// By address of the model, which the sessions keep alive.
+    models: Mutex<HashMap<usize, Arc<Sessions>>>,
+    /// Guards the wishes; the loader waits, whoever asks signals. At most one wish a model.
+    wishes: Mutex<Wishes>,
+    asked: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Wishes {
+    due: VecDeque<(Instant, Arc<Sessions>)>,
+    closed: bool,
+}
+
+impl Loader {
+    /// The sessions of a model.
+    pub(super) fn sessions(&self, model: &Arc<ServedModel>) -> Arc<Sessions> {
+        let mut models = self.models.lock();
+        let sessions = models
+            .entry(address(model))
+            .or_insert_with(|| Arc::new(Sessions::new(model)));
+        Arc::clone(sessions)
+    }
+
+    fn ask(&self, sessions: &Arc<Sessions>, after: Duration) {
+        let mut wishes = self.wishes.lock();
+        wishes
+            .due
+            .push_back((Instant::now() + after, Arc::clone(sessions)));
+        drop(wishes);
+        self.asked.notify_one();
+    }
+
+    /// Loads what is asked for, until closed. Every load has a thread of its own, and every model at most one
+    /// load, so that none waits for another that takes long or never ends.
+    pub(super) fn run(&self, shared: &Shared) {
+        std::thread::scope(|scope| {
+            while let Some(sessions) = self.next() {
+                let thread = std::thread::Builder::new().name(format!("load-{}", sessions.model));
+                let loading = Arc::clone(&sessions);
+                if let Err(error) = thread.spawn_scoped(scope, move || loading.load(shared)) {
+                    sessions.fail(&format!("there is no thread to load it: {error}"), self);
+                }
+            }
+        });
+    }
+
+    fn is_closed(&self) -> bool {
+        self.wishes.lock().closed
+    }
+
+    /// Waits for the next wish that is due.
+    fn next(&self) -> Option<Arc<Sessions>> {
+        let mut wishes = self.wishes.lock();
+        loop {
+            if wishes.closed {
+                return None;
+            }
+            let now = Instant::now();
+            let first = wishes.due.iter().enumerate().min_by_key(|(_, (due, _))| *due);
+            match first.map(|(index, (due, _))| (index, *due)) {
+                Some((index, due)) if due <= now => {
+                    return wishes.due.remove(index).map(|(_, sessions)| sessions);
+                }
+                Some((_, due)) => {
+                    self.asked.wait_until(&mut wishes, due);
+                }
+                None => self.asked.wait(&mut wishes),
+            }
+        }
+    }
+
+    /// Takes out what waits for sessions, of one request or of all.
+    pub(super) fn withdraw(&self, request: Option<u64>) -> Vec<Work> {
+        let models: Vec<_> = self.models.lock().values().cloned().collect();
+        models
+            .iter()
+            .flat_map(|sessions| sessions.withdraw(request))
+            .collect()
+    }
+
+    /// Lets the loader's thread end after what it is loading.
+    pub(super) fn close(&self) {
+        let mut wishes = self.wishes.lock();
+        wishes.closed = true;
+        wishes.due.clear();
+        drop(wishes);
+        self.asked.notify_all();
+    }
+}

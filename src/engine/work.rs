@@ -1,0 +1,171 @@
+//! A canvas and what goes with it from worker to worker.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use tokio::sync::watch;
+
+use super::admission::Permit;
+use super::canvas::Canvas;
+use super::cost::address;
+use super::queue::{FlowDescription, FlowKey, Lane};
+use super::request::Caller;
+use super::{Failure, Phase, Publish, Shared, State, Timings};
+
+/// What the canvases of a request share beside their course.
+#[derive(Debug)]
+pub(super) struct Origin {
+    /// The request's id, for the log.
+    pub(super) id: String,
+    /// The request, by order of arrival.
+    pub(super) number: u64,
+    pub(super) caller: Caller,
+    pub(super) cancelled: Arc<AtomicBool>,
+    pub(super) publish: Publish,
+    pub(super) admitted: Instant,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Drop for Origin {
+    /// The last canvas has ended, and the request with it, whether or not its stream has been read.
+    fn drop(&mut self) {
+        self.shared.forget(&self.id, self.number);
+    }
+}
+
+/// A canvas on its way. However it ends, whoever follows it is told, and its room is free again.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) canvas: Canvas,
+    pub(super) origin: Arc<Origin>,
+    /// Number of the canvas in its request.
+    pub(super) index: u32,
+    /// Keeps the newest state only; closed when nobody listens any more.
+    progress: watch::Sender<State>,
+    permit: Permit,
+    /// Set after a pass has failed that others shared: it may have been this canvas.
+    alone: bool,
+    /// Since when it has waited for its next step.
+    pub(super) ready: Instant,
+    pub(super) timings: Timings,
+    /// Passes that failed in a row with this canvas alone.
+    pub(super) attempts: u32,
+}
+
+impl Work {
+    /// Work that takes part in the queue, and the newest state of its canvas.
+    pub(super) fn new(
+        canvas: Canvas,
+        origin: &Arc<Origin>,
+        index: u32,
+        permit: Permit,
+    ) -> (Self, watch::Receiver<State>) {
+        let (progress, receiver) = watch::channel(State::running(&canvas));
+        let mut work = Self {
+            canvas,
+            origin: Arc::clone(origin),
+            index,
+            progress,
+            permit,
+            alone: false,
+            ready: origin.admitted,
+            timings: Timings::default(),
+            attempts: 0,
+        };
+        // The number of evaluations was an upper bound as long as hit times were not drawn.
+        work.permit.keep(work.canvas.evaluations_left());
+        work.join();
+        (work, receiver)
+    }
+
+    /// The flow that this waits in.
+    pub(super) fn flow(&self) -> FlowKey {
+        FlowKey {
+            request: self.origin.number,
+            alone: self.alone.then_some(self.index),
+        }
+    }
+
+    /// Runs alone from now on, or with others again.
+    pub(super) fn set_alone(&mut self, alone: bool) {
+        if self.alone != alone {
+            let before = self.flow();
+            self.alone = alone;
+            self.join();
+            self.origin.shared.queue.leave(before);
+        }
+    }
+
+    fn join(&self) {
+        let key = self.flow();
+        let lane = Lane {
+            model: address(self.canvas.model()),
+            length: self.canvas.tokens().len(),
+            alone: key.alone.map(|_| key),
+        };
+        let caller = self.origin.caller.clone();
+        self.origin
+            .shared
+            .queue
+            .join(key, &FlowDescription { caller, lane });
+    }
+
+    /// Why this should not go on, if it should not.
+    pub(super) fn is_over(&self) -> Option<Failure> {
+        if self.origin.cancelled.load(Ordering::Acquire) {
+            Some(Failure::Cancelled)
+        } else if self.progress.is_closed() {
+            Some(Failure::Abandoned)
+        } else {
+            None
+        }
+    }
+
+    /// Tells what a pass has made of the canvas; gives back what is not finished.
+    pub(super) fn publish(mut self) -> Option<Self> {
+        self.attempts = 0;
+        self.set_alone(false);
+        if self.canvas.is_done() {
+            self.timings.total = self.origin.admitted.elapsed();
+            let done = State::done(&self.canvas, self.timings);
+            self.progress.send_replace(done);
+            return None;
+        }
+        if let Some(failure) = self.is_over() {
+            self.end(failure);
+            return None;
+        }
+        self.permit.keep(self.canvas.evaluations_left());
+        if self.origin.publish == Publish::Steps {
+            self.progress.send_replace(State::running(&self.canvas));
+        }
+        self.ready = Instant::now();
+        Some(self)
+    }
+
+    /// Ends the canvas.
+    pub(super) fn end(self, failure: Failure) {
+        self.fail(failure);
+    }
+
+    fn fail(&self, failure: Failure) {
+        self.progress.send_if_modified(|state| {
+            let running = matches!(state.phase, Phase::Running);
+            if running {
+                state.phase = Phase::Failed(failure);
+            }
+            running
+        });
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // Nothing is left saying that it runs, whatever became of the thread that had it.
+        self.fail(Failure::Worker {
+            request: self.origin.id.clone(),
+        });
+        self.origin.shared.queue.leave(self.flow());
+    }
+}
