@@ -65,6 +65,12 @@ async fn every_field_of_generate_is_checked() {
             sampling(|s| s.entropy_bound = Some(-0.1)),
         ),
         ("sampling.remask_rate", sampling(|s| s.remask_rate = Some(1.1))),
+        // Options of samplers that are not asked for.
+        ("sampling.remask_rate", sampling(|s| s.remask_rate = Some(0.1))),
+        (
+            "sampling.entropy_bound",
+            sampling(|s| (s.sampler, s.entropy_bound) = (2, Some(0.5))),
+        ),
         (
             "length",
             GenerateRequest {

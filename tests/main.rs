@@ -10,6 +10,7 @@
 
 mod binary;
 mod cancelling;
+mod defaults;
 mod determinism;
 mod errors;
 mod foreign_client;

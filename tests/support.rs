@@ -43,8 +43,12 @@ impl TestServer {
     }
 
     pub async fn with_network(config: &Config, network: NetworkSource) -> Self {
+        Self::with_manifest(config, closed_form_manifest(), network).await
+    }
+
+    pub async fn with_manifest(config: &Config, manifest: Manifest, network: NetworkSource) -> Self {
         let mut models = Models::default();
-        models.insert(ServedModel::without_bundle(closed_form_manifest(), 1, network));
+        models.insert(ServedModel::without_bundle(manifest, 1, network));
         Self::run(Server::with_models(config, models).await.unwrap()).await
     }
 
@@ -99,6 +103,7 @@ pub fn closed_form_manifest() -> Manifest {
         max_length: CLOSED_FORM_LENGTH,
         time_conditioned: true,
         two_stage: false,
+        defaults: None,
         sha256: [(MODEL.to_owned(), String::new())].into(),
         provenance: serde_json::Value::Null,
     }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::diffusion::{self, Graph, GraphKind, Schedule, Token};
+use crate::diffusion::sampler::row::MAX_TEMPERATURE;
+use crate::diffusion::{self, Graph, GraphKind, SamplerKind, Schedule, Token};
 
 /// The format this program writes and reads.
 pub const FORMAT: u32 = 1;
@@ -32,6 +33,71 @@ impl Parameterization {
             Self::Score if sigma_offset => diffusion::sigma_offset(sigma, states),
             Self::Score => 0.0,
         }
+    }
+}
+
+/// How a model is sampled where a request does not say; whatever is absent here is the server's to choose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Defaults {
+    /// The sampler, with its option: `"tweedie"`, `{"remask": {"rate": 0.02}}`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sampler: Option<SamplerKind>,
+    /// Denoising steps, at most as many as there are positions to fill.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<u32>,
+    /// As in `TokenChoice`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f64>,
+    /// As in `TokenChoice`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f64>,
+    /// Positions of a canvas, prompt included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub length: Option<usize>,
+}
+
+impl Defaults {
+    fn check(&self, manifest: &Manifest) -> Result<(), String> {
+        let option_fits = match self.sampler {
+            Some(SamplerKind::EntropyBounded { bound }) => bound >= 0.0 && bound.is_finite(),
+            Some(SamplerKind::Remask { rate }) => (0.0..=1.0).contains(&rate),
+            Some(
+                SamplerKind::Tweedie
+                | SamplerKind::Euler
+                | SamplerKind::FirstHitting
+                | SamplerKind::Confidence,
+            )
+            | None => true,
+        };
+        let normalizes = self.sampler.is_some_and(SamplerKind::normalizes);
+        if !option_fits || (normalizes && manifest.graph != GraphKind::Absorbing) {
+            return Err(format!(
+                "defaults.sampler is {:?}, which is not for this model",
+                self.sampler
+            ));
+        }
+        if self.steps == Some(0) {
+            return Err("defaults.steps is 0, must be at least 1".to_owned());
+        }
+        if let Some(t) = self.temperature.filter(|t| !(0.0..=MAX_TEMPERATURE).contains(t)) {
+            return Err(format!(
+                "defaults.temperature is {t}, must be 0 to {MAX_TEMPERATURE}"
+            ));
+        }
+        if let Some(p) = self.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
+            return Err(format!("defaults.top_p is {p}, must be above 0 and at most 1"));
+        }
+        if let Some(length) = self
+            .length
+            .filter(|length| !(1..=manifest.max_length).contains(length))
+        {
+            return Err(format!(
+                "defaults.length is {length}, must be 1 to {} (max_length)",
+                manifest.max_length
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -66,6 +132,9 @@ pub struct Manifest {
     /// The network comes in two parts; not served yet, so `true` is refused.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub two_stage: bool,
+    /// How to sample where a request does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub defaults: Option<Defaults>,
     /// sha256 of every file of the bundle but this one, in lower-case hexadecimal.
     pub sha256: BTreeMap<String, String>,
     /// What trained the network, on what, and how well: for people.
@@ -130,6 +199,9 @@ impl Manifest {
         if self.parameterization == Parameterization::Mean && self.sigma_offset {
             return wrong("sigma_offset belongs to parameterization \"score\"".to_owned());
         }
+        if let Some(defaults) = &self.defaults {
+            defaults.check(self)?;
+        }
         if self.two_stage {
             return wrong("two_stage networks are not served by this version".to_owned());
         }
@@ -184,6 +256,13 @@ pub(super) mod tests {
             max_length: 16,
             time_conditioned: true,
             two_stage: false,
+            defaults: Some(Defaults {
+                sampler: Some(SamplerKind::EntropyBounded { bound: 0.5 }),
+                steps: Some(32),
+                temperature: Some(0.8),
+                top_p: Some(0.95),
+                length: Some(12),
+            }),
             sha256: BTreeMap::from([(super::super::MODEL.to_owned(), String::new())]),
             provenance: serde_json::Value::Null,
         }
@@ -214,6 +293,21 @@ pub(super) mod tests {
             ("mask_token", 3.into(), "mask_token"),
             ("end_of_document", 9.into(), "end_of_document"),
             ("two_stage", true.into(), "two_stage"),
+            ("defaults", serde_json::json!({"sampler": "guessing"}), "guessing"),
+            (
+                "defaults",
+                serde_json::json!({"sampler": {"remask": {"rate": 2.0}}}),
+                "defaults.sampler",
+            ),
+            ("defaults", serde_json::json!({"steps": 0}), "defaults.steps"),
+            (
+                "defaults",
+                serde_json::json!({"temperature": -1.0}),
+                "defaults.temperature",
+            ),
+            ("defaults", serde_json::json!({"top_p": 0.0}), "defaults.top_p"),
+            ("defaults", serde_json::json!({"length": 17}), "defaults.length"),
+            ("defaults", serde_json::json!({"step": 3}), "step"),
             ("sha256", serde_json::json!({}), "model.onnx"),
             (
                 "sha256",

@@ -21,7 +21,7 @@ use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
 
 pub use embedded::demo;
-pub use manifest::{FORMAT, Manifest, Parameterization};
+pub use manifest::{Defaults, FORMAT, Manifest, Parameterization};
 pub use tokenizer::{TextTokenizer, TokenizerError};
 pub use writer::{BundleFile, BundleWriter, refuse_existing};
 

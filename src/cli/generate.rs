@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use futures_util::stream::{BoxStream, StreamExt};
@@ -27,14 +28,14 @@ pub(super) struct Generate {
     /// Model to ask for, as NAME or NAME@VERSION.
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
-    /// Tokens of the whole text, prompt included; the model's maximum by default (generate only).
+    /// Tokens of the whole text, prompt included; the model's default or maximum otherwise (generate only).
     #[arg(long, value_name = "N")]
     length: Option<u32>,
-    /// Denoising steps; as many as there are tokens to fill by default, at most 64.
+    /// Denoising steps; as many as there are tokens to fill by default, at most the model's default or 64.
     #[arg(long, value_name = "N")]
     steps: Option<u32>,
     /// How to take a step: tweedie, euler, first-hitting (one token an evaluation), confidence or entropy-bounded
-    /// (the surest tokens first), remask (tokens can be masked again); tweedie by default.
+    /// (the surest tokens first), remask (tokens can be masked again); the model's default or tweedie otherwise.
     #[arg(long, value_name = "SAMPLER", value_parser = sampler)]
     sampler: Option<Sampler>,
     /// Let the noise alone decide when a token leaves the mask: evaluations that change nothing are not run.
@@ -52,13 +53,14 @@ pub(super) struct Generate {
     /// Independent texts to draw; 1 by default.
     #[arg(long, value_name = "N")]
     num_samples: Option<u32>,
-    /// 0 takes the likeliest tokens, 1 follows the model; 1 by default.
+    /// 0 takes the likeliest tokens, 1 follows the model; the model's default or 1 otherwise.
     #[arg(long, value_name = "X")]
     temperature: Option<f64>,
     /// Choose among this many likeliest tokens; all by default.
     #[arg(long, value_name = "N")]
     top_k: Option<u32>,
-    /// Choose among the likeliest tokens that hold this share of the probability; 1 by default.
+    /// Choose among the likeliest tokens that hold this share of the probability; the model's default or 1
+    /// otherwise.
     #[arg(long, value_name = "X")]
     top_p: Option<f64>,
     /// Print one JSON object per event and line.
@@ -67,6 +69,9 @@ pub(super) struct Generate {
     /// Show intermediate states.
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     live: Live,
+    /// On a terminal, show every state for so many milliseconds, however fast the server is; 0 to 60000.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(..=60_000))]
+    pace: Option<u32>,
     /// The prompt; for infill the template, where [[N]] is a gap of N tokens, \[ a bracket that opens
     /// no gap and \\ a backslash.
     #[arg(value_name = "TEXT", default_value = "")]
@@ -162,10 +167,9 @@ impl Generate {
         };
         FramePolicy {
             when: when.into(),
-            min_interval_ms: if matches!(view, View::Terminal(_)) {
-                REDRAW_MS
-            } else {
-                0
+            min_interval_ms: match view {
+                View::Terminal(_) if self.pace.is_none() => REDRAW_MS,
+                View::Terminal(_) | View::Blocks { .. } | View::Off => 0,
             },
             ..FramePolicy::default()
         }
@@ -201,11 +205,21 @@ impl Generate {
         shown.and(cleared).and(closed)
     }
 
-    async fn show(&self, mut events: Events, view: &mut View) -> Result<(), Failed> {
+    async fn show(&self, events: Events, view: &mut View) -> Result<(), Failed> {
+        let pace = match (self.pace, &view) {
+            (Some(pace), View::Terminal(_)) => Duration::from_millis(pace.into()),
+            _ => Duration::ZERO,
+        };
+        let mut events = if pace.is_zero() {
+            events
+        } else {
+            read_ahead(events)
+        };
         let mut out = io::stdout();
         let mut finished = BTreeMap::new();
         let mut ended = Ok(());
         while let Some(event) = events.next().await {
+            let is_frame = matches!(event, Ok(Some(Event::Frame(_))));
             let shown = match event {
                 Ok(Some(event)) if self.json => print_line(&event, &mut finished, &mut out),
                 Ok(Some(Event::Frame(frame))) => view.show(&frame, &mut out),
@@ -220,6 +234,7 @@ impl Generate {
                 }
             };
             match shown.and_then(|()| out.flush()) {
+                Ok(()) if is_frame && !pace.is_zero() => tokio::time::sleep(pace).await,
                 Ok(()) => {}
                 // Nobody reads any more, so nothing more is asked for.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
@@ -254,6 +269,26 @@ impl Generate {
     }
 }
 
+/// States that are kept to be shown later, at most; a server shows a slow reader the newest state only.
+const AHEAD: usize = 4096;
+
+/// The same events, read as fast as the server sends them.
+fn read_ahead(mut events: Events) -> Events {
+    let (sender, receiver) = tokio::sync::mpsc::channel(AHEAD);
+    tokio::spawn(async move {
+        while let Some(event) = events.next().await {
+            if sender.send(event).await.is_err() {
+                return;
+            }
+        }
+    });
+    let next = |mut receiver: tokio::sync::mpsc::Receiver<_>| async move {
+        let event = receiver.recv().await?;
+        Some((event, receiver))
+    };
+    futures_util::stream::unfold(receiver, next).boxed()
+}
+
 fn print_line(event: &Event, finished: &mut BTreeMap<u32, Finished>, out: &mut impl Write) -> io::Result<()> {
     let line: json::Line<'_> = match event {
         Event::Accepted(accepted) => accepted.into(),
@@ -266,11 +301,19 @@ fn print_line(event: &Event, finished: &mut BTreeMap<u32, Finished>, out: &mut i
     writeln!(out, "{}", serde_json::to_string(&line)?)
 }
 
+/// The names that [`sampler`] takes; values of the proto follow each other.
+fn samplers() -> Vec<String> {
+    let known = (1..).map_while(|value| Sampler::try_from(value).ok());
+    known
+        .map(|sampler| json::plain(sampler.as_str_name(), "SAMPLER_").replace('_', "-"))
+        .collect()
+}
+
 /// A sampler by its proto name without prefix, so that new ones need no change here.
 fn sampler(name: &str) -> Result<Sampler, String> {
     Sampler::from_str_name(&format!("SAMPLER_{}", name.to_uppercase().replace('-', "_")))
         .filter(|sampler| *sampler != Sampler::Unspecified)
-        .ok_or_else(|| "must be tweedie or euler".to_owned())
+        .ok_or_else(|| format!("must be {}", samplers().join(", ")))
 }
 
 impl Infill {

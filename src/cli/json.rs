@@ -25,6 +25,11 @@ pub(super) struct Accepted<'a> {
     length: u32,
     num_samples: u32,
     normalize: bool,
+    temperature: f64,
+    top_k: Option<u32>,
+    top_p: Option<f64>,
+    entropy_bound: Option<f64>,
+    remask_rate: Option<f64>,
 }
 
 /// An intermediate state: all tokens, or those that changed and where.
@@ -97,6 +102,11 @@ impl<'a> From<&'a v1::Accepted> for Line<'a> {
             length: accepted.length,
             num_samples: accepted.num_samples,
             normalize: accepted.normalize,
+            temperature: accepted.temperature,
+            top_k: accepted.top_k,
+            top_p: accepted.top_p,
+            entropy_bound: accepted.entropy_bound,
+            remask_rate: accepted.remask_rate,
         })
     }
 }
@@ -176,7 +186,7 @@ pub(super) fn provenance(model: &v1::Model) -> Value {
 }
 
 /// An enum value's proto name without its prefix, in lower case.
-fn plain(name: &str, prefix: &str) -> String {
+pub(super) fn plain(name: &str, prefix: &str) -> String {
     name.trim_start_matches(prefix).to_lowercase()
 }
 

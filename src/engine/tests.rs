@@ -47,6 +47,7 @@ pub(super) fn manifest(graph: GraphKind) -> Manifest {
         max_length: LENGTH,
         time_conditioned: true,
         two_stage: false,
+        defaults: None,
         sha256: [(MODEL.to_owned(), String::new())].into(),
         provenance: serde_json::Value::Null,
     }

@@ -6,6 +6,7 @@ use futures_util::stream::{BoxStream, StreamExt};
 use tonic::{Request, Response, Status};
 
 use super::request;
+use super::sampler;
 use super::status::{FieldError, not_found};
 use super::stream::{Event, View, deliver, events};
 use super::template::Template;
@@ -33,6 +34,7 @@ impl Service {
     fn start(&self, asked: Asked) -> Result<BoxStream<'static, Result<Event, Status>>, Status> {
         let sampling = request::sampling(asked.sampling, &asked.template, &asked.model, &self.limits)?;
         let frames = request::frames(asked.frames)?;
+        let told = sampler::told(sampling.plan.sampler);
         let accepted = v1::Accepted {
             request_id: asked.id.clone(),
             model: Some(v1::ModelReference {
@@ -40,15 +42,7 @@ impl Service {
                 version: asked.model.version(),
             }),
             seed: sampling.seed,
-            sampler: match sampling.plan.sampler {
-                SamplerKind::Tweedie => v1::Sampler::Tweedie,
-                SamplerKind::Euler => v1::Sampler::Euler,
-                SamplerKind::FirstHitting => v1::Sampler::FirstHitting,
-                SamplerKind::Confidence => v1::Sampler::Confidence,
-                SamplerKind::EntropyBounded { .. } => v1::Sampler::EntropyBounded,
-                SamplerKind::Remask { .. } => v1::Sampler::Remask,
-            }
-            .into(),
+            sampler: told.sampler.into(),
             steps: if sampling.plan.sampler == SamplerKind::FirstHitting {
                 asked.template.gaps() as u32
             } else {
@@ -57,6 +51,11 @@ impl Service {
             length: asked.template.length() as u32,
             num_samples: sampling.samples,
             normalize: sampling.plan.is_normalized(&asked.model),
+            temperature: sampling.plan.choice.temperature,
+            top_k: sampling.plan.choice.top_k,
+            top_p: sampling.plan.choice.top_p,
+            entropy_bound: told.entropy_bound,
+            remask_rate: told.remask_rate,
         };
         let generation = self.engine.admit(crate::engine::Request {
             id: asked.id.clone(),

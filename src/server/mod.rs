@@ -8,6 +8,7 @@ mod diffusion_service;
 mod model_service;
 pub mod models;
 mod request;
+mod sampler;
 mod status;
 mod stream;
 mod template;

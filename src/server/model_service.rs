@@ -2,7 +2,7 @@
 
 use tonic::{Request, Response, Status};
 
-use super::Service;
+use super::{Service, sampler};
 use crate::diffusion::{GraphKind, Schedule};
 use crate::engine::ServedModel;
 use crate::proto::v1;
@@ -42,6 +42,18 @@ impl Service {
                 max_request_tokens: u32::try_from(self.limits.max_request_tokens).unwrap_or(u32::MAX),
             }),
             provenance_json: manifest.provenance.to_string(),
+            defaults: manifest.defaults.map(|defaults| {
+                let told = defaults.sampler.map(sampler::told);
+                v1::SamplingDefaults {
+                    sampler: told.map_or(v1::Sampler::Unspecified, |told| told.sampler).into(),
+                    entropy_bound: told.and_then(|told| told.entropy_bound),
+                    remask_rate: told.and_then(|told| told.remask_rate),
+                    steps: defaults.steps,
+                    temperature: defaults.temperature,
+                    top_p: defaults.top_p,
+                    length: defaults.length.map(|length| length as u32),
+                }
+            }),
         }
     }
 }

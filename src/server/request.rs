@@ -5,25 +5,21 @@
 use crate::bundle::TextTokenizer;
 use crate::config::LimitsConfig;
 use crate::diffusion::sampler::TimeGrid;
-use crate::diffusion::{GraphKind, SamplerKind, Token, TokenChoice};
+use crate::diffusion::sampler::row::MAX_TEMPERATURE;
+use crate::diffusion::{GraphKind, Token, TokenChoice};
 use crate::engine::ServedModel;
 use crate::engine::course::Plan;
 use crate::proto::v1;
 
+use super::sampler;
 use super::status::{FieldError, no_tokenizer};
 use super::template::{Piece, Template};
 use tonic::Status;
 
 /// Steps taken when none are asked for, at most.
 const DEFAULT_STEPS: u32 = 64;
-/// Entropies of the positions filled at once, in nats.
-const DEFAULT_ENTROPY_BOUND: f64 = 0.5;
-/// Chance of a token to be masked again in a step.
-const DEFAULT_REMASK_RATE: f64 = 0.02;
-/// Highest temperature: far beyond, every token is equally likely.
-const MOST_TEMPERATURE: f64 = 100.0;
 /// Longest request id.
-const MOST_ID: usize = 128;
+const MAX_ID: usize = 128;
 
 /// How to denoise, with every default resolved.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,12 +40,12 @@ pub(super) fn sampling(
     limits: &LimitsConfig,
 ) -> Result<Sampling, FieldError> {
     let asked = sampling.unwrap_or_default();
-    let gaps = template.gaps();
+    let (gaps, defaults) = (template.gaps(), model.manifest().defaults.unwrap_or_default());
     let steps = within(
         "sampling.steps",
-        asked
-            .steps
-            .unwrap_or((gaps as u32).clamp(1, DEFAULT_STEPS.min(limits.max_steps))),
+        asked.steps.unwrap_or_else(|| {
+            (gaps as u32).clamp(1, defaults.steps.unwrap_or(DEFAULT_STEPS).min(limits.max_steps))
+        }),
         limits.max_steps,
     )?;
     let samples = within(
@@ -57,37 +53,12 @@ pub(super) fn sampling(
         asked.num_samples.unwrap_or(1),
         limits.max_samples,
     )?;
-    let sampler = match v1::Sampler::try_from(asked.sampler) {
-        Ok(v1::Sampler::Unspecified | v1::Sampler::Tweedie) => SamplerKind::Tweedie,
-        Ok(v1::Sampler::Euler) => SamplerKind::Euler,
-        Ok(v1::Sampler::FirstHitting) => SamplerKind::FirstHitting,
-        Ok(v1::Sampler::Confidence) => SamplerKind::Confidence,
-        Ok(v1::Sampler::EntropyBounded) => SamplerKind::EntropyBounded {
-            bound: asked.entropy_bound.unwrap_or(DEFAULT_ENTROPY_BOUND),
-        },
-        Ok(v1::Sampler::Remask) => SamplerKind::Remask {
-            rate: asked.remask_rate.unwrap_or(DEFAULT_REMASK_RATE),
-        },
-        Err(_) => {
-            return Err(FieldError::new(
-                "sampling.sampler",
-                format!("{} is no sampler this server knows", asked.sampler),
-            ));
-        }
-    };
-    if let Some(bound) = asked.entropy_bound.filter(|b| !(*b >= 0.0 && b.is_finite())) {
-        let problem = format!("is {bound}, must be a number from 0");
-        return Err(FieldError::new("sampling.entropy_bound", problem));
-    }
-    if let Some(rate) = asked.remask_rate.filter(|rate| !(0.0..=1.0).contains(rate)) {
-        let problem = format!("is {rate}, must be 0 to 1");
-        return Err(FieldError::new("sampling.remask_rate", problem));
-    }
-    let temperature = asked.temperature.unwrap_or(1.0);
-    if !(0.0..=MOST_TEMPERATURE).contains(&temperature) {
+    let sampler = sampler::asked(&asked, defaults.sampler)?;
+    let temperature = asked.temperature.or(defaults.temperature).unwrap_or(1.0);
+    if !(0.0..=MAX_TEMPERATURE).contains(&temperature) {
         return Err(FieldError::new(
             "sampling.temperature",
-            format!("is {temperature}, must be 0 to {MOST_TEMPERATURE}"),
+            format!("is {temperature}, must be 0 to {MAX_TEMPERATURE}"),
         ));
     }
     if asked.top_k == Some(0) {
@@ -102,7 +73,7 @@ pub(super) fn sampling(
     let choice = TokenChoice {
         temperature,
         top_k: asked.top_k,
-        top_p: asked.top_p,
+        top_p: asked.top_p.or(defaults.top_p),
     };
     let plan = Plan {
         grid: TimeGrid { steps },
@@ -146,10 +117,10 @@ pub(super) fn id(asked: String) -> Result<String, FieldError> {
     if asked.is_empty() {
         return Ok(uuid::Uuid::new_v4().to_string());
     }
-    if asked.len() > MOST_ID || !asked.chars().all(|c| c.is_ascii_graphic()) {
+    if asked.len() > MAX_ID || !asked.chars().all(|c| c.is_ascii_graphic()) {
         return Err(FieldError::new(
             "request_id",
-            format!("must be up to {MOST_ID} printable ASCII characters"),
+            format!("must be up to {MAX_ID} printable ASCII characters"),
         ));
     }
     Ok(asked)
@@ -163,18 +134,21 @@ pub(super) fn prompt(
     limits: &LimitsConfig,
 ) -> Result<Template, Status> {
     let max = model.manifest().max_length;
-    let length = length.map_or(max, |l| l as usize);
-    if !(1..=max).contains(&length) {
-        return Err(FieldError::new(
-            "length",
-            format!("is {length}, must be 1 to {max} (the model's max_length)"),
-        )
-        .into());
+    if let Some(length) = length.filter(|length| !(1..=max).contains(&(*length as usize))) {
+        let problem = format!("is {length}, must be 1 to {max} (the model's max_length)");
+        return Err(FieldError::new("length", problem).into());
     }
     let tokens = if prompt.is_empty() {
         Vec::new()
     } else {
         encode_within("prompt", &prompt, model, limits)?
+    };
+    let default = model.manifest().defaults.and_then(|defaults| defaults.length);
+    let length = match (length, default) {
+        (Some(length), _) => length as usize,
+        // A prompt that leaves no room in the default gets the whole canvas.
+        (None, Some(default)) if tokens.len() < default => default,
+        (None, _) => max,
     };
     let Some(gap) = length.checked_sub(tokens.len()).filter(|gap| *gap > 0) else {
         let problem = format!(

@@ -29,6 +29,8 @@ pub use euler::Euler;
 pub use row::TokenChoice;
 pub use tweedie::Tweedie;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Graph, GraphKind, Schedule};
 
 /// The end of the time grid: what noise is left there is removed by one denoising step.
@@ -91,7 +93,8 @@ pub const LEAVE: RowLaw = RowLaw {
 };
 
 /// The samplers by name.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum SamplerKind {
     /// The paper's "analytic" sampler.
     #[default]

@@ -9,12 +9,15 @@ use super::blocks::{Row, Weight};
 use crate::diffusion::Token;
 use crate::diffusion::draw::Uniforms;
 
+/// Highest temperature: far beyond, every token is equally likely.
+pub const MAX_TEMPERATURE: f64 = 100.0;
+
 /// How the new token is chosen, once a token leaves.
 ///
 /// These shape the choice alone, never the decision to leave: the noise process stays what it is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TokenChoice {
-    /// Weights are raised to `1 / temperature`; 0 takes the likeliest token. At least 0.
+    /// Weights are raised to `1 / temperature`; 0 takes the likeliest token. 0 to [`MAX_TEMPERATURE`].
     pub temperature: f64,
     /// Keep only this many likeliest tokens. At least 1.
     pub top_k: Option<u32>,

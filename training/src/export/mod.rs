@@ -278,6 +278,7 @@ fn manifest(model: &TrainedModel<'_>) -> Result<Manifest, ExportError> {
         max_length: config.length,
         time_conditioned: config.time_conditioned,
         two_stage: false,
+        defaults: None,
         sha256: BTreeMap::new(),
         provenance: model.provenance.clone(),
     };
