@@ -52,10 +52,10 @@ done
 [[ -n $url ]] || fail "the server was not ready after $ready_seconds s"
 echo "the server listens on $url (process $server)"
 
-show generate --server "$url" --live always --length 96 --steps 128 --temperature 0.8 --seed 1 \
+show generate --server "$url" --live always --pace 60 --length 48 --seed 10 \
     "In the beginning"
-show infill --server "$url" --live always --steps 128 --temperature 0.8 --seed 2 \
-    'Jesus said to them, "[[24]]" And the people [[16]] and went away rejoicing.'
+show infill --server "$url" --live always --pace 60 --seed 2 \
+    'He said to his brother, "Go[[12]]." Then they went[[6]] together.'
 if [[ -r /proc/$server/status ]]; then
     printf '\npeak memory of the server: '
     awk '/^VmHWM:/ { printf "%.0f MiB\n", $2 / 1024 }' "/proc/$server/status"
@@ -72,3 +72,11 @@ wait "$server" || status=$?
 server=
 ((status == 0)) || fail "the server left with status $status after SIGTERM"
 echo "the server drained and left cleanly"
+cat <<END
+
+try next:
+  $denoised generate --seed 3 "My son,"         # on a terminal, watch it denoise
+  $denoised infill "The king looked at[[6]] and asked, \"Who[[12]]?\""
+  $denoised generate --num-samples 4 --json "Blessed"
+  $denoised serve                               # and any gRPC client: see README.md
+END

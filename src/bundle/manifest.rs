@@ -43,7 +43,7 @@ pub struct Defaults {
     /// The sampler, with its option: `"tweedie"`, `{"remask": {"rate": 0.02}}`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sampler: Option<SamplerKind>,
-    /// Denoising steps, at most as many as there are positions to fill.
+    /// Denoising steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<u32>,
     /// As in `TokenChoice`.
@@ -199,9 +199,7 @@ impl Manifest {
         if self.parameterization == Parameterization::Mean && self.sigma_offset {
             return wrong("sigma_offset belongs to parameterization \"score\"".to_owned());
         }
-        if let Some(defaults) = &self.defaults {
-            defaults.check(self)?;
-        }
+        self.check_defaults()?;
         if self.two_stage {
             return wrong("two_stage networks are not served by this version".to_owned());
         }
@@ -212,6 +210,11 @@ impl Manifest {
             Some(file) => wrong(format!("sha256 lists {file:?}, which is not a plain file name")),
             None => Ok(()),
         }
+    }
+
+    /// Says what is wrong with the defaults, if anything is.
+    pub fn check_defaults(&self) -> Result<(), String> {
+        self.defaults.map_or(Ok(()), |defaults| defaults.check(self))
     }
 
     /// The noise process over this vocabulary.

@@ -31,7 +31,7 @@ pub(super) struct Generate {
     /// Tokens of the whole text, prompt included; the model's default or maximum otherwise (generate only).
     #[arg(long, value_name = "N")]
     length: Option<u32>,
-    /// Denoising steps; as many as there are tokens to fill by default, at most the model's default or 64.
+    /// Denoising steps; the model's default, or else as many as there are tokens to fill, at most 64.
     #[arg(long, value_name = "N")]
     steps: Option<u32>,
     /// How to take a step: tweedie, euler, first-hitting (one token an evaluation), confidence or entropy-bounded

@@ -44,7 +44,9 @@ pub(super) fn sampling(
     let steps = within(
         "sampling.steps",
         asked.steps.unwrap_or_else(|| {
-            (gaps as u32).clamp(1, defaults.steps.unwrap_or(DEFAULT_STEPS).min(limits.max_steps))
+            // An exporter knows what its model needs; without, a step a position is enough.
+            let steps = defaults.steps.unwrap_or((gaps as u32).clamp(1, DEFAULT_STEPS));
+            steps.min(limits.max_steps)
         }),
         limits.max_steps,
     )?;

@@ -57,7 +57,9 @@ pub(super) fn asked(
             "sampling.remask_rate",
             "is for SAMPLER_REMASK alone",
         )),
-        other => Ok(other),
+        SamplerKind::Tweedie | SamplerKind::Euler | SamplerKind::FirstHitting | SamplerKind::Confidence => {
+            Ok(sampler)
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use denoised::bundle::Bundle;
+use denoised::bundle::{Bundle, Parameterization};
 use denoised::diffusion::Token;
 use plotters::prelude::*;
 use serde::Deserialize;
@@ -110,6 +110,9 @@ fn compare(arguments: &Arguments) -> Result<()> {
     report(arguments, &shape, &torch.version, &losses, &speeds)
 }
 
+/// Tokens of the demo model, the mask left out.
+const VOCABULARY: usize = 8191;
+
 /// The demo model's run, with what the arguments change.
 fn run(arguments: &Arguments, root: &Path) -> Result<(RunConfig, NetworkConfig)> {
     let mut config = RunConfig::read(&root.join("configs/demo.toml"))?;
@@ -118,11 +121,16 @@ fn run(arguments: &Arguments, root: &Path) -> Result<(RunConfig, NetworkConfig)>
     config.optimizer.decay = Decay::Constant;
     config.optimizer.warmup_steps = 20;
     let network = &mut config.network;
+    // The reference architecture, which PyTorch's side is: it sees the noise and has a head of its own.
+    network.parameterization = Parameterization::Score;
+    network.scale_by_sigma = true;
+    network.time_conditioned = true;
+    network.tie_embeddings = false;
     network.blocks = arguments.blocks.unwrap_or(network.blocks);
     network.hidden_size = arguments.hidden_size.unwrap_or(network.hidden_size);
     network.heads = arguments.heads.unwrap_or(network.heads);
     config.validate()?;
-    let shape = config.network_config(1535);
+    let shape = config.network_config(VOCABULARY);
     Ok((config, shape))
 }
 

@@ -27,6 +27,7 @@ pub mod loss;
 pub mod mirror;
 pub mod network;
 pub mod optimizer;
+pub mod overlap;
 mod parallel;
 pub mod precision;
 pub mod progress;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use burn::Tensor;
 use burn::tensor::TensorData;
-use denoised::bundle::{Bundle, Parameterization};
+use denoised::bundle::{Bundle, Defaults, Parameterization};
 use denoised::diffusion::{GraphKind, Schedule, Token, sigma_offset};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
@@ -479,8 +479,31 @@ fn a_bundle_says_what_was_trained() {
         ..config
     };
     let refused = export::bundle(&root.path().join("2"), with_tokenizer(&narrow), Storage::F16);
-    assert!(refused.unwrap_err().to_string().contains("tokens"));
+    assert!(refused.unwrap_err().to_string().contains("token id"));
     assert!(!root.path().join("2").exists());
+
+    // How it is sampled goes into the manifest, unless it cannot be.
+    for (length, fits) in [(8, true), (9, false)] {
+        let defaults = Defaults {
+            length: Some(length),
+            temperature: Some(0.9),
+            ..Defaults::default()
+        };
+        let options = Options {
+            defaults: Some(defaults),
+            ..Options::default()
+        };
+        let directory = root.path().join(format!("of-{length}"));
+        let written = export::bundle_with(&directory, with_tokenizer(&config), &options);
+        assert_eq!(written.is_ok(), fits, "{written:?}");
+        assert_eq!(directory.exists(), fits);
+        if fits {
+            assert_eq!(
+                Bundle::open(&directory).unwrap().manifest().defaults,
+                Some(defaults)
+            );
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use denoised::bundle::Manifest;
+use denoised::bundle::{Defaults, Manifest};
 use denoised::diffusion::Token;
 use training::config::RunConfig;
 use training::data::TokenFile;
@@ -27,6 +27,10 @@ pub(crate) struct Arguments {
     /// measured on held-out text and written into the manifest.
     #[arg(long, value_enum, default_value_t)]
     storage: Storage,
+    /// How to sample where a request does not say, as JSON: any of sampler, steps, temperature, top_p, length, such as
+    /// '{"sampler": "first-hitting", "temperature": 0.9}'.
+    #[arg(long, value_name = "JSON", value_parser = defaults)]
+    defaults: Option<Defaults>,
     /// What the model was trained on, for the bundle's provenance.
     #[arg(long, default_value = "")]
     corpus: String,
@@ -38,6 +42,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         name,
         out,
         storage,
+        defaults,
         corpus,
     } = arguments;
     let config = RunConfig::read(&config)?;
@@ -45,6 +50,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let text = held_out(&config, run.network.config().length)?;
     let options = Options {
         storage,
+        defaults,
         text: &text,
         ..Options::default()
     };
@@ -69,6 +75,10 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         difference(&manifest)
     );
     Ok(())
+}
+
+fn defaults(json: &str) -> Result<Defaults, serde_json::Error> {
+    serde_json::from_str(json)
 }
 
 /// A few sequences of the run's validation text, from all over it.

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use training::config::RunConfig;
 use training::evaluate::Served;
 use training::loss::Objective;
+use training::overlap::{Overlap, TrainingText};
 use training::quality::{Measured, Variety, bits_per_byte, spread};
 use training::samples::Sampling;
 
@@ -47,6 +48,29 @@ pub(crate) struct SampleArguments {
     /// A language model that reads the samples, as GGUF (`make judge` fetches SmolLM2; needs the feature `judge`).
     #[arg(long, value_name = "FILE")]
     judge: Option<PathBuf>,
+    /// The text that the network learned from: also tell which share of the words occurs in it, and of the runs of
+    /// eight words.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    training_text: Vec<PathBuf>,
+}
+
+/// Who reads what was written.
+struct Readers {
+    judge: Option<Judge>,
+    training: Option<TrainingText>,
+}
+
+impl Readers {
+    /// Before the samples, which take longer than finding out that nobody can read them.
+    fn of(arguments: &SampleArguments) -> Result<Self> {
+        let judge = arguments.judge.as_deref().map(Judge::load).transpose()?;
+        let mut training = (!arguments.training_text.is_empty()).then(TrainingText::default);
+        for path in &arguments.training_text {
+            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+            training.iter_mut().for_each(|training| training.add(&text));
+        }
+        Ok(Self { judge, training })
+    }
 }
 
 /// What is asked beside how samples are drawn.
@@ -80,14 +104,15 @@ impl Written {
 struct Quality {
     variety: Variety,
     judged: Option<Measured>,
+    overlap: Option<Overlap>,
 }
 
 impl Quality {
-    fn of(written: &Written, judge: Option<&mut Judge>) -> Result<Option<Self>> {
+    fn of(written: &Written, readers: &mut Readers) -> Result<Option<Self>> {
         let Some(variety) = Variety::of(&written.sequences) else {
             return Ok(None);
         };
-        let judged = match judge {
+        let judged = match &mut readers.judge {
             Some(judge) => {
                 let verdicts: Vec<_> = written
                     .texts
@@ -98,13 +123,25 @@ impl Quality {
             }
             None => None,
         };
-        Ok(Some(Self { variety, judged }))
+        let texts = || written.texts.iter().map(String::as_str);
+        let overlap = readers
+            .training
+            .as_ref()
+            .map(|training| training.overlap(texts()));
+        Ok(Some(Self {
+            variety,
+            judged,
+            overlap,
+        }))
     }
 
     fn json(&self) -> Result<Value> {
         let mut object = serde_json::to_value(&self.variety)?;
         if let Some(judged) = self.judged {
             object["judge_bits_per_byte"] = serde_json::to_value(judged)?;
+        }
+        if let Some(overlap) = self.overlap {
+            object["overlap"] = serde_json::to_value(overlap)?;
         }
         Ok(object)
     }
@@ -114,8 +151,28 @@ impl Quality {
             .judged
             .map(|judged| format!("judge {judged} bits per byte, "))
             .unwrap_or_default();
+        let share =
+            |share: Option<f64>| share.map_or("-".to_owned(), |share| format!("{:.2} %", 100.0 * share));
+        let overlap = self
+            .overlap
+            .map(
+                |Overlap {
+                     known_words,
+                     quoted_runs,
+                 }| {
+                    format!(
+                        "{} of words known, {} of runs quoted, ",
+                        share(known_words),
+                        share(quoted_runs)
+                    )
+                },
+            )
+            .unwrap_or_default();
         let Self { variety, .. } = self;
-        format!("{of}: {judged}{variety} ({} sequences)", variety.sequences)
+        format!(
+            "{of}: {judged}{overlap}{variety} ({} sequences)",
+            variety.sequences
+        )
     }
 }
 
@@ -157,7 +214,7 @@ pub(super) fn written(
     bundle: &Path,
     asked: Asked<'_>,
 ) -> Result<()> {
-    let mut judge = arguments.judge.as_deref().map(Judge::load).transpose()?;
+    let mut readers = Readers::of(arguments)?;
     let results = finished(file)?;
     let count = results.len();
     let evaluations = results.iter().map(|result| result.nfe).sum::<u64>() as f64 / count as f64;
@@ -166,13 +223,13 @@ pub(super) fn written(
     let tokenizer = tokenizer_of(&bundle, bundle_directory)?;
     let decode = |tokens: &[Token]| Ok(tokenizer.decode(tokens)?);
     let sequences = results.into_iter().map(|result| result.tokens).collect();
-    let samples = Quality::of(&Written::decode(sequences, decode)?, judge.as_mut())?;
+    let samples = Quality::of(&Written::decode(sequences, decode)?, &mut readers)?;
     let samples = samples.context("there are no samples")?;
     let held_out = match asked.documents {
         Some(documents) => {
             let text = encode(&bundle, &tokenizer, &documents)?;
             let text = Written::decode(spread(&text.sequences, count), decode)?;
-            Quality::of(&text, judge.as_mut())?
+            Quality::of(&text, &mut readers)?
         }
         None => None,
     };
@@ -216,17 +273,16 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: Asked<'_>) -
         temperature.is_finite() && *temperature >= 0.0,
         "--temperature is {temperature}, must be finite and not negative"
     );
-    // Before the samples, which take longer than finding out that nobody can read them.
-    let mut judge = arguments.judge.as_deref().map(Judge::load).transpose()?;
+    let mut readers = Readers::of(arguments)?;
     let (seed, json) = (asked.seed, asked.json);
     let (samples, held_out) = match (asked.config, asked.bundle) {
         (Some(config), _) => of_run(arguments, count, &Run::latest(&RunConfig::read(config)?)?, asked)?,
         (None, Some(bundle)) => of_bundle(arguments, count, bundle, asked)?,
         (None, None) => return Err(anyhow!("neither a run nor --bundle is given")),
     };
-    let samples = Quality::of(&samples, judge.as_mut())?.context("there are no samples")?;
+    let samples = Quality::of(&samples, &mut readers)?.context("there are no samples")?;
     let held_out = match held_out {
-        Some(written) => Quality::of(&written, judge.as_mut())?,
+        Some(written) => Quality::of(&written, &mut readers)?,
         None => None,
     };
     let settings = json!({"steps": steps, "temperature": temperature, "seed": seed});

@@ -57,6 +57,14 @@ struct Rows {
     sequence: Value,
 }
 
+/// What norms and gates are modulated by.
+enum Condition {
+    /// The noise, `[batch, cond_dim]`.
+    Given(Value),
+    /// The same for every canvas, `[cond_dim]`.
+    Constant(Vec<f64>),
+}
+
 /// Cosines and sines by position, `[longest, head width / 2]`.
 struct Rotation {
     /// The position that a sequence begins at: 0, `[1]`.
@@ -69,12 +77,10 @@ impl<'a> Writer<'a> {
     fn network(&mut self) -> Result<Value, ExportError> {
         let [batch, length, rows] = ["batch", "length", "rows"].map(Axis::Dynamic);
         let tokens = self.graph.input("tokens", DataType::Int64, &[batch, length]);
-        let sigma = if self.config.time_conditioned {
-            self.graph.input("sigma", DataType::Float, &[batch])
-        } else {
-            // One row of no noise for the whole batch: all that follows from it is constant.
-            self.graph.floats("sigma_map.sigma", &[1], &[0.0])
-        };
+        let sigma = self
+            .config
+            .time_conditioned
+            .then(|| self.graph.input("sigma", DataType::Float, &[batch]));
         let positions = self.graph.input("positions", DataType::Int64, &[rows]);
 
         let length = self
@@ -84,7 +90,10 @@ impl<'a> Writer<'a> {
         let rows = Rows { positions, sequence };
         let rotation = self.rotation();
         self.graph.scope("sigma_map.");
-        let condition = self.condition(&sigma)?; // [batch, cond_dim]
+        let condition = match &sigma {
+            Some(sigma) => Condition::Given(self.condition(sigma)?), // [batch, cond_dim]
+            None => Condition::Constant(self.constant_condition()?),
+        };
 
         self.graph.scope("vocab_embed.");
         let (mut x, embedding) = self.embed(&tokens)?; // [batch, length, width]
@@ -94,7 +103,7 @@ impl<'a> Writer<'a> {
         }
 
         self.graph.scope("output_layer.");
-        let modulation = self.affine(&condition, "output_layer.adaLN_modulation")?; // [batch, 2 width]
+        let modulation = self.modulation(&condition, "output_layer.adaLN_modulation")?; // [batch, 2 width]
         let modulation = self.spread(&modulation, Some(&rows));
         let [shift, scale] = self.graph.nodes("Split", &[&modulation], halves());
         let x = self.modulated_norm(&x, "output_layer.norm_final.weight", &shift, &scale)?;
@@ -173,6 +182,46 @@ impl<'a> Writer<'a> {
         Ok(self.silu(&condition))
     }
 
+    /// The condition of networks that do not see the noise: that of none.
+    fn constant_condition(&self) -> Result<Vec<f64>, StateDictError> {
+        let half = NOISE_FEATURES / 2;
+        let features: Vec<f64> = (0..NOISE_FEATURES)
+            .map(|k| f64::from(u8::from(k < half)))
+            .collect();
+        let silu = |x: f64| x / (1.0 + (-x).exp());
+        let hidden = self.constant_affine(&features, "sigma_map.mlp.0")?;
+        let hidden: Vec<f64> = hidden.into_iter().map(silu).collect();
+        let condition = self.constant_affine(&hidden, "sigma_map.mlp.2")?;
+        Ok(condition.into_iter().map(silu).collect())
+    }
+
+    /// `W x + b`, with the layer's weight, `[out, in]`, and bias.
+    fn constant_affine(&self, x: &[f64], layer: &str) -> Result<Vec<f64>, StateDictError> {
+        let (weight, bias) = (
+            self.tensor(&format!("{layer}.weight"))?,
+            self.tensor(&format!("{layer}.bias"))?,
+        );
+        let rows = weight.data.chunks_exact(x.len());
+        let product = |row: &[f32]| -> f64 { row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum() };
+        Ok(rows
+            .zip(&bias.data)
+            .map(|(row, b)| product(row) + f64::from(*b))
+            .collect())
+    }
+
+    /// What the condition makes of a layer's norms and gates: `[batch, n]`. Of a constant condition one row, in
+    /// place of the matrix that it comes from.
+    fn modulation(&mut self, condition: &Condition, layer: &str) -> Result<Value, ExportError> {
+        match condition {
+            Condition::Given(condition) => self.affine(condition, layer),
+            Condition::Constant(condition) => {
+                let row = self.constant_affine(condition, layer)?;
+                let row: Vec<f32> = row.into_iter().map(|x| x as f32).collect();
+                Ok(self.graph.floats(layer, &[1, row.len()], &row))
+            }
+        }
+    }
+
     fn rotation(&mut self) -> Rotation {
         let head_width = self.config.hidden_size / self.config.heads;
         let table = RotaryAttention::rotation(self.config.length, head_width);
@@ -190,7 +239,7 @@ impl<'a> Writer<'a> {
         &mut self,
         index: usize,
         x: &Value,
-        condition: &Value,
+        condition: &Condition,
         rotation: &Rotation,
         rows: Option<&Rows>,
     ) -> Result<Value, ExportError> {
@@ -198,7 +247,7 @@ impl<'a> Writer<'a> {
         let name = |part: &str| format!("blocks.{index}.{part}");
         self.graph.scope(name(""));
 
-        let modulation = self.affine(condition, &name("adaLN_modulation"))?; // [batch, 6 width]
+        let modulation = self.modulation(condition, &name("adaLN_modulation"))?; // [batch, 6 width]
         let parts = self.graph.ints(&[2 * width, 4 * width]);
         let [before, after] = self
             .graph

@@ -14,7 +14,9 @@ use std::io;
 use std::path::Path;
 
 use clap::ValueEnum;
-use denoised::bundle::{self, Bundle, BundleError, BundleFile, BundleWriter, Manifest, TextTokenizer};
+use denoised::bundle::{
+    self, Bundle, BundleError, BundleFile, BundleWriter, Defaults, Manifest, TextTokenizer,
+};
 use denoised::diffusion::{Graph, GraphKind, Schedule, Token};
 use denoised::network::NetworkError as RuntimeError;
 use denoised::network::onnx;
@@ -204,6 +206,8 @@ pub struct Options<'a> {
     pub storage: Storage,
     /// Weights of more bytes than this lie in [`bundle::EXTERNAL_DATA`], beside the graph.
     pub external_above: u64,
+    /// How to sample where a request does not say.
+    pub defaults: Option<Defaults>,
     /// Clean sequences to measure the cost of the storage on; without, random tokens.
     pub text: &'a [Vec<Token>],
 }
@@ -213,6 +217,7 @@ impl Default for Options<'_> {
         Self {
             storage: Storage::default(),
             external_above: EXTERNAL_ABOVE,
+            defaults: None,
             text: &[],
         }
     }
@@ -242,6 +247,10 @@ pub fn bundle_with(
     }
     bundle::refuse_existing(directory)?;
     let mut manifest = manifest(&model)?;
+    manifest.defaults = options.defaults;
+    manifest
+        .check_defaults()
+        .map_err(|reason| ExportError::Bundle(BundleError::Manifest(reason)))?;
     let parent = directory.parent().unwrap_or(Path::new(""));
     let mut writer = BundleWriter::new(parent)?;
     write_network(&mut writer, &model, options)?;
