@@ -18,6 +18,7 @@ mod foreign_network;
 mod frames;
 
 mod infill;
+mod neighbours;
 mod network;
 mod samplers;
 mod support;

@@ -22,6 +22,7 @@ use tonic::transport::Channel;
 
 pub struct TestServer {
     pub channel: Channel,
+    pub url: String,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<()>,
 }
@@ -61,9 +62,14 @@ impl TestServer {
             };
             server.run(shutdown).await.unwrap();
         });
-        let channel = Channel::from_shared(url).unwrap().connect().await.unwrap();
+        let channel = Channel::from_shared(url.clone())
+            .unwrap()
+            .connect()
+            .await
+            .unwrap();
         Self {
             channel,
+            url,
             stop,
             serving,
         }

@@ -22,6 +22,8 @@ use std::path::{Path, PathBuf};
 
 pub use embedded::demo;
 pub use manifest::{Defaults, FORMAT, Manifest, Parameterization};
+#[cfg(test)]
+pub(crate) use tokenizer::tests as tokenizer_tests;
 pub use tokenizer::{TextTokenizer, TokenizerError};
 pub use writer::{BundleFile, BundleWriter, refuse_existing};
 

@@ -98,3 +98,82 @@ impl TextTokenizer {
         }
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+pub(crate) mod tests {
+    use super::super::manifest::tests::tiny;
+    use super::*;
+
+    /// A tokenizer of whole words that writes spaces at the beginning of tokens, and asks for padding and
+    /// truncation, as files of training do.
+    pub(crate) fn words(vocabulary: &[(&str, Token)]) -> serde_json::Value {
+        let metaspace = serde_json::json!({
+            "type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always", "split": true,
+        });
+        let vocabulary: serde_json::Map<_, _> = vocabulary
+            .iter()
+            .map(|(word, id)| ((*word).to_owned(), (*id).into()))
+            .collect();
+        serde_json::json!({
+            "version": "1.0",
+            "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
+            "padding": {
+                "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null,
+                "pad_id": 0, "pad_type_id": 0, "pad_token": "\u{2581}the",
+            },
+            "added_tokens": [],
+            "normalizer": null,
+            "pre_tokenizer": metaspace,
+            "post_processor": null,
+            "decoder": metaspace,
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+        })
+    }
+
+    pub(crate) fn of(vocabulary: &[(&str, Token)]) -> Result<TextTokenizer, TokenizerError> {
+        TextTokenizer::from_json(words(vocabulary).to_string().as_bytes(), &tiny())
+    }
+
+    pub(crate) const SEA: [(&str, Token); 4] = [
+        ("\u{2581}the", 0),
+        ("\u{2581}sea", 1),
+        ("\u{2581}was", 2),
+        ("[UNK]", 3),
+    ];
+
+    #[test]
+    fn prompts_are_neither_padded_nor_cut() {
+        assert_eq!(of(&SEA).unwrap().encode("the sea was").unwrap(), [0, 1, 2]);
+    }
+
+    #[test]
+    fn words_keep_their_space_where_something_stands_before_them() {
+        let tokenizer = of(&SEA).unwrap();
+        assert_eq!(tokenizer.decode(&[1, 2]).unwrap(), "sea was");
+        assert_eq!(tokenizer.decode_after(&[0], &[1, 2]).unwrap(), " sea was");
+        assert_eq!(tokenizer.decode_after(&[], &[1, 2]).unwrap(), "sea was");
+    }
+
+    #[test]
+    fn ids_beyond_the_network_are_refused_whatever_their_number() {
+        // Nine states, the mask among them: ids 0 to 7.
+        assert!(of(&[("\u{2581}the", 7), ("[UNK]", 3)]).is_ok());
+        for id in [8, 9, 1000] {
+            let refused = of(&[("\u{2581}the", id), ("[UNK]", 3)]).unwrap_err();
+            assert!(
+                matches!(refused, TokenizerError::Vocabulary { highest, room: 8 } if highest == id),
+                "{refused}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_fits_is_within_the_bytes() {
+        let tokenizer = of(&SEA).unwrap();
+        let text = ["the"; 100].join(" ");
+        assert_eq!(tokenizer.encode(&text).unwrap().len(), 100);
+        assert!(text.len() <= tokenizer.max_bytes(100));
+        assert!(tokenizer.max_bytes(100) < 1 << 12);
+    }
+}

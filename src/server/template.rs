@@ -130,3 +130,33 @@ impl Template {
         Ok(text)
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::bundle::tokenizer_tests::{SEA, of};
+
+    const MASK: Token = 8;
+
+    #[test]
+    fn gaps_read_on_from_what_stands_before_them() {
+        let tokenizer = of(&SEA).unwrap();
+        let template = Template::new([
+            Piece::Text("the".to_owned(), vec![0]),
+            Piece::Gap(2),
+            Piece::Tokens(vec![2]),
+            Piece::Gap(1),
+        ]);
+        let text = |tokens: &[Token], mask| template.text(tokens, &tokenizer, mask, None).unwrap();
+        assert_eq!(text(&[0, 1, 2, 2, 1], None), "the sea was was sea");
+        assert_eq!(
+            text(&[0, MASK, 2, 2, MASK], Some(MASK)),
+            format!("the{MASKED} was was{MASKED}")
+        );
+        assert_eq!(
+            text(&[0, 1, MASK, 2, 1], Some(MASK)),
+            format!("the sea{MASKED} was sea")
+        );
+    }
+}

@@ -1,0 +1,155 @@
+//! What one canvas, stream or caller does harms no other.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use denoised::diffusion::{Graph, GraphKind};
+use denoised::network::closed_form::ClosedForm;
+use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
+use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
+use denoised::proto::v1::{FramePolicy, GenerateRequest, Sampling, frame_policy, generate_response};
+use tonic::Code;
+use tonic::transport::Endpoint;
+
+use crate::support::{TestServer, config, generate};
+
+/// Gives NaN for the first canvas of its first evaluation.
+struct FirstIsNan {
+    network: ClosedForm,
+    fresh: Arc<AtomicBool>,
+}
+
+impl ScoreNetwork for FirstIsNan {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
+        let spoilt = self.fresh.swap(false, Ordering::AcqRel);
+        self.network.log_score(batch, &mut |rows| {
+            let rows_of_first = batch
+                .positions
+                .iter()
+                .filter(|p| (**p as usize) < batch.length)
+                .count();
+            let mut data: Vec<f32> = (0..batch.positions.len())
+                .flat_map(|row| rows.row(row).to_vec())
+                .collect();
+            if spoilt {
+                data[..rows_of_first * rows.vocab()].fill(f32::NAN);
+            }
+            read(ScoreRows::packed(&data, rows.vocab()));
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn siblings_of_a_failed_canvas_deliver_before_the_error_is_told() {
+    let fresh = Arc::new(AtomicBool::new(true));
+    let network = move || {
+        Ok(Box::new(FirstIsNan {
+            network: ClosedForm::independent(Graph::new(GraphKind::Absorbing, 6), &[0.2; 5]),
+            fresh: Arc::clone(&fresh),
+        }) as Box<dyn ScoreNetwork>)
+    };
+    let server = TestServer::with_network(&config(), Box::new(network)).await;
+    let request = GenerateRequest {
+        request_id: "siblings".into(),
+        sampling: Some(Sampling {
+            num_samples: Some(4),
+            ..Sampling::default()
+        }),
+        ..GenerateRequest::default()
+    };
+    let mut stream = server.client().generate(request).await.unwrap().into_inner();
+    let mut results = Vec::new();
+    let status = loop {
+        match stream.message().await {
+            Ok(Some(message)) => {
+                if let Some(generate_response::Event::Result(result)) = message.event {
+                    results.push(result.canvas);
+                }
+            }
+            Ok(None) => panic!("the failed canvas is not told"),
+            Err(status) => break status,
+        }
+    };
+    results.sort_unstable();
+    assert_eq!(results, [1, 2, 3]);
+    assert_eq!(status.code(), Code::Internal);
+    assert!(status.message().contains("siblings"));
+    server.stop().await;
+}
+
+/// Takes 20 ms for an evaluation.
+struct Slow(ClosedForm);
+
+impl ScoreNetwork for Slow {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
+        std::thread::sleep(Duration::from_millis(20));
+        self.0.log_score(batch, read)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_nobody_reads_is_ended_and_says_so() {
+    let mut config = config();
+    config.server.unread_seconds = 1;
+    let network = || {
+        let graph = Graph::new(GraphKind::Absorbing, 6);
+        Ok(Box::new(Slow(ClosedForm::independent(graph, &[0.2; 5]))) as Box<dyn ScoreNetwork>)
+    };
+    let server = TestServer::with_network(&config, Box::new(network)).await;
+    // A window of a few bytes: not even the first event fits, and nothing is read in advance.
+    let narrow = Endpoint::from_shared(server.url.clone())
+        .unwrap()
+        .initial_stream_window_size(8)
+        .connect()
+        .await
+        .unwrap();
+    // 80 s of work, with a frame after every step.
+    let request = GenerateRequest {
+        request_id: "unread".into(),
+        sampling: Some(Sampling {
+            steps: Some(4000),
+            ..Sampling::default()
+        }),
+        frames: Some(FramePolicy {
+            when: frame_policy::When::EverySteps.into(),
+            ..FramePolicy::default()
+        }),
+        ..GenerateRequest::default()
+    };
+    let mut unread = DiffusionServiceClient::new(narrow)
+        .generate(request.clone())
+        .await
+        .unwrap()
+        .into_inner();
+    // The id is taken until the server gives the stream up.
+    let mut client = server.client();
+    let freed = async {
+        while let Err(status) = client.generate(request.clone()).await {
+            assert_eq!(status.code(), Code::AlreadyExists, "{status:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), freed)
+        .await
+        .expect("the unread stream is ended");
+    // Whoever comes to read after all is told.
+    let status = loop {
+        match unread.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ended as if it were whole"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), Code::Aborted, "{status:?}");
+    assert!(generate(&mut client, GenerateRequest::default()).await.is_ok());
+    server.stop().await;
+}
