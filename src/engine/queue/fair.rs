@@ -4,7 +4,12 @@
 //! was given so far. The caller with the least of it is next, and of its requests the one with the least
 //! (start-time fair queueing, Goyal et al. 1996; for language models the "virtual token counter" of arXiv
 //! 2401.00588). What is charged is predicted time, so a short canvas is not charged as a long one. A new or
-//! returning flow starts at the present virtual time: idle time earns nothing.
+//! returning flow starts at the present virtual time, which goes on with all that is given, shared by those who
+//! wait: idle time earns nothing, and whoever waits is not passed by new ones for ever.
+//!
+//! Every other turn of a caller goes to that of its requests which has been given least in all: a short request
+//! beside long ones waits for at most one pass an evaluation. The other turns go by virtual time, so that an endless
+//! row of short ones does not starve a long one.
 //!
 //! A pass is headed by whose turn it is and filled, in the same order, with others that can share it. Whoever
 //! rides along is charged as well, so nobody gains by it, and no room of a pass is left empty.
@@ -45,6 +50,10 @@ struct Flow<L, T> {
     caller: CallerNumber,
     lane: L,
     time: VirtualTime,
+    /// Predicted time of all that was taken.
+    given: u64,
+    /// What was charged last.
+    last: u64,
     /// Items that wait, by number of the canvas: the first canvases of a request are finished first.
     items: BTreeMap<u32, T>,
     /// Members that have not left, waiting or not.
@@ -55,10 +64,14 @@ struct Flow<L, T> {
 struct CallerFlow<C, L> {
     name: C,
     time: VirtualTime,
-    /// Start of the request that was served last.
+    /// The present virtual time of its requests.
     now: VirtualTime,
     /// Flows with items that wait.
     waiting: BTreeSet<(VirtualTime, FlowKey)>,
+    /// The same by what they were given.
+    by_given: BTreeSet<(u64, FlowKey)>,
+    /// Whether the present turn is of whoever was given least.
+    turn_of_least_given: bool,
     lanes: HashMap<L, CallerInLane>,
     /// Flows that have members.
     flows: usize,
@@ -88,7 +101,7 @@ pub(in crate::engine) struct FairOrder<C, L, T> {
     backlogged: BTreeSet<(VirtualTime, CallerNumber)>,
     /// Callers without members that are ahead of `now` still: what they had is not forgotten before.
     ahead: BTreeSet<(VirtualTime, CallerNumber)>,
-    /// Start of what was served last.
+    /// The present virtual time of callers.
     now: VirtualTime,
     arrivals: u64,
     items: usize,
@@ -135,6 +148,8 @@ where
             time: now,
             now: 0,
             waiting: BTreeSet::new(),
+            by_given: BTreeSet::new(),
+            turn_of_least_given: false,
             lanes: HashMap::new(),
             flows: 0,
         });
@@ -144,6 +159,8 @@ where
             caller: number,
             lane: description.lane,
             time: caller.now,
+            given: 0,
+            last: 0,
             items: BTreeMap::new(),
             members: 1,
         };
@@ -180,12 +197,14 @@ where
             return Err(item);
         };
         if flow.items.is_empty() {
-            flow.time = flow.time.max(caller.now);
+            // Whose last evaluation has only just come back was not idle.
+            flow.time = flow.time.max(caller.now.saturating_sub(flow.last));
             if caller.waiting.is_empty() {
-                caller.time = caller.time.max(self.now);
+                caller.time = caller.time.max(self.now.saturating_sub(flow.last));
                 self.backlogged.insert((caller.time, flow.caller));
             }
             caller.waiting.insert((flow.time, key));
+            caller.by_given.insert((flow.given, key));
             let lane = self.lanes.entry(flow.lane).or_default();
             let here = caller.lanes.entry(flow.lane).or_insert_with(|| {
                 lane.callers.insert((caller.time, flow.caller));
@@ -216,11 +235,16 @@ where
         };
         self.now = self.now.max(time);
         self.forget_who_is_not_ahead();
-        let first = self
-            .callers
-            .get(&number)
-            .and_then(|caller| caller.waiting.first());
-        let Some(&(_, key)) = first else {
+        let Some(caller) = self.callers.get_mut(&number) else {
+            return Vec::new();
+        };
+        caller.turn_of_least_given = !caller.turn_of_least_given;
+        let order = if caller.turn_of_least_given {
+            &caller.by_given
+        } else {
+            &caller.waiting
+        };
+        let Some(&(_, key)) = order.first() else {
             return Vec::new();
         };
         let Some((lane, waiting)) = self
@@ -265,9 +289,9 @@ where
         };
         let items: Vec<T> = std::mem::take(&mut flow.items).into_values().collect();
         if !items.is_empty() {
-            let (number, time, lane) = (flow.caller, flow.time, flow.lane);
+            let (number, place, lane) = (flow.caller, (flow.time, flow.given), flow.lane);
             self.count_out(lane, items.len());
-            self.unlist(key, number, time, lane);
+            self.unlist(key, number, place, lane);
         }
         items
     }
@@ -276,25 +300,31 @@ where
     fn pop(&mut self, key: FlowKey, cost: u64) -> Option<T> {
         let flow = self.flows.get_mut(&key)?;
         let (_, item) = flow.items.pop_first()?;
-        let (number, before, lane) = (flow.caller, flow.time, flow.lane);
-        flow.time = before.saturating_add(cost);
-        let again = (!flow.items.is_empty()).then_some(flow.time);
+        let (number, before, lane) = (flow.caller, (flow.time, flow.given), flow.lane);
+        let after = (before.0.saturating_add(cost), before.1.saturating_add(cost));
+        (flow.time, flow.given) = after;
+        flow.last = cost;
+        let again = !flow.items.is_empty();
         self.count_out(lane, 1);
         if let Some(caller) = self.callers.get_mut(&number) {
-            caller.now = caller.now.max(before);
+            let share = |of: usize| cost / of.max(1) as u64;
+            caller.now = caller.now.max(before.0) + share(caller.waiting.len());
+            self.now += share(self.backlogged.len());
             self.backlogged.remove(&(caller.time, number));
             caller.time = caller.time.saturating_add(cost);
             self.backlogged.insert((caller.time, number));
-            if let Some(after) = again {
-                caller.waiting.remove(&(before, key));
-                caller.waiting.insert((after, key));
+            if again {
+                caller.waiting.remove(&(before.0, key));
+                caller.waiting.insert((after.0, key));
+                caller.by_given.remove(&(before.1, key));
+                caller.by_given.insert((after.1, key));
                 if let Some(here) = caller.lanes.get_mut(&lane) {
-                    here.waiting.remove(&(before, key));
-                    here.waiting.insert((after, key));
+                    here.waiting.remove(&(before.0, key));
+                    here.waiting.insert((after.0, key));
                 }
             }
         }
-        if again.is_none() {
+        if !again {
             self.unlist(key, number, before, lane);
         }
         Some(item)
@@ -307,12 +337,14 @@ where
         }
     }
 
-    /// Takes a flow that has nothing left to wait out of the orders, and its caller where this was its last.
-    fn unlist(&mut self, key: FlowKey, number: CallerNumber, time: VirtualTime, lane: L) {
+    /// Takes a flow that has nothing left to wait out of the orders, where it stands under its time and what it
+    /// was given, and its caller where this was its last.
+    fn unlist(&mut self, key: FlowKey, number: CallerNumber, (time, given): (VirtualTime, u64), lane: L) {
         let Some(caller) = self.callers.get_mut(&number) else {
             return;
         };
         caller.waiting.remove(&(time, key));
+        caller.by_given.remove(&(given, key));
         if caller.waiting.is_empty() {
             self.backlogged.remove(&(caller.time, number));
         }
@@ -410,6 +442,41 @@ mod tests {
     }
 
     #[test]
+    fn a_short_request_passes_by_long_ones_of_its_caller_every_other_turn() {
+        let mut order = Order::new();
+        for request in 1..=32 {
+            add(&mut order, request, "one", 0, 20, 10);
+        }
+        (0..100).for_each(|_| drop(take(&mut order, 4)));
+        add(&mut order, 33, "one", 1, 1, 10);
+        // One at a time, as evaluations of one canvas come.
+        for evaluation in 0..4 {
+            let short = (0..2).filter(|_| take(&mut order, 4)[0].0 == 33).count();
+            assert_eq!(short, 1, "evaluation {evaluation}");
+            order.push(key(33), 0, (33, 0)).unwrap();
+        }
+    }
+
+    /// Beside an endless row of short requests a long one has its share, be it half of the turns or, where more
+    /// comes than can be served, that of one among many.
+    #[test]
+    fn short_requests_do_not_starve_long_ones_of_their_caller() {
+        for (every, least) in [(2, 45), (1, 5)] {
+            let mut order = Order::new();
+            add(&mut order, 0, "one", 0, 100, 10);
+            let long = (1..=100u64)
+                .filter(|turn| {
+                    if turn.is_multiple_of(every) {
+                        add(&mut order, *turn, "one", 1, 1, 10);
+                    }
+                    take(&mut order, 1)[0].0 == 0
+                })
+                .count();
+            assert!(long >= least, "a short one every {every}: {long}");
+        }
+    }
+
+    #[test]
     fn canvases_of_a_request_go_in_their_order() {
         let mut order = Order::new();
         add(&mut order, 1, "one", 0, 5, 10);
@@ -454,7 +521,10 @@ mod tests {
         (0..101).for_each(|_| drop(take(&mut order, 1)));
         add(&mut order, 3, "returning", 1, 50, 10);
         let returning = (0..20).filter(|_| take(&mut order, 1)[0].0 == 3).count();
-        assert_eq!(returning, 10, "half, not all that it has missed");
+        assert!(
+            (9..=11).contains(&returning),
+            "half, not all that it has missed: {returning}"
+        );
     }
 
     #[test]
