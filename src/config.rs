@@ -296,13 +296,6 @@ impl Config {
                 });
             }
         }
-        if self.server.drain_grace_seconds > MAX_SECONDS {
-            return Err(ConfigError::Range {
-                key: "server.drain_grace_seconds",
-                value: self.server.drain_grace_seconds.to_string(),
-                wanted: "at most 86400, a day",
-            });
-        }
         let share = self.engine.max_caller_share;
         if !(share > 0.0 && share <= 1.0) {
             return Err(ConfigError::Range {
@@ -312,6 +305,7 @@ impl Config {
             });
         }
         for (key, value) in [
+            ("server.drain_grace_seconds", self.server.drain_grace_seconds),
             ("engine.max_queue_seconds", self.engine.max_queue_seconds),
             ("server.unread_seconds", self.server.unread_seconds),
         ] {

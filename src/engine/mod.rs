@@ -13,9 +13,9 @@
 //!
 //! Failures stay where they happen. A canvas with unusable scores ends alone; after a pass that failed its
 //! canvases run one by one, and only the session that it ran on is replaced; a model that cannot be loaded
-//! fails its own requests. Loading has a thread of its own. However work ends, whoever follows it is told.
+//! fails its own requests. Every load has a thread of its own. However work ends, whoever follows it is told.
 //!
-//! The engine knows tokens, not text, and nothing of gRPC. Only workers and the loader touch a network.
+//! The engine knows tokens, not text, and nothing of gRPC. Only workers and loads touch a network.
 
 mod admission;
 pub mod canvas;

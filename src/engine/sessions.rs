@@ -27,7 +27,7 @@ pub(super) type Session = Box<dyn ScoreNetwork>;
 /// The sessions of one model.
 pub(super) struct Sessions {
     pub(super) model: Arc<ServedModel>,
-    /// Guards what follows. Held for moves of pointers only, never while a session is loaded, run or dropped.
+    /// Guards what follows. Held for moves only, never while a session is loaded, run or dropped.
     held: Mutex<Held>,
 }
 
@@ -121,10 +121,12 @@ impl Sessions {
         drop(session);
     }
 
-    /// Gives up on the model: all its sessions, and whatever waits for it. It is tried again after a while.
-    pub(super) fn fail(self: &Arc<Self>, reason: &str, loader: &Loader) {
+    /// Gives up on the model: all its sessions, with the one it has failed on, and whatever waits for it. It is
+    /// tried again after a while.
+    pub(super) fn fail(self: &Arc<Self>, session: Option<Session>, reason: &str, loader: &Loader) {
         let mut held = self.held.lock();
-        let sessions = std::mem::take(&mut held.idle);
+        let mut sessions = std::mem::take(&mut held.idle);
+        sessions.extend(session);
         // Sessions that are out come back one by one, and are used again if the model is.
         held.count = held.count.saturating_sub(sessions.len());
         let pause = held.pause(LONGEST_PAUSE_OF_A_MODEL);
@@ -192,7 +194,7 @@ impl Sessions {
             }
             Err(error) => {
                 self.held.lock().loading = false;
-                self.fail(&error.to_string(), &shared.loader);
+                self.fail(None, &error.to_string(), &shared.loader);
                 false
             }
         }
@@ -249,7 +251,7 @@ impl Loader {
                 let thread = std::thread::Builder::new().name(format!("load-{}", sessions.model));
                 let loading = Arc::clone(&sessions);
                 if let Err(error) = thread.spawn_scoped(scope, move || loading.load(shared)) {
-                    sessions.fail(&format!("there is no thread to load it: {error}"), self);
+                    sessions.fail(None, &format!("there is no thread to load it: {error}"), self);
                 }
             }
         });

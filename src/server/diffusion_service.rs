@@ -11,28 +11,43 @@ use super::status::{FieldError, not_found};
 use super::stream::{Event, View, deliver, events};
 use super::template::Template;
 use super::{Service, caller};
+use crate::config::LimitsConfig;
 use crate::diffusion::SamplerKind;
 use crate::engine::{Caller, Publish, ServedModel};
 use crate::proto::v1;
 use crate::proto::v1::diffusion_service_server::DiffusionService;
 
-/// What `Generate` and `Infill` have in common, checked.
+/// What `Generate` and `Infill` have in common.
 struct Asked {
     id: String,
     caller: Caller,
     model: Arc<ServedModel>,
-    template: Template,
     sampling: Option<v1::Sampling>,
     frames: Option<v1::FramePolicy>,
     keep_after_end: bool,
 }
 
+/// Events of a request, of either call.
+type Events = BoxStream<'static, Result<Event, Status>>;
+
 impl Service {
-    /// One path for both calls: a prompt is a template with one gap at its end.
-    ///
-    /// Lays out canvases, which takes its time: not for the threads that answer.
-    fn start(&self, asked: Asked) -> Result<BoxStream<'static, Result<Event, Status>>, Status> {
-        let sampling = request::sampling(asked.sampling, &asked.template, &asked.model, &self.limits)?;
+    /// One path for both calls: a prompt is a template with one gap at its end, which `template` makes.
+    async fn stream<F>(&self, asked: Asked, template: F) -> Result<Events, Status>
+    where
+        F: FnOnce(&ServedModel, &LimitsConfig) -> Result<Template, Status> + Send + 'static,
+    {
+        let (service, id) = (self.clone(), asked.id.clone());
+        // Reading text and laying out canvases take their time.
+        let start = move || {
+            let template = template(&asked.model, &service.limits)?;
+            service.start(asked, template)
+        };
+        Ok(deliver(self.text.run(start).await?, id, self.unread))
+    }
+
+    /// Admits a request.
+    fn start(&self, asked: Asked, template: Template) -> Result<Events, Status> {
+        let sampling = request::sampling(asked.sampling, &template, &asked.model, &self.limits)?;
         let frames = request::frames(asked.frames)?;
         let told = sampler::told(sampling.plan.sampler);
         let accepted = v1::Accepted {
@@ -44,11 +59,11 @@ impl Service {
             seed: sampling.seed,
             sampler: told.sampler.into(),
             steps: if sampling.plan.sampler == SamplerKind::FirstHitting {
-                asked.template.gaps() as u32
+                template.gaps() as u32
             } else {
                 sampling.plan.grid.steps
             },
-            length: asked.template.length() as u32,
+            length: template.length() as u32,
             num_samples: sampling.samples,
             normalize: sampling.plan.is_normalized(&asked.model),
             temperature: sampling.plan.choice.temperature,
@@ -61,7 +76,7 @@ impl Service {
             id: asked.id.clone(),
             caller: asked.caller,
             model: Arc::clone(&asked.model),
-            template: asked.template.canvas(),
+            template: template.canvas(),
             plan: sampling.plan,
             seed: sampling.seed,
             canvases: sampling.samples,
@@ -74,7 +89,7 @@ impl Service {
         tracing::debug!(request = %asked.id, model = %asked.model, length = accepted.length, steps = accepted.steps, samples = accepted.num_samples, "admitted");
         let view = View {
             model: asked.model,
-            template: asked.template,
+            template,
             frames,
             keep_after_end: asked.keep_after_end,
         };
@@ -94,23 +109,17 @@ impl DiffusionService for Service {
         use v1::generate_response::Event as Out;
         let caller = caller::of(&request);
         let asked = request.into_inner();
-        let model = self.model(asked.model)?;
-        let id = request::id(asked.request_id)?;
-        let (service, name) = (self.clone(), id.clone());
-        let start = move || {
-            let template = request::prompt(asked.prompt, asked.length, &model, &service.limits)?;
-            service.start(Asked {
-                id,
-                caller,
-                model,
-                template,
-                sampling: asked.sampling,
-                frames: asked.frames,
-                keep_after_end: asked.keep_after_end,
-            })
+        let (prompt, length) = (asked.prompt, asked.length);
+        let asked = Asked {
+            model: self.model(asked.model)?,
+            id: request::id(asked.request_id)?,
+            caller,
+            sampling: asked.sampling,
+            frames: asked.frames,
+            keep_after_end: asked.keep_after_end,
         };
-        let events = deliver(self.text.run(start).await?, name, self.unread);
-        let out = events.map(|event| {
+        let template = move |model: &_, limits: &_| request::prompt(prompt, length, model, limits);
+        let out = self.stream(asked, template).await?.map(|event| {
             let event = match event? {
                 Event::Accepted(accepted) => Out::Accepted(accepted),
                 Event::Frame(frame) => Out::Frame(frame),
@@ -128,24 +137,18 @@ impl DiffusionService for Service {
         use v1::infill_response::Event as Out;
         let caller = caller::of(&request);
         let asked = request.into_inner();
-        let model = self.model(asked.model)?;
-        let id = request::id(asked.request_id)?;
-        let (service, name) = (self.clone(), id.clone());
-        let start = move || {
-            let template = request::template(asked.template, &model, &service.limits)?;
-            service.start(Asked {
-                id,
-                caller,
-                model,
-                template,
-                sampling: asked.sampling,
-                frames: asked.frames,
-                // A template says itself what comes after its gaps.
-                keep_after_end: true,
-            })
+        let parts = asked.template;
+        let asked = Asked {
+            model: self.model(asked.model)?,
+            id: request::id(asked.request_id)?,
+            caller,
+            sampling: asked.sampling,
+            frames: asked.frames,
+            // A template says itself what comes after its gaps.
+            keep_after_end: true,
         };
-        let events = deliver(self.text.run(start).await?, name, self.unread);
-        let out = events.map(|event| {
+        let template = move |model: &_, limits: &_| request::template(parts, model, limits);
+        let out = self.stream(asked, template).await?.map(|event| {
             let event = match event? {
                 Event::Accepted(accepted) => Out::Accepted(accepted),
                 Event::Frame(frame) => Out::Frame(frame),
