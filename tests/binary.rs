@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -19,7 +20,11 @@ pub struct Serving {
 
 impl Serving {
     pub fn start() -> Self {
-        let mut child = denoised()
+        Self::start_with(&mut denoised())
+    }
+
+    fn start_with(command: &mut Command) -> Self {
+        let mut child = command
             .args(["serve", "--listen", "127.0.0.1:0"])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -37,16 +42,33 @@ impl Serving {
         Self { child, address }
     }
 
-    /// SIGTERM, then its exit code and log.
-    pub fn stop(mut self) -> (Option<i32>, String) {
+    fn terminate(&self) {
         let killed = Command::new("kill")
             .arg(self.child.id().to_string())
             .status()
             .unwrap();
         assert!(killed.success());
+    }
+
+    /// SIGTERM, then its exit code and log.
+    pub fn stop(mut self) -> (Option<i32>, String) {
+        self.terminate();
         let mut log = String::new();
         std::io::Read::read_to_string(&mut self.child.stderr.take().unwrap(), &mut log).unwrap();
         (self.child.wait().unwrap().code(), log)
+    }
+
+    /// SIGTERM, then its exit code, which must come within a minute though nobody reads its log.
+    fn stop_unread(mut self) -> Option<i32> {
+        self.terminate();
+        let begun = std::time::Instant::now();
+        while begun.elapsed() < Duration::from_secs(60) {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("SIGTERM did not end the server");
     }
 }
 
@@ -133,6 +155,38 @@ fn serve_logs_one_line_generates_infills_and_exits_cleanly() {
             && serving[0].contains("world-english@1 (default)")
             && serving[0].contains("on cpu")
     );
+}
+
+/// A log that cannot be written costs lines: no worker, no request, and not the end of the process.
+#[test]
+fn a_log_that_nobody_takes_holds_nothing_up() {
+    for closed in [true, false] {
+        // Everything is logged, from the frames of HTTP/2 on: far more than a pipe holds.
+        let mut server = Serving::start_with(denoised().env("DENOISED__LOG__FILTER", "trace"));
+        if closed {
+            drop(server.child.stderr.take());
+        }
+        let url = format!("http://{}", server.address);
+        for seed in 0..10 {
+            let output = denoised()
+                .args(["generate", "--server", &url, "--length", "16", "--steps", "8"])
+                .args(["--seed", &seed.to_string(), "In the beginning"])
+                .output();
+            succeeds(&output.unwrap());
+        }
+        assert_eq!(server.stop_unread(), Some(0), "closed: {closed}");
+    }
+}
+
+#[test]
+fn an_error_that_cannot_be_printed_still_has_its_exit_code() {
+    let full = std::fs::File::create("/dev/full").unwrap();
+    let mut command = denoised();
+    let status = command
+        .args(["serve", "--config", "/nowhere.toml"])
+        .stderr(full)
+        .status();
+    assert_eq!(status.unwrap().code(), Some(64));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use tonic::transport::{Channel, Endpoint};
 use super::Failed;
 use crate::config::{Config, LogConfig};
 use crate::server::{ServeError, Server};
-use crate::telemetry;
+use crate::telemetry::{self, Log};
 
 /// What a server that lives for one command logs: not that it is ended, for that is how it should be.
 const QUIET: &str = "warn,denoised::server=error,denoised::server::models=warn";
@@ -40,6 +40,7 @@ pub(super) struct Connection {
 struct Own {
     stop: oneshot::Sender<()>,
     serving: JoinHandle<Result<(), ServeError>>,
+    _log: Log,
 }
 
 impl Target {
@@ -75,14 +76,21 @@ impl Target {
             filter: QUIET.to_owned(),
             ..config.log.clone()
         };
-        telemetry::init(&quiet).map_err(Failed::software)?;
+        let log = telemetry::init(&quiet).map_err(Failed::software)?;
         let server = Server::bind(&config).await?;
         let url = format!("http://{}", server.address());
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(server.run(async {
             let _gone = stopped.await.is_err();
         }));
-        Ok((url, Own { stop, serving }))
+        Ok((
+            url,
+            Own {
+                stop,
+                serving,
+                _log: log,
+            },
+        ))
     }
 }
 

@@ -14,7 +14,7 @@ mod template;
 mod view;
 
 use std::fmt::Display;
-use std::io;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -174,7 +174,8 @@ pub fn main() -> ExitCode {
 fn report(failed: &Failed) -> ExitCode {
     if failed.code != INTERRUPTED {
         let lines: Vec<&str> = failed.message.lines().map(str::trim).collect();
-        eprintln!("denoised: {}", lines.join(" "));
+        // The exit code is told even where nobody takes the message.
+        let _told = writeln!(io::stderr(), "denoised: {}", lines.join(" "));
     }
     failed.code.into()
 }

@@ -46,7 +46,7 @@ impl Serve {
         ];
         let flags: Vec<(&str, String)> = flags.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
         let config = Config::load(self.config.as_deref(), &flags).map_err(Failed::usage)?;
-        telemetry::init(&config.log)
+        let log = telemetry::init(&config.log)
             .map_err(|e| Failed::usage(format!("log.filter {:?}: {e}", config.log.filter)))?;
         // Before the socket is bound: whoever sees the port may send the signal.
         let shutdown = shutdown_signal().map_err(Failed::software)?;
@@ -58,7 +58,12 @@ impl Serve {
             .and_then(|()| out.flush())
             .map_err(Failed::software)?;
         server.run(shutdown).await.map_err(Failed::software)?;
-        tracing::info!("bye");
+        match log.dropped_lines() {
+            0 => tracing::info!("bye"),
+            lines => tracing::warn!(
+                "bye; {lines} lines of this log were dropped: standard error was not read in time"
+            ),
+        }
         Ok(())
     }
 }

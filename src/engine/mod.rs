@@ -306,6 +306,8 @@ impl Drop for Engine {
 #[cfg(test)]
 mod failures_test;
 #[cfg(test)]
+mod pinned_test;
+#[cfg(test)]
 mod samplers_test;
 #[cfg(test)]
 mod tests;
