@@ -334,7 +334,7 @@ pub fn resume(
     let record = OptimizerRecord::load(&path).with_context(|| format!("{} is damaged", path.display()))?;
     let trainer = Trainer {
         objective: objective(&config, shape),
-        optimizer: config.optimizer.adamw().load_record(record),
+        optimizer: config.optimizer.build().load_record(record),
         ema: Ema::resume(config.optimizer.ema_decay, state.average_updates, average),
         network,
         config,

@@ -13,6 +13,7 @@ use denoised::bundle::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
 use serde::{Deserialize, Serialize};
 
+use crate::masking::Masking;
 use crate::network::NetworkConfig;
 use crate::precision::Precision;
 use crate::times::TimeSampling;
@@ -122,6 +123,26 @@ pub struct OptimizerSection {
     /// the reference; more looks more often at little noise, where each masked position weighs most.
     #[serde(default = "default_time_power")]
     pub time_power: f64,
+    /// Which tokens of a sequence are masked at its time: each `independent`ly, or a `fixed_count` of them.
+    #[serde(default)]
+    pub masking: Masking,
+    /// Leave norms, biases and embeddings out of the weight decay.
+    #[serde(default)]
+    pub decay_matrices_only: bool,
+    /// Muon for the matrices inside blocks, AdamW for the rest; without, AdamW for all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub muon: Option<MuonSection>,
+}
+
+/// How Muon moves the matrices inside blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MuonSection {
+    /// Peak learning rate; warm-up and decay are AdamW's.
+    pub lr: f64,
+    /// Decay of the sum of gradients.
+    #[serde(default = "default_momentum")]
+    pub momentum: f64,
 }
 
 /// The learning rate after the warm-up.
@@ -187,6 +208,10 @@ pub struct RunSection {
 
 fn default_epsilon() -> f64 {
     1e-8
+}
+
+fn default_momentum() -> f64 {
+    0.95
 }
 
 fn default_time_power() -> f64 {
@@ -261,6 +286,7 @@ impl RunConfig {
             ("optimizer.lr", optimizer.lr),
             ("optimizer.epsilon", optimizer.epsilon),
             ("optimizer.gradient_clip_norm", optimizer.gradient_clip_norm),
+            ("optimizer.muon.lr", optimizer.muon.map_or(1.0, |muon| muon.lr)),
         ] {
             ensure!(
                 value.is_finite() && value > 0.0,
@@ -271,6 +297,10 @@ impl RunConfig {
             ("optimizer.betas[0]", optimizer.betas[0]),
             ("optimizer.betas[1]", optimizer.betas[1]),
             ("optimizer.ema_decay", optimizer.ema_decay),
+            (
+                "optimizer.muon.momentum",
+                optimizer.muon.map_or(0.0, |muon| muon.momentum),
+            ),
         ] {
             ensure!(
                 (0.0..1.0).contains(&value),
@@ -325,6 +355,15 @@ impl RunConfig {
             !(self.network.parameterization == Parameterization::Mean
                 && self.graph.kind == GraphKind::Uniform),
             "network.parameterization \"mean\" is for absorbing graphs"
+        );
+        let network = &self.network;
+        ensure!(
+            optimizer.masking == Masking::Independent
+                || (self.graph.kind == GraphKind::Absorbing
+                    && network.parameterization == Parameterization::Mean
+                    && !network.time_conditioned),
+            "optimizer.masking \"fixed_count\" is for absorbing graphs and networks of \
+             network.parameterization \"mean\" that do not see the time (network.time_conditioned = false)"
         );
         // The vocabulary is not known yet; any other number of states will do for the other fields.
         self.network_config(2).validate()?;

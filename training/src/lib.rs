@@ -24,6 +24,7 @@ pub mod journal;
 pub mod judge;
 pub mod kernels;
 pub mod loss;
+pub mod masking;
 pub mod mirror;
 pub mod network;
 pub mod optimizer;

@@ -39,12 +39,22 @@ impl TimeSampling {
     /// `count` times, moved towards [`EARLIEST`] by raising a uniform to `power`, each with the weight
     /// that keeps the mean of the loss.
     pub fn times(self, count: usize, power: f64, generator: &mut ChaCha8Rng) -> Vec<(f64, f64)> {
-        let uniform: Vec<f64> = match self {
-            Self::Stratified => stratified(count, unit(generator)).collect(),
-            Self::Independent => (0..count).map(|_| between(unit(generator))).collect(),
-        };
         let weighted = |u: f64| (u.powf(power).max(EARLIEST), power * u.powf(power - 1.0));
-        uniform.into_iter().map(weighted).collect()
+        let uniforms = self.uniforms(count, generator).into_iter();
+        uniforms.map(between).map(weighted).collect()
+    }
+
+    /// `count` draws, each uniform on [0, 1).
+    pub(crate) fn uniforms(self, count: usize, generator: &mut ChaCha8Rng) -> Vec<f64> {
+        match self {
+            Self::Stratified => {
+                let u = unit(generator);
+                (0..count)
+                    .map(|index| (index as f64 + u) / count as f64)
+                    .collect()
+            }
+            Self::Independent => (0..count).map(|_| unit(generator)).collect(),
+        }
     }
 }
 

@@ -21,6 +21,7 @@ use crate::config::RunConfig;
 use crate::device::Devices;
 use crate::ema::Ema;
 use crate::loss::{NoisedBatch, Objective};
+use crate::masking::{self, MaskCount, Masking, mask_counts};
 use crate::network::{Ddit, NetworkConfig, NetworkError};
 use crate::optimizer::{clip, sum};
 
@@ -114,7 +115,7 @@ impl Trainer {
         let network = shape.init(config.run.seed, config.network.initial_gate, &devices.training())?;
         Ok(Self {
             objective: objective(&config, shape),
-            optimizer: config.optimizer.adamw(),
+            optimizer: config.optimizer.build(),
             ema: Ema::new(config.optimizer.ema_decay, &network),
             network,
             config,
@@ -149,19 +150,32 @@ impl Trainer {
     pub fn noise(&self, step: u64, sequences: &[Vec<Token>]) -> Noise {
         let mut random = generator(self.config.run.seed, Purpose::Noise, step);
         let settings = &self.config.optimizer;
-        let times = settings
-            .time_sampling
-            .times(sequences.len(), settings.time_power, &mut random);
-        let (times, weights): (Vec<f64>, Vec<f64>) = times.into_iter().unzip();
+        let (sampling, power) = (settings.time_sampling, settings.time_power);
         let length = self.network.config().length;
-        let levels = self.objective.levels(&times);
-        let tokens = self
-            .objective
-            .transitions(&sequences.concat(), length, &levels, &mut random);
-        Noise {
-            tokens,
-            levels,
-            weights,
+        let mut tokens = sequences.concat();
+        match (settings.masking, self.objective.graph.mask()) {
+            (Masking::FixedCount, Some(mask)) => {
+                let counts = mask_counts(sequences.len(), length, sampling, power, &mut random);
+                for (sequence, drawn) in tokens.chunks_exact_mut(length).zip(&counts) {
+                    masking::mask(sequence, drawn.count, mask, &mut random);
+                }
+                let level = |drawn: &MaskCount| drawn.level(length, &self.objective.schedule);
+                Noise {
+                    tokens,
+                    levels: counts.iter().map(level).collect(),
+                    weights: counts.iter().map(|drawn| drawn.weight).collect(),
+                }
+            }
+            _ => {
+                let times = sampling.times(sequences.len(), power, &mut random);
+                let (times, weights): (Vec<f64>, Vec<f64>) = times.into_iter().unzip();
+                let levels = self.objective.levels(&times);
+                Noise {
+                    tokens: self.objective.transitions(&tokens, length, &levels, &mut random),
+                    levels,
+                    weights,
+                }
+            }
         }
     }
 
@@ -240,9 +254,10 @@ impl Trainer {
     /// Follows `gradient` when `progress` in [0, 1] of the run is over: the end of a step.
     pub fn apply(&mut self, gradient: Gradient, progress: f64) -> StepReport {
         let learning_rate = self.config.optimizer.learning_rate(self.step, progress);
+        let rates = self.config.optimizer.learning_rates(learning_rate);
         self.network = self
             .optimizer
-            .step(learning_rate, self.network.clone(), gradient.gradients);
+            .step(rates, self.network.clone(), gradient.gradients);
         self.ema.update(&self.network);
         self.step += 1;
         StepReport {
