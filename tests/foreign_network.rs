@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use denoised::bundle::{Bundle, Manifest, Parameterization};
+use denoised::bundle::{Bundle, Manifest};
+use denoised::diffusion::Parameterization;
 use denoised::engine::{Models, ServedModel};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};

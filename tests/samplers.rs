@@ -86,6 +86,7 @@ async fn every_sampler_fills_every_gap_within_its_evaluations() {
         (Sampler::Confidence, 12, 12),
         (Sampler::EntropyBounded, 12, 12),
         (Sampler::Remask, 12, 13),
+        (Sampler::ThetaTrapezoidal, 12, 25),
     ] {
         let sampling = Sampling {
             sampler: sampler.into(),
@@ -150,5 +151,25 @@ async fn uniform_graphs_have_no_hit_times() {
         assert_eq!(status.code(), Code::InvalidArgument);
         assert!(status.message().starts_with(field), "{}", status.message());
     }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sampler_that_takes_scores_as_they_are_is_not_asked_to_normalise_them() {
+    let server = TestServer::demo().await;
+    let sampling = Sampling {
+        sampler: Sampler::ThetaTrapezoidal.into(),
+        normalize: true,
+        ..Sampling::default()
+    };
+    let status = generate(&mut server.client(), request("", sampling))
+        .await
+        .unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(
+        status.message().starts_with("sampling.normalize"),
+        "{}",
+        status.message()
+    );
     server.stop().await;
 }

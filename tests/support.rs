@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use denoised::bundle::{FORMAT, MODEL, Manifest, Parameterization};
+use denoised::bundle::{FORMAT, MODEL, Manifest};
 use denoised::config::Config;
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
 use denoised::engine::{Models, NetworkSource, ServedModel};
 use denoised::network::closed_form::ClosedForm;

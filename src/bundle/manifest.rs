@@ -5,36 +5,13 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::diffusion::sampler::row::MAX_TEMPERATURE;
-use crate::diffusion::{self, Graph, GraphKind, SamplerKind, Schedule, Token};
+use crate::diffusion::{Graph, GraphKind, Parameterization, Process, SamplerKind, Schedule, Token};
 
 /// The format this program writes and reads.
 pub const FORMAT: u32 = 1;
 /// Bounds that keep a malformed manifest from asking for absurd allocations.
 const MOST_STATES: usize = 1 << 22;
 const MOST_LENGTH: usize = 1 << 20;
-
-/// What the network's output means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Parameterization {
-    /// `log_score[y] = ln p_t(y) / p_t(x)`, as SEDD trains it.
-    Score,
-    /// `log_score[y] = ln p(x0 = y | x)`, as MDLM and RADD train it; absorbing graphs only.
-    Mean,
-}
-
-impl Parameterization {
-    /// What is added to the network's output to make it log-scores at total noise `sigma`, over `states`
-    /// states; `sigma_offset` as in [`Manifest::sigma_offset`].
-    pub fn log_score_offset(self, sigma_offset: bool, sigma: f64, states: usize) -> f64 {
-        match self {
-            // s_y = p(x0 = y | x) / (e^sigma - 1)
-            Self::Mean => -sigma.exp_m1().ln(),
-            Self::Score if sigma_offset => diffusion::sigma_offset(sigma, states),
-            Self::Score => 0.0,
-        }
-    }
-}
 
 /// How a model is sampled where a request does not say; whatever is absent here is the server's to choose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -59,17 +36,7 @@ pub struct Defaults {
 
 impl Defaults {
     fn check(&self, manifest: &Manifest) -> Result<(), String> {
-        let option_fits = match self.sampler {
-            Some(SamplerKind::EntropyBounded { bound }) => bound >= 0.0 && bound.is_finite(),
-            Some(SamplerKind::Remask { rate }) => (0.0..=1.0).contains(&rate),
-            Some(
-                SamplerKind::Tweedie
-                | SamplerKind::Euler
-                | SamplerKind::FirstHitting
-                | SamplerKind::Confidence,
-            )
-            | None => true,
-        };
+        let option_fits = self.sampler.is_none_or(SamplerKind::option_fits);
         let normalizes = self.sampler.is_some_and(SamplerKind::normalizes);
         if !option_fits || (normalizes && manifest.graph != GraphKind::Absorbing) {
             return Err(format!(
@@ -220,6 +187,14 @@ impl Manifest {
     /// The noise process over this vocabulary.
     pub fn graph(&self) -> Graph {
         Graph::new(self.graph, self.vocab_size)
+    }
+
+    /// The noise process.
+    pub fn process(&self) -> Process {
+        Process {
+            graph: self.graph(),
+            schedule: self.schedule,
+        }
     }
 }
 

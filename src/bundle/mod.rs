@@ -21,7 +21,7 @@ use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
 
 pub use embedded::demo;
-pub use manifest::{Defaults, FORMAT, Manifest, Parameterization};
+pub use manifest::{Defaults, FORMAT, Manifest};
 #[cfg(test)]
 pub(crate) use tokenizer::tests as tokenizer_tests;
 pub use tokenizer::{TextTokenizer, TokenizerError};

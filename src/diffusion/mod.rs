@@ -1,18 +1,20 @@
 //! The mathematics of score-based discrete diffusion (SEDD, arXiv 2310.16834), and nothing else.
 //!
 //! Everything here is a pure function in f64: no async, no I/O, no ONNX, no gRPC. Data flows from
-//! [`graph`] (the noise process) and [`schedule`] (how much noise at time t) to [`sampler`] (what one
-//! reverse step does to one token), whose random choices come from [`draw`]. [`score_entropy`] holds
+//! [`graph`] (what noise does) and [`schedule`] (how much of it at time t), together a [`process`], to [`sampler`]
+//! (what the reverse steps do), whose random choices come from [`draw`]. [`score_entropy`] holds
 //! the losses; its scalar versions are the oracle for the tensor versions of the training crate.
 
 pub mod draw;
 pub mod graph;
+pub mod process;
 pub mod sampler;
 pub mod schedule;
 pub mod score_entropy;
 
 pub use draw::Draws;
 pub use graph::{Graph, GraphKind};
+pub use process::{Parameterization, Process};
 pub use sampler::{RowLaw, SamplerKind, TokenChoice};
 pub use schedule::{Schedule, sigma_offset};
 

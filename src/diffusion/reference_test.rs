@@ -3,7 +3,7 @@
 
 use serde::Deserialize;
 
-use super::sampler::Sampler;
+use super::sampler::Discretization;
 use super::{Graph, GraphKind, RowLaw, Schedule, Token, score_entropy};
 
 #[derive(Deserialize)]

@@ -3,8 +3,10 @@
 use std::ops::Range;
 use std::thread;
 
-use super::canvas::{Candidate, Canvas};
+use super::canvas::Canvas;
+use crate::diffusion::Token;
 use crate::diffusion::sampler::row::{BadScores, Scratch};
+use crate::diffusion::sampler::{Candidate, Evaluation};
 use crate::network::ScoreRows;
 
 /// What the rows of one canvas gave.
@@ -14,24 +16,42 @@ pub(super) type Moves = Vec<Candidate>;
 /// twentieth of that.
 const ENTRIES_PER_THREAD: usize = 1 << 20;
 
-/// Draws what becomes of the `wanted` positions of every canvas, whose `scores` follow one another.
+/// A canvas and what was asked about it.
+#[derive(Debug)]
+pub(super) struct Asked<'a> {
+    pub(super) canvas: &'a Canvas,
+    pub(super) evaluation: &'a Evaluation,
+    /// Where this is the second evaluation of a step.
+    pub(super) between: Option<Between<'a>>,
+}
+
+/// What a second evaluation is about, and what it needs of the first.
+#[derive(Debug)]
+pub(super) struct Between<'a> {
+    pub(super) tokens: &'a [Token],
+    /// The first evaluation's rows for the positions of the second, side by side.
+    pub(super) rows: &'a [f32],
+    /// What makes log-scores of them.
+    pub(super) offset: f64,
+}
+
+/// Draws what becomes of the positions that every evaluation is about, whose `scores` follow one another.
 ///
 /// Which thread draws a row makes no difference to what is drawn.
 pub(super) fn draw(
-    canvases: &[&Canvas],
-    wanted: &[Vec<usize>],
+    asked: &[Asked<'_>],
     scores: &ScoreRows<'_>,
     threads: usize,
 ) -> Vec<Result<Moves, BadScores>> {
-    let rows: usize = wanted.iter().map(Vec::len).sum();
+    let rows: usize = asked.iter().map(|asked| asked.evaluation.positions.len()).sum();
     let useful = (rows * scores.vocab()).div_ceil(ENTRIES_PER_THREAD);
     let threads = threads.min(useful).max(1);
     let part = |index: usize| {
         let range = rows * index / threads..rows * (index + 1) / threads;
-        draw_rows(canvases, wanted, scores, &range)
+        draw_rows(asked, scores, &range)
     };
     let part = &part;
-    let mut outcomes: Vec<Result<Moves, BadScores>> = vec![Ok(Moves::new()); canvases.len()];
+    let mut outcomes: Vec<Result<Moves, BadScores>> = vec![Ok(Moves::new()); asked.len()];
     thread::scope(|scope| {
         let others: Vec<_> = (1..threads)
             .map(|index| scope.spawn(move || part(index)))
@@ -59,21 +79,37 @@ pub(super) fn draw(
 
 /// Draws rows `range` of the batch; for every canvas that has some of them, its number and its moves.
 fn draw_rows(
-    canvases: &[&Canvas],
-    wanted: &[Vec<usize>],
+    asked: &[Asked<'_>],
     scores: &ScoreRows<'_>,
     range: &Range<usize>,
 ) -> Vec<(usize, Result<Moves, BadScores>)> {
     let (mut drawn, mut scratch) = (Vec::new(), Scratch::default());
-    let mut first = 0;
-    for (index, (canvas, positions)) in canvases.iter().zip(wanted).enumerate() {
+    let (mut first, vocab) = (0, scores.vocab());
+    for (
+        index,
+        Asked {
+            canvas,
+            evaluation,
+            between,
+        },
+    ) in asked.iter().enumerate()
+    {
+        let positions = &evaluation.positions;
         let own = range.start.clamp(first, first + positions.len())
             ..range.end.clamp(first, first + positions.len());
         if !own.is_empty() {
-            let mut rows = canvas.rows();
+            let mut rows = canvas.rows(evaluation);
+            if let Some(between) = between {
+                rows = rows.about(between.tokens);
+            }
             let moves = own.filter_map(|row| {
-                let position = positions[row - first];
-                rows.draw(position, scores.row(row), &mut scratch).transpose()
+                let at = row - first;
+                let kept = between.as_ref().map(|between| {
+                    let row = &between.rows[at * vocab..(at + 1) * vocab];
+                    (row, between.offset)
+                });
+                rows.draw(positions[at], scores.row(row), kept, &mut scratch)
+                    .transpose()
             });
             drawn.push((index, moves.collect()));
         }

@@ -1,84 +1,220 @@
-//! One forward pass of a batch, and its buffers.
+//! A pass: one step of a batch, and its buffers. A step is one evaluation of the network, of some samplers two.
 
 use std::time::{Duration, Instant};
 
-use super::canvas::Canvas;
-use super::drawing;
+use super::drawing::{self, Asked, Between, Moves};
 use super::work::Work;
+use crate::diffusion::Token;
 use crate::diffusion::sampler::row::BadScores;
-use crate::network::{Batch, NetworkError, ScoreNetwork};
+use crate::diffusion::sampler::{Evaluation, Second};
+use crate::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 
 /// Buffers of a pass, reused from pass to pass.
 #[derive(Debug, Default)]
 pub(super) struct Pass {
+    inputs: Inputs,
+    /// Rows of first evaluations that second ones need, canvas by canvas. Never kept beyond the pass.
+    kept: Vec<f32>,
+}
+
+/// What a network is given.
+#[derive(Debug, Default)]
+struct Inputs {
     tokens: Vec<i64>,
     sigma: Vec<f32>,
     positions: Vec<i64>,
-    /// Positions of every canvas whose rows are needed.
-    wanted: Vec<Vec<usize>>,
 }
 
 /// What a pass has made of a canvas.
 pub(super) type Verdict = Result<(), BadScores>;
 
+/// What a pass has made of a batch.
+#[derive(Debug)]
+pub(super) struct Passed {
+    /// Canvas by canvas.
+    pub(super) verdicts: Vec<Verdict>,
+    /// How long an evaluation took, drawing included.
+    pub(super) per_evaluation: Duration,
+}
+
 impl Pass {
-    /// Evaluates the network once for `batch` and moves every canvas with usable scores one step on; says
-    /// which these are. On an error no canvas has moved.
+    /// Evaluates the network for `batch` and moves every canvas with usable scores one step on; says which these
+    /// are. On an error no canvas has moved.
     pub(super) fn run(
         &mut self,
         network: &mut dyn ScoreNetwork,
         batch: &mut [Work],
         threads: usize,
-    ) -> Result<(Vec<Verdict>, Duration), NetworkError> {
+    ) -> Result<Passed, NetworkError> {
         let started = Instant::now();
-        self.gather(batch);
+        let evaluations: Vec<Evaluation> = batch.iter().map(|work| work.canvas.evaluation()).collect();
+        let asked: Vec<Asked<'_>> = batch
+            .iter()
+            .zip(&evaluations)
+            .map(|(work, evaluation)| Asked {
+                canvas: &work.canvas,
+                evaluation,
+                between: None,
+            })
+            .collect();
+        let (kept, mut seconds) = (&mut self.kept, Vec::new());
+        kept.clear();
+        let mut clock = Clock::default();
+        let mut outcomes = self
+            .inputs
+            .evaluate(network, &asked, threads, &mut clock, |rows, drawn| {
+                seconds = keep(&asked, drawn, rows, kept);
+            })?;
+        let again: Vec<(usize, &Second)> = seconds
+            .iter()
+            .enumerate()
+            .filter_map(|(index, second)| Some((index, second.as_ref()?)))
+            .collect();
+        let rounds = 1 + u32::from(!again.is_empty());
+        if !again.is_empty() {
+            let rows: usize = again
+                .iter()
+                .map(|(_, second)| second.evaluation.positions.len())
+                .sum();
+            let vocab = self.kept.len() / rows.max(1);
+            let mut first = 0;
+            let asked: Vec<Asked<'_>> = again
+                .iter()
+                .map(|&(index, second)| {
+                    let end = first + second.evaluation.positions.len() * vocab;
+                    let between = Between {
+                        tokens: &second.tokens,
+                        rows: &self.kept[first..end],
+                        offset: asked[index].canvas.rows(&evaluations[index]).offset(),
+                    };
+                    first = end;
+                    Asked {
+                        canvas: asked[index].canvas,
+                        evaluation: &second.evaluation,
+                        between: Some(between),
+                    }
+                })
+                .collect();
+            let drawn = self
+                .inputs
+                .evaluate(network, &asked, threads, &mut clock, |_, _| {})?;
+            for (&(index, _), drawn) in again.iter().zip(drawn) {
+                outcomes[index] = match (std::mem::replace(&mut outcomes[index], Err(BadScores)), drawn) {
+                    (Ok(mut moves), Ok(more)) => {
+                        moves.extend(more);
+                        Ok(moves)
+                    }
+                    _ => Err(BadScores),
+                };
+            }
+        }
+        drop(again);
+        drop(asked);
+        let verdicts = batch
+            .iter_mut()
+            .zip(outcomes)
+            .zip(&evaluations)
+            .enumerate()
+            .map(|(index, ((work, outcome), evaluation))| {
+                work.timings.queue += started.saturating_duration_since(work.ready);
+                work.timings.network += clock.network;
+                work.timings.sampling += clock.sampling;
+                let spent = 1 + u32::from(seconds.get(index).is_some_and(Option::is_some));
+                outcome.map(|moves| work.canvas.commit(evaluation, moves, spent))
+            })
+            .collect();
+        Ok(Passed {
+            verdicts,
+            per_evaluation: started.elapsed() / rounds,
+        })
+    }
+}
+
+/// Where the time of a pass went.
+#[derive(Debug, Default)]
+struct Clock {
+    network: Duration,
+    sampling: Duration,
+}
+
+impl Inputs {
+    /// Evaluates the network once for all that is `asked`; what `also` does with the rows and what was drawn
+    /// from them is done before they are gone.
+    fn evaluate(
+        &mut self,
+        network: &mut dyn ScoreNetwork,
+        asked: &[Asked<'_>],
+        threads: usize,
+        clock: &mut Clock,
+        mut also: impl FnMut(&ScoreRows<'_>, &[Result<Moves, BadScores>]),
+    ) -> Result<Vec<Result<Moves, BadScores>>, NetworkError> {
+        let started = Instant::now();
+        self.gather(asked);
         let inputs = Batch {
             tokens: &self.tokens,
-            length: batch.first().map_or(0, |work| work.canvas.tokens().len()),
+            length: asked.first().map_or(0, |asked| asked.canvas.tokens().len()),
             sigma: &self.sigma,
             positions: &self.positions,
         };
-        let canvases: Vec<&Canvas> = batch.iter().map(|work| &work.canvas).collect();
         let (mut evaluated, mut outcomes) = (started, None);
         network.log_score(&inputs, &mut |rows| {
             evaluated = Instant::now();
-            outcomes = Some(drawing::draw(
-                &canvases,
-                &self.wanted[..canvases.len()],
-                &rows,
-                threads,
-            ));
+            let drawn = drawing::draw(asked, &rows, threads);
+            also(&rows, &drawn);
+            outcomes = Some(drawn);
         })?;
         let Some(outcomes) = outcomes else {
             return Err(NetworkError::Run("the network gave no scores".to_owned()));
         };
-        let (network_time, sampling) = (evaluated - started, evaluated.elapsed());
-        let verdicts = batch
-            .iter_mut()
-            .zip(outcomes)
-            .map(|(work, outcome)| {
-                work.timings.queue += started.saturating_duration_since(work.ready);
-                work.timings.network += network_time;
-                work.timings.sampling += sampling;
-                outcome.map(|moves| work.canvas.apply(moves))
-            })
-            .collect();
-        Ok((verdicts, started.elapsed()))
+        clock.network += evaluated - started;
+        clock.sampling += evaluated.elapsed();
+        Ok(outcomes)
     }
 
-    fn gather(&mut self, batch: &[Work]) {
+    fn gather(&mut self, asked: &[Asked<'_>]) {
         self.tokens.clear();
         self.sigma.clear();
         self.positions.clear();
-        self.wanted.resize_with(batch.len(), Vec::new);
-        for (work, wanted) in batch.iter().zip(&mut self.wanted) {
+        for Asked {
+            canvas,
+            evaluation,
+            between,
+        } in asked
+        {
             let first = self.tokens.len() as i64;
-            wanted.clear();
-            wanted.extend(work.canvas.wanted());
-            self.positions.extend(wanted.iter().map(|&i| first + i as i64));
-            self.tokens
-                .extend(work.canvas.tokens().iter().map(|&t| i64::from(t)));
-            self.sigma.push(work.canvas.next_sigma() as f32);
+            let positions = evaluation.positions.iter();
+            self.positions.extend(positions.map(|&i| first + i as i64));
+            let tokens: &[Token] = between.as_ref().map_or(canvas.tokens(), |between| between.tokens);
+            self.tokens.extend(tokens.iter().map(|&t| i64::from(t)));
+            self.sigma.push(evaluation.sigma as f32);
         }
     }
+}
+
+/// What is asked once more of every canvas, with the rows that this needs copied to `kept`.
+fn keep(
+    asked: &[Asked<'_>],
+    drawn: &[Result<Moves, BadScores>],
+    rows: &ScoreRows<'_>,
+    kept: &mut Vec<f32>,
+) -> Vec<Option<Second>> {
+    let mut first = 0;
+    let second = |(asked, drawn): (&Asked<'_>, &Result<Moves, BadScores>)| {
+        let (canvas, evaluation) = (asked.canvas, asked.evaluation);
+        let second = drawn
+            .as_ref()
+            .ok()
+            .and_then(|moves| canvas.second(evaluation, moves));
+        for position in second.iter().flat_map(|second| &second.evaluation.positions) {
+            if let Ok(at) = evaluation.positions.binary_search(position) {
+                let start = kept.len();
+                kept.extend_from_slice(rows.row(first + at));
+                // What a row says of its own token is not defined.
+                kept[start + canvas.tokens()[*position] as usize] = f32::NEG_INFINITY;
+            }
+        }
+        first += evaluation.positions.len();
+        second
+    };
+    asked.iter().zip(drawn).map(second).collect()
 }

@@ -12,7 +12,8 @@ use sha2::{Digest, Sha256};
 use super::course::Plan;
 use super::tests::{end, manifest, options, sentences};
 use super::*;
-use crate::bundle::{Manifest, Parameterization};
+use crate::bundle::Manifest;
+use crate::diffusion::Parameterization;
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::{GraphKind, SamplerKind, Token, TokenChoice};
 use crate::network::closed_form::ClosedForm;
@@ -90,12 +91,22 @@ fn recorded() -> String {
             let Phase::Done(outcome) = &state.phase else {
                 panic!("request {number}: {:?}", state.phase);
             };
-            for value in state.tokens.iter().chain(&outcome.committed_at).chain([&state.nfe]) {
+            for value in state
+                .tokens
+                .iter()
+                .chain(&outcome.committed_at)
+                .chain([&state.nfe])
+            {
                 hash.update(value.to_le_bytes());
             }
         }
         let hash = hash.finalize();
-        writeln!(record, "{number} {:02x}{:02x}{:02x}{:02x}", hash[0], hash[1], hash[2], hash[3]).unwrap();
+        writeln!(
+            record,
+            "{number} {:02x}{:02x}{:02x}{:02x}",
+            hash[0], hash[1], hash[2], hash[3]
+        )
+        .unwrap();
     }
     record
 }

@@ -7,15 +7,18 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::canvas::{Candidate, Canvas};
+use super::canvas::Canvas;
 use super::course::{Course, Plan};
-use super::tests::{manifest, model_of};
-use crate::bundle::{Manifest, Parameterization};
-use crate::diffusion::sampler::TimeGrid;
+use super::tests::{end, manifest, model_of, options, request};
+use super::{Engine, NetworkSource, Phase, Request, ServedModel};
+use crate::bundle::Manifest;
+use crate::diffusion::Parameterization;
 use crate::diffusion::sampler::law_test::{Chain, assert_follows};
-use crate::diffusion::sampler::remask::Remask;
+use crate::diffusion::sampler::remask::Chances;
 use crate::diffusion::sampler::row::Scratch;
+use crate::diffusion::sampler::{Candidate, TimeGrid, theta_trapezoidal};
 use crate::diffusion::{GraphKind, SamplerKind, Token, TokenChoice};
+use crate::network::closed_form::ClosedForm;
 
 fn plan(sampler: SamplerKind, steps: u32) -> Plan {
     Plan {
@@ -44,15 +47,15 @@ fn course(chain: &Chain, parameterization: Parameterization, plan: Plan) -> Arc<
 fn run(canvas: &mut Canvas, mut scores: impl FnMut(&[Token], usize, f64) -> Vec<f32>) -> u32 {
     let mut scratch = Scratch::default();
     while !canvas.is_done() {
-        let wanted: Vec<usize> = canvas.wanted().collect();
-        assert!(!wanted.is_empty(), "an evaluation without rows");
-        let (mut rows, sigma) = (canvas.rows(), canvas.next_sigma());
+        let evaluation = canvas.evaluation();
+        assert!(!evaluation.positions.is_empty(), "an evaluation without rows");
+        let mut rows = canvas.rows(&evaluation);
         let mut moves = Vec::new();
-        for position in wanted {
-            let row = scores(canvas.tokens(), position, sigma);
-            moves.push(rows.draw(position, &row, &mut scratch).unwrap().unwrap());
+        for &position in &evaluation.positions {
+            let row = scores(canvas.tokens(), position, evaluation.sigma);
+            moves.push(rows.draw(position, &row, None, &mut scratch).unwrap().unwrap());
         }
-        canvas.apply(moves);
+        canvas.commit(&evaluation, moves, 1);
     }
     canvas.nfe()
 }
@@ -139,6 +142,52 @@ fn evaluations_are_the_distinct_hit_steps() {
     }
 }
 
+/// Through the engine, where the second evaluation of a step has the rows of the first.
+#[test]
+fn theta_trapezoidal_follows_its_chain() {
+    for (graph, steps) in [(GraphKind::Absorbing, 3), (GraphKind::Uniform, 4)] {
+        let chain = Chain::new(graph, SamplerKind::Tweedie, steps);
+        let canvases = chain.canvases();
+        let data = canvases.iter().map(|canvas| canvas.to_vec()).zip(chain.data());
+        let (noise, data) = (chain.graph, data.filter(|(_, p)| *p > 0.0).collect::<Vec<_>>());
+        let network: NetworkSource = Box::new(move || Ok(Box::new(ClosedForm::new(noise, data.clone()))));
+        let manifest = Manifest {
+            schedule: chain.schedule,
+            vocab_size: chain.graph.states(),
+            mask_token: chain.graph.mask(),
+            max_length: 2,
+            ..manifest(graph)
+        };
+        let model = Arc::new(ServedModel::without_bundle(manifest, 1, network));
+        let engine = Engine::start(options(2)).unwrap();
+        let mut counts = vec![0.0; canvases.len()];
+        for number in 0..400 {
+            let plan = Plan {
+                normalize: false,
+                ..plan(SamplerKind::ThetaTrapezoidal, steps)
+            };
+            let request = Request {
+                id: format!("theta-{number}"),
+                template: vec![None; 2].into(),
+                plan,
+                seed: 70_000 + number,
+                canvases: 64,
+                ..request(&model, 0)
+            };
+            for receiver in &mut engine.admit(request).unwrap().canvases {
+                let state = end(receiver);
+                assert!(matches!(state.phase, Phase::Done(_)) && state.nfe <= 2 * steps + 1);
+                counts[canvases.iter().position(|c| *c == *state.tokens).unwrap()] += 1.0;
+            }
+        }
+        assert_follows(
+            &theta_trapezoidal::tests::exact(&chain),
+            &counts,
+            &format!("{graph:?}"),
+        );
+    }
+}
+
 /// The state a client sees never goes back in time, and ends at 0.
 #[test]
 fn times_fall_from_one_to_zero() {
@@ -150,14 +199,16 @@ fn times_fall_from_one_to_zero() {
         let (mut scratch, row) = (Scratch::default(), vec![0.0; chain.graph.states()]);
         let mut before = 1.1;
         while !canvas.is_done() {
-            assert!(canvas.time() < before && canvas.next_sigma() <= canvas.sigma());
+            let evaluation = canvas.evaluation();
+            assert!(canvas.time() < before && evaluation.sigma <= canvas.sigma());
             before = canvas.time();
-            let mut rows = canvas.rows();
-            let candidates: Vec<Candidate> = canvas
-                .wanted()
-                .map(|position| rows.draw(position, &row, &mut scratch).unwrap().unwrap())
+            let mut rows = canvas.rows(&evaluation);
+            let candidates: Vec<Candidate> = evaluation
+                .positions
+                .iter()
+                .map(|&position| rows.draw(position, &row, None, &mut scratch).unwrap().unwrap())
                 .collect();
-            canvas.apply(candidates);
+            canvas.commit(&evaluation, candidates, 1);
         }
     }
 }
@@ -171,7 +222,7 @@ fn remasked(chain: &Chain, steps: u32, rate: f64) -> Vec<f64> {
         .map(|c| f64::from(u8::from(*c == [mask; 2])))
         .collect();
     for step in 0..=steps {
-        let chances = Remask::new(&chain.schedule, grid, step, rate);
+        let chances = Chances::new(&chain.schedule, grid, step, rate);
         let sigma = chain.schedule.total_noise(grid.time(step));
         let mut next = vec![0.0; canvases.len()];
         for (canvas, p) in canvases.iter().zip(&law).filter(|(_, p)| **p > 0.0) {

@@ -7,7 +7,8 @@ use tokio::sync::watch;
 
 use super::course::Plan;
 use super::*;
-use crate::bundle::{FORMAT, MODEL, Manifest, Parameterization};
+use crate::bundle::{FORMAT, MODEL, Manifest};
+use crate::diffusion::Parameterization;
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::{GraphKind, SamplerKind, Schedule, Token, TokenChoice};
 use crate::network::closed_form::ClosedForm;

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use super::pass::Pass;
+use super::pass::{Pass, Passed};
 use super::work::Work;
 use super::{Failure, Shared};
 use crate::network::NetworkError;
@@ -36,9 +36,12 @@ fn work(shared: &Shared, index: usize) {
         }))
         .unwrap_or_else(|_| Err(NetworkError::Run("the pass panicked".to_owned())));
         match result {
-            Ok((verdicts, took)) => {
+            Ok(Passed {
+                verdicts,
+                per_evaluation,
+            }) => {
                 let length = batch.first().map_or(0, |work| work.canvas.tokens().len());
-                shared.costs.measured(&model, length, batch.len(), took);
+                shared.costs.measured(&model, length, batch.len(), per_evaluation);
                 sessions.check_in(session, shared);
                 let mut back = Vec::with_capacity(batch.len());
                 for (work, verdict) in batch.into_iter().zip(verdicts) {

@@ -12,7 +12,6 @@ use super::stream::{Event, View, deliver, events};
 use super::template::Template;
 use super::{Service, caller};
 use crate::config::LimitsConfig;
-use crate::diffusion::SamplerKind;
 use crate::engine::{Caller, Publish, ServedModel};
 use crate::proto::v1;
 use crate::proto::v1::diffusion_service_server::DiffusionService;
@@ -58,10 +57,10 @@ impl Service {
             }),
             seed: sampling.seed,
             sampler: told.sampler.into(),
-            steps: if sampling.plan.sampler == SamplerKind::FirstHitting {
-                template.gaps() as u32
-            } else {
+            steps: if sampling.plan.sampler.has_steps() {
                 sampling.plan.grid.steps
+            } else {
+                template.gaps() as u32
             },
             length: template.length() as u32,
             num_samples: sampling.samples,

@@ -93,6 +93,10 @@ pub(super) fn sampling(
             return Err(FieldError::new("sampling.normalize", problem));
         }
     }
+    if plan.normalize && !sampler.may_normalize() {
+        let problem = "is not for this sampler, which takes scores as they are";
+        return Err(FieldError::new("sampling.normalize", problem));
+    }
     let (length, max) = (template.length(), limits.max_request_tokens);
     if (samples as usize).saturating_mul(length) > max {
         let problem = format!(

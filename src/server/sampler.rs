@@ -36,6 +36,7 @@ pub(super) fn asked(
         Ok(v1::Sampler::Remask) => SamplerKind::Remask {
             rate: DEFAULT_REMASK_RATE,
         },
+        Ok(v1::Sampler::ThetaTrapezoidal) => SamplerKind::ThetaTrapezoidal,
         Err(_) => {
             let problem = format!("{} is no sampler this server knows", sampling.sampler);
             return Err(FieldError::new("sampling.sampler", problem));
@@ -57,9 +58,11 @@ pub(super) fn asked(
             "sampling.remask_rate",
             "is for SAMPLER_REMASK alone",
         )),
-        SamplerKind::Tweedie | SamplerKind::Euler | SamplerKind::FirstHitting | SamplerKind::Confidence => {
-            Ok(sampler)
-        }
+        SamplerKind::Tweedie
+        | SamplerKind::Euler
+        | SamplerKind::FirstHitting
+        | SamplerKind::Confidence
+        | SamplerKind::ThetaTrapezoidal => Ok(sampler),
     }
 }
 
@@ -91,6 +94,7 @@ pub(super) fn told(sampler: SamplerKind) -> Told {
             remask_rate: Some(rate),
             ..plain(v1::Sampler::Remask)
         },
+        SamplerKind::ThetaTrapezoidal => plain(v1::Sampler::ThetaTrapezoidal),
     }
 }
 
@@ -103,7 +107,7 @@ mod tests {
     fn every_value_makes_the_round_trip() {
         for value in 1.. {
             let Ok(sampler) = v1::Sampler::try_from(value) else {
-                assert!(value > 6, "values follow each other");
+                assert!(value > 7, "values follow each other");
                 break;
             };
             let request = v1::Sampling {

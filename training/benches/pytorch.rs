@@ -16,7 +16,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use denoised::bundle::{Bundle, Parameterization};
+use denoised::bundle::Bundle;
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::Token;
 use plotters::prelude::*;
 use serde::Deserialize;

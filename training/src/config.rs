@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use config::builder::DefaultState;
 use config::{ConfigBuilder, Environment, File, FileFormat, Map};
-use denoised::bundle::Parameterization;
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
 use serde::{Deserialize, Serialize};
 

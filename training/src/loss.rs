@@ -12,7 +12,7 @@
 
 use burn::Tensor;
 use burn::tensor::{Int, TensorData};
-use denoised::bundle::Parameterization;
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule, Token, score_entropy, sigma_offset};
 use rand_chacha::ChaCha8Rng;
 

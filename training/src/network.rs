@@ -10,7 +10,7 @@ use burn::Tensor;
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Int, TensorData, activation};
-use denoised::bundle::Parameterization;
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Token, sigma_offset};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};

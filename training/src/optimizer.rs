@@ -205,7 +205,7 @@ mod tests {
             heads: 2,
             dropout: 0.0,
             scale_by_sigma: true,
-            parameterization: denoised::bundle::Parameterization::Score,
+            parameterization: denoised::diffusion::Parameterization::Score,
             time_conditioned: true,
             tie_embeddings: false,
         }

@@ -8,7 +8,7 @@ use burn::Tensor;
 use burn::module::Param;
 use burn::optim::GradientsParams;
 use burn::tensor::TensorData;
-use denoised::bundle::Parameterization;
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule, Token};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 
 use burn::Tensor;
 use burn::tensor::{Int, TensorData};
-use denoised::bundle::Parameterization;
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::sampler::row::{self, BadScores, Scratch};
 use denoised::diffusion::sampler::{TimeGrid, Tweedie};
 use denoised::diffusion::{Draws, Token, TokenChoice};

@@ -5,7 +5,8 @@ mod common;
 
 use std::fs;
 
-use denoised::bundle::{Bundle, Parameterization};
+use denoised::bundle::Bundle;
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Token, TokenChoice};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};

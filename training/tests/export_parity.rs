@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use burn::Tensor;
 use burn::tensor::TensorData;
-use denoised::bundle::{Bundle, Defaults, Parameterization};
+use denoised::bundle::{Bundle, Defaults};
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::{GraphKind, Schedule, Token, sigma_offset};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};

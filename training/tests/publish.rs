@@ -6,7 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use denoised::bundle::{Bundle, BundleError, MANIFEST, MODEL, Parameterization, repository};
+use denoised::bundle::{Bundle, BundleError, MANIFEST, MODEL, repository};
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::{GraphKind, Schedule};
 use serde_json::json;
 use training::export::{self, Options, TrainedModel};

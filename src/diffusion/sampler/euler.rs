@@ -2,14 +2,14 @@
 //!
 //! One explicit Euler step of the reverse process: identity plus `dt * rate(t) * reverse rate`.
 
-use super::{RowLaw, Sampler};
+use super::{Discretization, RowLaw};
 use crate::diffusion::{Graph, GraphKind, Schedule};
 
 /// See the module.
 #[derive(Clone, Copy, Debug)]
 pub struct Euler;
 
-impl Sampler for Euler {
+impl Discretization for Euler {
     fn step(&self, graph: &Graph, schedule: &Schedule, t: f64, dt: f64) -> RowLaw {
         let rate = dt * schedule.rate(t);
         let gain = match graph.kind() {

@@ -11,7 +11,7 @@
 use statrs::distribution::{ChiSquared, ContinuousCDF};
 
 use super::row::{Scratch, draw};
-use super::{Euler, Sampler, SamplerKind, TimeGrid, TokenChoice, Tweedie};
+use super::{Discretization, Euler, SamplerKind, TimeGrid, TokenChoice, Tweedie};
 use crate::diffusion::{Draws, Graph, GraphKind, Schedule, Token};
 
 const TOKENS: usize = 3;
@@ -24,8 +24,10 @@ pub(crate) type Canvas = [Token; LENGTH];
 pub(crate) struct Chain {
     pub(crate) graph: Graph,
     pub(crate) schedule: Schedule,
+    /// p(x0) over pairs of tokens.
+    pub(crate) data: [[f64; TOKENS]; TOKENS],
     kind: SamplerKind,
-    grid: TimeGrid,
+    pub(crate) grid: TimeGrid,
 }
 
 impl Chain {
@@ -41,14 +43,28 @@ impl Chain {
         Self {
             graph: Graph::new(kind, states),
             schedule,
+            data: DATA,
             kind: sampler,
             grid: TimeGrid { steps },
         }
     }
 
+    /// The same of weaker correlation: half of the law, and half of what its positions would be alone.
+    pub(crate) fn half_independent(self) -> Self {
+        let mut data = self.data;
+        for (a, row) in data.iter_mut().enumerate() {
+            for (b, p) in row.iter_mut().enumerate() {
+                let first: f64 = self.data[a].iter().sum();
+                let second: f64 = self.data.iter().map(|row| row[b]).sum();
+                *p = f64::midpoint(*p, first * second);
+            }
+        }
+        Self { data, ..self }
+    }
+
     /// The data law, over [`Self::canvases`].
     pub(crate) fn data(&self) -> Vec<f64> {
-        let of = |c: &Canvas| DATA.get(c[0] as usize)?.get(c[1] as usize).copied();
+        let of = |c: &Canvas| self.data.get(c[0] as usize)?.get(c[1] as usize).copied();
         self.canvases().iter().map(|c| of(c).unwrap_or(0.0)).collect()
     }
 
@@ -67,7 +83,7 @@ impl Chain {
             column[to as usize]
         };
         let mut sum = 0.0;
-        for (a, row) in DATA.iter().enumerate() {
+        for (a, row) in self.data.iter().enumerate() {
             for (b, p) in row.iter().enumerate() {
                 sum += p * reach(a, canvas[0]) * reach(b, canvas[1]);
             }
@@ -87,12 +103,12 @@ impl Chain {
             .collect()
     }
 
-    fn can_move(&self, x: Token) -> bool {
+    pub(crate) fn can_move(&self, x: Token) -> bool {
         self.graph.mask().is_none_or(|mask| mask == x)
     }
 
     /// The law of one position's next token, straight from the definition of the step.
-    fn step_law(&self, canvas: Canvas, position: usize, step: u32) -> Vec<f64> {
+    pub(crate) fn step_law(&self, canvas: Canvas, position: usize, step: u32) -> Vec<f64> {
         let (x, t) = (canvas[position], self.grid.time(step));
         let (states, at) = (self.graph.states(), x as usize);
         if !self.can_move(x) {
@@ -154,7 +170,7 @@ impl Chain {
         law
     }
 
-    fn sampler(&self) -> &'static dyn Sampler {
+    fn sampler(&self) -> &'static dyn Discretization {
         if self.kind == SamplerKind::Euler {
             &Euler
         } else {

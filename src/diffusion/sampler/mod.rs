@@ -2,36 +2,51 @@
 //!
 //! Every discretisation here reduces to the same affine row law ([`RowLaw`]): the weight of moving to `y` is
 //! `gain * s_y - spread * (1 + S)` and the weight of staying `stay - stay_slope * S`, with `S` the sum of
-//! the scores over `y != x` (the score at `x` itself is 1). A [`Sampler`] only computes those four numbers from the
+//! the scores over `y != x` (the score at `x` itself is 1). A [`Discretization`] only computes those four numbers from the
 //! noise on both sides of the step; [`row::draw`] turns a row of log-scores into a token.
 //!
-//! On absorbing graphs normalised scores leave the network out of the decision *when* a position moves, so that
-//! fewer rows and fewer evaluations are needed: [`hits`] draws the times first, [`remask`] adds a way back, and
-//! [`parallel`] fills the surest positions first. Raw scores keep the exact rule of the outflow: every masked row
-//! is evaluated in every step.
+//! A [`Sampler`] decides twice a step: what is asked of the network next ([`Evaluation`]), and what becomes of the
+//! canvas given what the rows gave ([`Commit`]). Both are values; who runs the network does not know whose they are.
 //!
-//! To add a sampler: a file with its rule, an arm in [`SamplerKind`] and in the engine's `course`, one in the proto
-//! enum, a test of its law.
+//! On absorbing graphs normalised scores leave the network out of the decision *when* a position moves, so that
+//! fewer rows and fewer evaluations are needed: [`hitting_times`] draws the times first, [`remask`] adds a way back,
+//! [`confidence`] and [`entropy_bounded`] fill the surest positions first. Raw scores keep the exact rule of the
+//! outflow: every masked row is evaluated in every step ([`stepwise`]).
+//!
+//! To add a sampler: a file with its [`Sampler`], an arm in [`SamplerKind`], a line in `server/sampler.rs`, a value
+//! in the proto, a test of its law.
 //!
 //! # Measured
 //!
 #![doc = include_str!("measured.md")]
 
 mod blocks;
+pub mod confidence;
+pub mod entropy_bounded;
 mod euler;
-pub mod hits;
-pub mod parallel;
+pub mod evaluation;
+pub mod hitting_times;
 pub mod remask;
 pub mod row;
+pub mod stepwise;
+pub mod theta_trapezoidal;
 mod tweedie;
 
 pub use euler::Euler;
+pub use evaluation::{Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Second, Uncertainty};
+pub use hitting_times::HittingTimes;
 pub use row::TokenChoice;
 pub use tweedie::Tweedie;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Graph, GraphKind, Schedule};
+use super::{Graph, GraphKind, Parameterization, Process, Schedule};
+use confidence::Confidence;
+use entropy_bounded::EntropyBounded;
+use hitting_times::{FirstHitting, GridHits};
+use remask::Remask;
+use stepwise::Stepwise;
+use theta_trapezoidal::ThetaTrapezoidal;
 
 /// The end of the time grid: what noise is left there is removed by one denoising step.
 pub const FINAL_TIME: f64 = 1e-5;
@@ -64,7 +79,7 @@ impl RowLaw {
 }
 
 /// A discretisation of the reverse process.
-pub trait Sampler: std::fmt::Debug + Send + Sync {
+pub trait Discretization: std::fmt::Debug + Send + Sync {
     /// The law of the step from time `t` to `t - dt`, for tokens that can still move.
     fn step(&self, graph: &Graph, schedule: &Schedule, t: f64, dt: f64) -> RowLaw;
 
@@ -117,13 +132,87 @@ pub enum SamplerKind {
         /// Chance of a token to be masked again in a step, as far as the noise allows; in `[0, 1]`.
         rate: f64,
     },
+    /// Two evaluations a step, second order in its length (arXiv 2502.00234).
+    ThetaTrapezoidal,
 }
 
 impl SamplerKind {
     /// Whether it takes scores as normalised always, which absorbing graphs alone allow.
     pub fn normalizes(self) -> bool {
-        !matches!(self, Self::Tweedie | Self::Euler)
+        match self {
+            Self::Tweedie | Self::Euler | Self::ThetaTrapezoidal => false,
+            Self::FirstHitting | Self::Confidence | Self::EntropyBounded { .. } | Self::Remask { .. } => true,
+        }
     }
+
+    /// Whether its option, where it has one, is a value that it can take.
+    pub fn option_fits(self) -> bool {
+        match self {
+            Self::EntropyBounded { bound } => bound >= 0.0 && bound.is_finite(),
+            Self::Remask { rate } => (0.0..=1.0).contains(&rate),
+            Self::Tweedie | Self::Euler | Self::FirstHitting | Self::Confidence | Self::ThetaTrapezoidal => {
+                true
+            }
+        }
+    }
+
+    /// Whether it can take scores as normalised.
+    pub fn may_normalize(self) -> bool {
+        self != Self::ThetaTrapezoidal
+    }
+
+    /// Whether the number of steps is the request's to choose.
+    pub fn has_steps(self) -> bool {
+        self != Self::FirstHitting
+    }
+
+    /// The sampler for canvases of `process`, with steps on `grid`; `normalized` as [`normalized`] tells.
+    pub fn build(self, process: Process, grid: TimeGrid, normalized: bool) -> Box<dyn Sampler> {
+        let discretized = |discretization: &'static dyn Discretization| -> Box<dyn Sampler> {
+            if normalized {
+                Box::new(GridHits::new(discretization, process, grid))
+            } else {
+                Box::new(Stepwise {
+                    discretization,
+                    process,
+                    grid,
+                })
+            }
+        };
+        match self {
+            Self::Tweedie => discretized(&Tweedie),
+            Self::Euler => discretized(&Euler),
+            Self::FirstHitting => Box::new(FirstHitting { process }),
+            Self::Confidence => Box::new(Confidence { process, grid }),
+            Self::EntropyBounded { bound } => Box::new(EntropyBounded { process, grid, bound }),
+            Self::Remask { rate } => Box::new(Remask { process, grid, rate }),
+            Self::ThetaTrapezoidal => Box::new(ThetaTrapezoidal { process, grid }),
+        }
+    }
+
+    /// Evaluations of a canvas with `gaps` positions to fill, at most: known before anything is built.
+    pub fn most_evaluations(self, grid: TimeGrid, gaps: usize, normalized: bool) -> u64 {
+        let (steps, gaps) = (u64::from(grid.steps), gaps as u64);
+        match self {
+            Self::Tweedie | Self::Euler if normalized => (steps + 1).min(gaps),
+            Self::Tweedie | Self::Euler | Self::Remask { .. } => steps + 1,
+            Self::FirstHitting => gaps,
+            Self::Confidence | Self::EntropyBounded { .. } => steps.min(gaps),
+            Self::ThetaTrapezoidal => 2 * steps + 1,
+        }
+    }
+}
+
+/// Whether scores count as normalised, asked for or not: on absorbing graphs the noise alone then says when a
+/// position leaves. Networks that give probabilities are normalised as they are.
+pub fn normalized(
+    asked: bool,
+    sampler: SamplerKind,
+    process: &Process,
+    parameterization: Parameterization,
+) -> bool {
+    process.graph.kind() == GraphKind::Absorbing
+        && (asked || sampler.normalizes() || parameterization == Parameterization::Mean)
 }
 
 /// The time grid of a generation with `steps` steps: `steps + 1` even points from 1 to [`FINAL_TIME`].
@@ -154,12 +243,18 @@ impl TimeGrid {
     }
 
     /// The law of evaluation `step` of `0..=steps`.
-    pub fn law(&self, sampler: &dyn Sampler, graph: &Graph, schedule: &Schedule, step: u32) -> RowLaw {
+    pub fn law(
+        &self,
+        discretization: &dyn Discretization,
+        graph: &Graph,
+        schedule: &Schedule,
+        step: u32,
+    ) -> RowLaw {
         let t = self.time(step);
         if step >= self.steps {
-            sampler.denoise(graph, schedule, t)
+            discretization.denoise(graph, schedule, t)
         } else {
-            sampler.step(graph, schedule, t, self.dt())
+            discretization.step(graph, schedule, t, self.dt())
         }
     }
 }

@@ -5,19 +5,99 @@
 //! asks for (eq. 7). `r` is the rate asked for, where that keeps chances below one: the paper's "capped" schedule.
 //! For absorbing graphs and normalised scores.
 
-use super::TimeGrid;
-use crate::diffusion::Schedule;
+use super::evaluation::{Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Uncertainty};
+use super::{LEAVE, TimeGrid};
+use crate::diffusion::{Process, Schedule};
+
+/// See the module.
+#[derive(Clone, Copy, Debug)]
+pub struct Remask {
+    /// What is undone.
+    pub process: Process,
+    /// When steps are taken.
+    pub grid: TimeGrid,
+    /// Chance of a token to be masked again in a step, as far as the noise allows; in `[0, 1]`.
+    pub rate: f64,
+}
+
+impl Remask {
+    fn chances(&self, step: u32) -> Chances {
+        Chances::new(&self.process.schedule, self.grid, step, self.rate)
+    }
+
+    /// Positions that leave the mask in the next step: chance alone decides.
+    fn leaving<'a>(&self, canvas: &CanvasView<'a>) -> impl Iterator<Item = usize> + 'a {
+        let (leave, step, mut draws) = (self.chances(canvas.step).leave, canvas.step, canvas.draws.clone());
+        canvas
+            .movable(self.process.graph.mask())
+            .filter(move |&i| leave == 1.0 || draws.at(step, i).leave < leave)
+    }
+
+    /// Positions that the next step masks again.
+    fn masked_again(&self, canvas: &CanvasView<'_>) -> Vec<usize> {
+        let (mask, mut draws) = (self.process.graph.mask(), canvas.draws.clone());
+        let chance = self.chances(canvas.step).mask;
+        (0..canvas.tokens.len())
+            .filter(|&i| !canvas.clamped[i] && Some(canvas.tokens[i]) != mask)
+            .filter(|&i| draws.at(canvas.step, i).leave < chance)
+            .collect()
+    }
+}
+
+impl Sampler for Remask {
+    fn steps(&self, _gaps: usize) -> u32 {
+        self.grid.evaluations()
+    }
+
+    fn evaluation(&self, canvas: &CanvasView<'_>) -> Evaluation {
+        let t = self.time(canvas);
+        Evaluation {
+            step: canvas.step,
+            draw: canvas.step,
+            t,
+            sigma: self.process.total_noise(t),
+            law: Law::Affine(LEAVE),
+            uncertainty: Uncertainty::None,
+            positions: self.leaving(canvas).collect(),
+        }
+    }
+
+    fn commit(&self, canvas: &CanvasView<'_>, evaluation: &Evaluation, set: Vec<Candidate>) -> Commit {
+        Commit {
+            set,
+            masked: self.masked_again(canvas),
+            step: evaluation.step + 1,
+        }
+    }
+
+    /// A step in which chance leaves every mask where it is.
+    fn pass_over(&self, canvas: &CanvasView<'_>) -> Option<Commit> {
+        let is_done = canvas.step >= self.steps(canvas.gaps);
+        if is_done || self.leaving(canvas).next().is_some() {
+            return None;
+        }
+        Some(Commit {
+            set: Vec::new(),
+            masked: self.masked_again(canvas),
+            step: canvas.step + 1,
+        })
+    }
+
+    fn time(&self, canvas: &CanvasView<'_>) -> f64 {
+        self.grid.time(canvas.step)
+    }
+}
 
 /// Chances of one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Remask {
+pub struct Chances {
     /// That a mask is left.
     pub leave: f64,
     /// That a token is masked again.
     pub mask: f64,
 }
 
-impl Remask {
+impl Chances {
     /// The chances in `step` of `grid`; the final denoising leaves every mask and makes no new ones.
     pub fn new(schedule: &Schedule, grid: TimeGrid, step: u32, rate: f64) -> Self {
         if step >= grid.steps {
@@ -54,7 +134,7 @@ mod tests {
                 let share = |step| -(-schedule.total_noise(grid.time(step))).exp_m1();
                 let mut masked = share(0);
                 for step in 0..25 {
-                    let Remask { leave, mask } = Remask::new(&schedule, grid, step, rate);
+                    let Chances { leave, mask } = Chances::new(&schedule, grid, step, rate);
                     masked = masked * (1.0 - leave) + (1.0 - masked) * mask;
                     assert!(
                         (masked - share(step + 1)).abs() < 1e-9,

@@ -4,8 +4,9 @@
 //! looked into again, a block of 256 entries of them (`blocks.rs`). Exponentials are f32, sums and
 //! decisions f64: the law is within a total variation of 1e-6 of the same in f64, which a test computes.
 
-use super::RowLaw;
 use super::blocks::{Row, Weight};
+use super::evaluation::Uncertainty;
+use super::{Law, RowLaw};
 use crate::diffusion::Token;
 use crate::diffusion::draw::Uniforms;
 
@@ -77,15 +78,67 @@ pub fn draw(
     pick(&row, weight, choice, u.token, scratch).map(Some)
 }
 
-/// Whose doubt is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Doubt {
-    /// Nobody's.
-    None,
-    /// Minus the log probability of the token that was drawn.
-    OfToken,
-    /// The entropy of all tokens.
-    OfRow,
+/// Draws what becomes of token `x` under any law: [`draw`] for affine ones. `kept` is the row of the step's
+/// first evaluation with its offset, for laws that need it.
+///
+/// # Errors
+/// [`BadScores`] when no law can be made of the rows.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the same as of `draw`, and one row more"
+)]
+pub fn draw_by(
+    law: &Law,
+    choice: &TokenChoice,
+    x: Token,
+    log_score: &[f32],
+    offset: f64,
+    kept: Option<(&[f32], f64)>,
+    u: Uniforms,
+    scratch: &mut Scratch,
+) -> Result<Option<Token>, BadScores> {
+    match law {
+        Law::Affine(law) => draw(law, choice, x, log_score, offset, u, scratch),
+        Law::Jump { gain, kept: less } => {
+            let bad = |row: &[f32]| Row::new(row, x as usize).maximum().is_infinite();
+            if bad(log_score) || kept.is_some_and(|(row, _)| bad(row)) {
+                return Err(BadScores);
+            }
+            let weights = &mut scratch.weights;
+            weights.clear();
+            // exp(600) is far beyond where leaving is certain; the cap keeps what follows finite.
+            let score = |log_score: f32, offset: f64| (f64::from(log_score) + offset).min(600.0).exp();
+            weights.extend(log_score.iter().map(|&l| gain * score(l, offset)));
+            if *less != 0.0 {
+                let (kept, offset) = kept.ok_or(BadScores)?;
+                for (weight, &l) in weights.iter_mut().zip(kept) {
+                    *weight -= less * score(l, offset);
+                }
+            }
+            weights[x as usize] = 0.0;
+            // Not `max`, which would hide NaN.
+            weights.iter_mut().filter(|w| **w < 0.0).for_each(|w| *w = 0.0);
+            let rate: f64 = weights.iter().sum();
+            if !rate.is_finite() {
+                return Err(BadScores);
+            }
+            if u.leave >= -(-rate).exp_m1() {
+                return Ok(None);
+            }
+            if choice.temperature == 0.0 {
+                let likeliest = |best: Option<usize>, y: usize| match best {
+                    Some(best) if weights[best] >= weights[y] => Some(best),
+                    _ => Some(y),
+                };
+                let best = (0..weights.len()).fold(None, likeliest);
+                return best.map(|y| Some(y as Token)).ok_or(BadScores);
+            }
+            shape(choice, weights);
+            inverse(weights, u.token)
+                .map(|y| Some(y as Token))
+                .ok_or(BadScores)
+        }
+    }
 }
 
 /// How unsure a row over target tokens is of `token` in place of `x`, in nats.
@@ -94,8 +147,8 @@ pub enum Doubt {
 ///
 /// # Errors
 /// [`BadScores`] when no law can be made of the row.
-pub fn doubt(
-    of: Doubt,
+pub fn uncertainty(
+    of: Uncertainty,
     x: Token,
     token: Token,
     log_score: &[f32],
@@ -103,21 +156,21 @@ pub fn doubt(
 ) -> Result<f64, BadScores> {
     let row = Row::new(log_score, x as usize);
     let top = match of {
-        Doubt::None => return Ok(0.0),
-        Doubt::OfToken | Doubt::OfRow => row.maximum(),
+        Uncertainty::None => return Ok(0.0),
+        Uncertainty::NegLogProb | Uncertainty::Entropy => row.maximum(),
     };
     row.sums(&Weight::new(top), &mut scratch.sums);
     let sum: f64 = scratch.sums.iter().sum();
-    let mean = if of == Doubt::OfToken {
+    let mean = if of == Uncertainty::NegLogProb {
         f64::from(log_score[token as usize] - top)
     } else {
         row.mean_exponent(top, &mut scratch.sums) / sum
     };
-    let doubt = sum.ln() - mean;
-    if doubt.is_nan() {
+    let uncertainty = sum.ln() - mean;
+    if uncertainty.is_nan() {
         Err(BadScores)
     } else {
-        Ok(doubt.max(0.0))
+        Ok(uncertainty.max(0.0))
     }
 }
 
@@ -262,7 +315,7 @@ fn temper(temperature: f64, weights: &mut [f64]) {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
-    use super::super::{Euler, LEAVE, Sampler, Tweedie};
+    use super::super::{Discretization, Euler, LEAVE, Tweedie};
     use super::*;
     use crate::diffusion::{Draws, Graph, GraphKind, Schedule};
     use proptest::prelude::*;
@@ -390,7 +443,7 @@ mod tests {
                         .collect();
                     let (x, offset) = (states - 1, -(states as f64).ln());
                     for (t, dt) in [(1.0, 0.1), (0.5, 0.01), (0.01, 0.001)] {
-                        for sampler in [&Tweedie as &dyn Sampler, &Euler] {
+                        for sampler in [&Tweedie as &dyn Discretization, &Euler] {
                             let schedule = Schedule::LogLinear { eps: 1e-3 };
                             let law = sampler.step(&graph, &schedule, t, dt);
                             let ours = outcomes(&law, &row, x, offset);
@@ -409,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn doubts_are_surprise_and_entropy() {
+    fn uncertainties_are_surprise_and_entropy() {
         let row: Vec<f32> = (0..700)
             .map(|y| ((y * 7919 % 700) as f32 / 70.0).sin() * 8.0)
             .collect();
@@ -422,13 +475,17 @@ mod tests {
             .filter(|&&p| p > 0.0)
             .map(|p| -(p / whole) * (p / whole).ln())
             .sum();
-        let of = |of, token: Token| doubt(of, x as Token, token, &row, &mut Scratch::default()).unwrap();
-        assert!((of(Doubt::OfRow, 0) - entropy).abs() < 1e-5);
-        assert!((of(Doubt::OfToken, 9) + (chances[9] / whole).ln()).abs() < 1e-5);
-        assert_eq!(of(Doubt::None, 9), 0.0);
+        let of =
+            |of, token: Token| uncertainty(of, x as Token, token, &row, &mut Scratch::default()).unwrap();
+        assert!((of(Uncertainty::Entropy, 0) - entropy).abs() < 1e-5);
+        assert!((of(Uncertainty::NegLogProb, 9) + (chances[9] / whole).ln()).abs() < 1e-5);
+        assert_eq!(of(Uncertainty::None, 9), 0.0);
         let certain = [0.0, f32::NEG_INFINITY, f32::NEG_INFINITY];
         let scratch = &mut Scratch::default();
-        assert_eq!(doubt(Doubt::OfRow, 2, 0, &certain, scratch), Ok(0.0));
+        assert_eq!(
+            uncertainty(Uncertainty::Entropy, 2, 0, &certain, scratch),
+            Ok(0.0)
+        );
     }
 
     #[test]

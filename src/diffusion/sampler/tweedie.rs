@@ -4,14 +4,14 @@
 //! `(exp(-dsigma Q) s)_y * exp(dsigma Q)(x, y)`: optimal among samplers that denoise positions
 //! independently, given exact scores.
 
-use super::{RowLaw, Sampler};
+use super::{Discretization, RowLaw};
 use crate::diffusion::{Graph, GraphKind, Schedule};
 
 /// See the module.
 #[derive(Clone, Copy, Debug)]
 pub struct Tweedie;
 
-impl Sampler for Tweedie {
+impl Discretization for Tweedie {
     fn step(&self, graph: &Graph, schedule: &Schedule, t: f64, dt: f64) -> RowLaw {
         law(graph, schedule.total_noise(t) - schedule.total_noise(t - dt))
     }

@@ -6,7 +6,8 @@
 
 use std::f64::consts::LN_10;
 
-use denoised::bundle::{BundleFile, Parameterization};
+use denoised::bundle::BundleFile;
+use denoised::diffusion::Parameterization;
 
 use super::graph::{Axis, Builder, Value, float, int, ints, string};
 use super::schema::tensor_proto::DataType;

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use denoised::bundle::Parameterization;
+use denoised::diffusion::Parameterization;
 use denoised::diffusion::{GraphKind, Schedule};
 use serde::Deserialize;
 

@@ -1,0 +1,149 @@
+//! What a sampler decides: what is asked of the network next, and what becomes of the canvas then.
+
+use super::{HittingTimes, RowLaw};
+use crate::diffusion::{Draws, Token};
+
+/// A canvas between two steps, as samplers see it.
+#[derive(Clone, Copy, Debug)]
+pub struct CanvasView<'a> {
+    /// The tokens as they are now.
+    pub tokens: &'a [Token],
+    /// Which of them never change.
+    pub clamped: &'a [bool],
+    /// How many of them may change.
+    pub gaps: usize,
+    /// Steps taken: the cursor.
+    pub step: u32,
+    /// Evaluations spent.
+    pub nfe: u32,
+    /// When its positions leave the mask, where that is drawn at the start.
+    pub hitting_times: Option<&'a HittingTimes>,
+    /// Its random numbers.
+    pub draws: &'a Draws,
+}
+
+impl<'a> CanvasView<'a> {
+    /// Positions that may still move: those that hold `mask`, or where there is none all that are not clamped.
+    pub fn movable(self, mask: Option<Token>) -> impl Iterator<Item = usize> + 'a {
+        let (tokens, clamped) = (self.tokens, self.clamped);
+        (0..tokens.len()).filter(move |&i| !clamped[i] && mask.is_none_or(|mask| tokens[i] == mask))
+    }
+}
+
+/// What is asked of the network next.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Evaluation {
+    /// The step that it belongs to: the cursor before it, or the next step in which something happens.
+    pub step: u32,
+    /// The number under which its random choices are drawn.
+    pub draw: u32,
+    /// The time at which the network is asked.
+    pub t: f64,
+    /// Total noise at that time.
+    pub sigma: f64,
+    /// What a row decides.
+    pub law: Law,
+    /// What else of a row is needed.
+    pub uncertainty: Uncertainty,
+    /// Positions whose rows are needed, ascending.
+    pub positions: Vec<usize>,
+}
+
+/// What a row of log-scores decides about its token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Law {
+    /// An affine law of its scores.
+    Affine(RowLaw),
+    /// Jumps at a constant rate, `gain * s_y - kept * s'_y` to each `y` where that is positive, with `s'` the
+    /// scores of the step's first evaluation: the token moves with probability `1 - exp(-sum of rates)`.
+    Jump {
+        /// What a score weighs.
+        gain: f64,
+        /// What the score of the first evaluation weighs against it.
+        kept: f64,
+    },
+}
+
+/// How unsure the network is of a position, before temperature, top-k and top-p; scores are taken as normalised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uncertainty {
+    /// Not asked for.
+    None,
+    /// Minus the log-probability of the token that was drawn.
+    NegLogProb,
+    /// The entropy of the row.
+    Entropy,
+}
+
+/// A token for a position, drawn from its row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// Where it would go.
+    pub position: usize,
+    /// What would go there.
+    pub token: Token,
+    /// How unsure the network is, in nats; 0 for samplers that do not ask.
+    pub uncertainty: f64,
+}
+
+/// What becomes of the canvas. Tokens are set first, then masked; the cursor moves with them, so that what was
+/// set has the new cursor's number.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Commit {
+    /// Tokens that are set.
+    pub set: Vec<Candidate>,
+    /// Positions that are masked again.
+    pub masked: Vec<usize>,
+    /// The cursor after it.
+    pub step: u32,
+}
+
+/// The second evaluation of a step: of a canvas in between, with the rows of the first at hand.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Second {
+    /// The canvas in between.
+    pub tokens: Vec<Token>,
+    /// What is asked about it; its positions are among those of the first evaluation.
+    pub evaluation: Evaluation,
+}
+
+/// A way from noise to tokens: pure functions of a canvas. Made once for a request by
+/// [`SamplerKind::build`](super::SamplerKind::build).
+pub trait Sampler: std::fmt::Debug + Send + Sync {
+    /// Steps of a canvas with `gaps` positions to fill.
+    fn steps(&self, gaps: usize) -> u32;
+
+    /// When the positions of a canvas leave the mask, for samplers that draw it at the start.
+    fn hitting_times(&self, _clamped: &[bool], _draws: &mut Draws) -> Option<HittingTimes> {
+        None
+    }
+
+    /// What is asked of the network next, of a canvas that is not done.
+    fn evaluation(&self, canvas: &CanvasView<'_>) -> Evaluation;
+
+    /// What is asked once more in the same step, given what the rows of the first evaluation gave.
+    fn second(
+        &self,
+        _canvas: &CanvasView<'_>,
+        _first: &Evaluation,
+        _candidates: &[Candidate],
+    ) -> Option<Second> {
+        None
+    }
+
+    /// What is committed, given what the rows of the (last) evaluation gave.
+    fn commit(&self, canvas: &CanvasView<'_>, evaluation: &Evaluation, candidates: Vec<Candidate>) -> Commit;
+
+    /// A step that needs no evaluation, if the next one is such.
+    fn pass_over(&self, _canvas: &CanvasView<'_>) -> Option<Commit> {
+        None
+    }
+
+    /// Evaluations that are left, at most.
+    fn evaluations_left(&self, canvas: &CanvasView<'_>) -> u64 {
+        u64::from(self.steps(canvas.gaps).saturating_sub(canvas.step))
+    }
+
+    /// The time of a canvas that is not done.
+    fn time(&self, canvas: &CanvasView<'_>) -> f64;
+}

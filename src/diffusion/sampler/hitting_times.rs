@@ -1,0 +1,278 @@
+//! Hitting times: when each masked position leaves the mask, drawn before the network has run once.
+//!
+//! On absorbing graphs the scores at a mask are `s_y = p(x0 = y | x) / (e^sigma - 1)`, so that normalised ones
+//! sum to `S = 1 / (e^sigma - 1)` whatever the network says (RADD, arXiv 2406.03736, theorem 1). Whether a
+//! position leaves in a step then depends on the noise alone. With all hitting times drawn first, the network is
+//! needed only in steps in which something is hit, and only for the positions that are: the same law as step
+//! by step, from fewer evaluations. What a position turns into is still the network's to say, in its step.
+
+use super::evaluation::{Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Uncertainty};
+use super::{Discretization, FINAL_TIME, LEAVE, TimeGrid};
+use crate::diffusion::{Draws, Graph, Process, Schedule};
+
+/// Chances of being masked still, over the steps of a time grid.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MaskSurvival(Vec<f64>);
+
+impl MaskSurvival {
+    /// Over the steps of `grid` and the final denoising, on an absorbing `graph`.
+    pub fn new(
+        discretization: &dyn Discretization,
+        graph: &Graph,
+        schedule: &Schedule,
+        grid: TimeGrid,
+    ) -> Self {
+        let mut masked = 1.0;
+        let after = |step| {
+            let law = grid.law(discretization, graph, schedule, step);
+            let total = 1.0 / schedule.total_noise(grid.time(step)).exp_m1();
+            let (leaving, staying) = (law.gain * total, law.stay_weight(total).max(0.0));
+            masked *= staying / (leaving + staying);
+            masked
+        };
+        Self((0..grid.evaluations()).map(after).collect())
+    }
+
+    /// The steps in which the positions of a canvas are hit, those that are not `clamped`.
+    fn hitting_times(&self, clamped: &[bool], draws: &mut Draws) -> HittingTimes {
+        let mut step = |(i, clamped): (usize, &bool)| {
+            if *clamped { NEVER } else { self.hit(draws.hit(i)) }
+        };
+        HittingTimes::new(clamped.iter().enumerate().map(&mut step).collect(), Vec::new())
+    }
+
+    /// The step in which a position leaves the mask, for a uniform `u` in `[0, 1)`.
+    pub fn hit(&self, u: f64) -> u32 {
+        self.0.partition_point(|masked| u < *masked) as u32
+    }
+}
+
+/// The time at which a position leaves the mask in continuous time, for a uniform `u` in `[0, 1)`.
+///
+/// All are masked at time 1; of those, `(1 - e^-sigma(t)) / (1 - e^-sigma(1))` still are at `t` (first-hitting
+/// sampler, arXiv 2409.02908, section 3.1).
+pub fn hitting_time(schedule: &Schedule, u: f64) -> f64 {
+    let masked = u * -(-schedule.total_noise(1.0)).exp_m1();
+    schedule.time(-(-masked).ln_1p()).clamp(FINAL_TIME, 1.0)
+}
+
+/// When the positions of one canvas leave the mask; drawn at the start.
+#[derive(Clone, Debug)]
+pub struct HittingTimes {
+    /// The step in which each position is hit; [`NEVER`] where clamped.
+    steps: Vec<u32>,
+    /// The time of every step, where they are not those of a grid.
+    times: Vec<f64>,
+    /// Steps in which something is hit.
+    evaluations: u64,
+}
+
+const NEVER: u32 = u32::MAX;
+
+impl HittingTimes {
+    fn new(steps: Vec<u32>, times: Vec<f64>) -> Self {
+        let mut distinct: Vec<u32> = steps.iter().copied().filter(|&hit| hit != NEVER).collect();
+        distinct.sort_unstable();
+        distinct.dedup();
+        Self {
+            evaluations: distinct.len() as u64,
+            steps,
+            times,
+        }
+    }
+
+    /// The first step from `step` on in which something is hit.
+    fn next(&self, step: u32) -> Option<u32> {
+        let hits = self.steps.iter().copied();
+        hits.filter(|&hit| hit != NEVER && hit >= step).min()
+    }
+
+    /// The time of `step`, in continuous time.
+    fn time(&self, step: u32) -> f64 {
+        self.times.get(step as usize).copied().unwrap_or(FINAL_TIME)
+    }
+}
+
+/// What both samplers of hitting times ask: the rows of those who are hit next, and where they go.
+fn next_hits(canvas: &CanvasView<'_>, process: &Process, time: impl Fn(u32) -> f64) -> Evaluation {
+    let hit = canvas.hitting_times.and_then(|hits| hits.next(canvas.step));
+    let step = hit.unwrap_or(canvas.step);
+    let t = time(step);
+    let steps = canvas.hitting_times.map_or(&[][..], |hits| &hits.steps);
+    Evaluation {
+        step,
+        draw: step,
+        t,
+        sigma: process.total_noise(t),
+        law: Law::Affine(LEAVE),
+        uncertainty: Uncertainty::None,
+        positions: (0..steps.len()).filter(|&i| steps[i] == step).collect(),
+    }
+}
+
+/// Sets whom a step hits; after the last one the canvas is done.
+fn set_hits(canvas: &CanvasView<'_>, evaluation: &Evaluation, set: Vec<Candidate>, steps: u32) -> Commit {
+    let next = evaluation.step + 1;
+    let goes_on = canvas.hitting_times.is_some_and(|hits| hits.next(next).is_some());
+    Commit {
+        set,
+        masked: Vec::new(),
+        step: if goes_on { next } else { steps },
+    }
+}
+
+fn hits_left(canvas: &CanvasView<'_>) -> u64 {
+    let all = canvas.hitting_times.map_or(0, |hits| hits.evaluations);
+    all.saturating_sub(u64::from(canvas.nfe))
+}
+
+/// A discretisation's law for normalised scores, with evaluations only in the steps in which something is hit.
+#[derive(Clone, Debug)]
+pub struct GridHits {
+    process: Process,
+    grid: TimeGrid,
+    survival: MaskSurvival,
+}
+
+impl GridHits {
+    /// The steps of `discretization` on `grid`.
+    pub fn new(discretization: &dyn Discretization, process: Process, grid: TimeGrid) -> Self {
+        Self {
+            survival: MaskSurvival::new(discretization, &process.graph, &process.schedule, grid),
+            process,
+            grid,
+        }
+    }
+}
+
+impl Sampler for GridHits {
+    fn steps(&self, _gaps: usize) -> u32 {
+        self.grid.evaluations()
+    }
+
+    fn hitting_times(&self, clamped: &[bool], draws: &mut Draws) -> Option<HittingTimes> {
+        Some(self.survival.hitting_times(clamped, draws))
+    }
+
+    fn evaluation(&self, canvas: &CanvasView<'_>) -> Evaluation {
+        next_hits(canvas, &self.process, |step| self.grid.time(step))
+    }
+
+    fn commit(&self, canvas: &CanvasView<'_>, evaluation: &Evaluation, set: Vec<Candidate>) -> Commit {
+        set_hits(canvas, evaluation, set, self.steps(canvas.gaps))
+    }
+
+    fn evaluations_left(&self, canvas: &CanvasView<'_>) -> u64 {
+        hits_left(canvas)
+    }
+
+    fn time(&self, canvas: &CanvasView<'_>) -> f64 {
+        self.grid.time(canvas.step)
+    }
+}
+
+/// One position after the other, at the times of the continuous process: exact, where the network is
+/// (arXiv 2409.02908).
+#[derive(Clone, Copy, Debug)]
+pub struct FirstHitting {
+    /// What is undone.
+    pub process: Process,
+}
+
+impl Sampler for FirstHitting {
+    fn steps(&self, gaps: usize) -> u32 {
+        u32::try_from(gaps).unwrap_or(u32::MAX)
+    }
+
+    fn hitting_times(&self, clamped: &[bool], draws: &mut Draws) -> Option<HittingTimes> {
+        let mut order: Vec<(f64, usize)> = (0..clamped.len())
+            .filter(|&i| !clamped[i])
+            .map(|i| (hitting_time(&self.process.schedule, draws.hit(i)), i))
+            .collect();
+        order.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let mut steps = vec![NEVER; clamped.len()];
+        for (step, &(_, position)) in order.iter().enumerate() {
+            steps[position] = step as u32;
+        }
+        let times = order.into_iter().map(|(t, _)| t).collect();
+        Some(HittingTimes::new(steps, times))
+    }
+
+    fn evaluation(&self, canvas: &CanvasView<'_>) -> Evaluation {
+        next_hits(canvas, &self.process, |step| {
+            canvas.hitting_times.map_or(FINAL_TIME, |hits| hits.time(step))
+        })
+    }
+
+    fn commit(&self, canvas: &CanvasView<'_>, evaluation: &Evaluation, set: Vec<Candidate>) -> Commit {
+        set_hits(canvas, evaluation, set, self.steps(canvas.gaps))
+    }
+
+    fn evaluations_left(&self, canvas: &CanvasView<'_>) -> u64 {
+        hits_left(canvas)
+    }
+
+    /// A step ends where something is hit.
+    fn time(&self, canvas: &CanvasView<'_>) -> f64 {
+        match (canvas.step.checked_sub(1), canvas.hitting_times) {
+            (Some(last), Some(hits)) => hits.time(last),
+            _ => 1.0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diffusion::GraphKind;
+    use crate::diffusion::sampler::{Euler, Tweedie};
+
+    const SCHEDULES: [Schedule; 2] = [
+        Schedule::LogLinear { eps: 1e-3 },
+        Schedule::Geometric {
+            sigma_min: 1e-3,
+            sigma_max: 9.0,
+        },
+    ];
+
+    /// Tweedie's steps are exact for single positions: survival is the ratio of chances to be masked.
+    #[test]
+    fn survival_under_tweedie_follows_the_noise() {
+        let (graph, grid) = (Graph::new(GraphKind::Absorbing, 7), TimeGrid { steps: 40 });
+        for schedule in SCHEDULES {
+            let masked = |t: f64| -(-schedule.total_noise(t)).exp_m1();
+            let MaskSurvival(survival) = MaskSurvival::new(&Tweedie, &graph, &schedule, grid);
+            for (step, chance) in survival.iter().enumerate().take(40) {
+                let left = 1.0 - (step + 1) as f64 * grid.dt();
+                assert!((chance - masked(left) / masked(1.0)).abs() < 1e-9, "step {step}");
+            }
+            assert_eq!(survival[40], 0.0, "the final denoising leaves nothing masked");
+        }
+    }
+
+    #[test]
+    fn every_uniform_has_its_step() {
+        let graph = Graph::new(GraphKind::Absorbing, 7);
+        let survival = MaskSurvival::new(&Euler, &graph, &SCHEDULES[0], TimeGrid { steps: 3 });
+        assert_eq!((survival.hit(0.0), survival.hit(0.999_999)), (3, 0));
+        for step in 0..3 {
+            assert_eq!(survival.hit(survival.0[step as usize]), step);
+        }
+    }
+
+    #[test]
+    fn hitting_times_follow_the_chance_to_be_masked() {
+        for schedule in SCHEDULES {
+            let masked = |t: f64| -(-schedule.total_noise(t)).exp_m1();
+            for u in [0.01, 0.3, 0.9] {
+                let t = hitting_time(&schedule, u);
+                // The geometric schedule leaves noise at time 0: who should be hit below it is hit there.
+                let at_the_end = t == super::super::FINAL_TIME;
+                assert!(
+                    at_the_end || (masked(t) / masked(1.0) - u).abs() < 1e-9,
+                    "{u}: {t}"
+                );
+            }
+        }
+    }
+}
