@@ -99,6 +99,8 @@ pub struct EngineConfig {
     pub max_queue_seconds: u64,
     /// Share of `max_queue_seconds` that one caller may use, above 0 and at most 1.
     pub max_caller_share: f64,
+    /// Seconds after which a forward pass is stopped, and its canvases are tried again one by one.
+    pub max_pass_seconds: u64,
 }
 
 impl Default for EngineConfig {
@@ -110,6 +112,7 @@ impl Default for EngineConfig {
             batch_tokens: 512,
             max_queue_seconds: 3600,
             max_caller_share: 0.5,
+            max_pass_seconds: 300,
         }
     }
 }
@@ -254,7 +257,7 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let at_least_one: [(&'static str, u64); 11] = [
+        let at_least_one: [(&'static str, u64); 12] = [
             (
                 "server.max_concurrent_streams",
                 self.server.max_concurrent_streams.into(),
@@ -262,6 +265,7 @@ impl Config {
             ("server.max_message_bytes", self.server.max_message_bytes as u64),
             ("engine.batch_tokens", self.engine.batch_tokens as u64),
             ("engine.max_queue_seconds", self.engine.max_queue_seconds),
+            ("engine.max_pass_seconds", self.engine.max_pass_seconds),
             ("server.unread_seconds", self.server.unread_seconds),
             ("limits.max_request_tokens", self.limits.max_request_tokens as u64),
             ("limits.max_steps", self.limits.max_steps.into()),
@@ -307,6 +311,7 @@ impl Config {
         for (key, value) in [
             ("server.drain_grace_seconds", self.server.drain_grace_seconds),
             ("engine.max_queue_seconds", self.engine.max_queue_seconds),
+            ("engine.max_pass_seconds", self.engine.max_pass_seconds),
             ("server.unread_seconds", self.server.unread_seconds),
         ] {
             if value > MAX_SECONDS {

@@ -1,18 +1,22 @@
 //! What one canvas, stream or caller does harms no other.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use denoised::bundle::{BundleWriter, MODEL, Manifest};
 use denoised::diffusion::{Graph, GraphKind};
 use denoised::network::closed_form::ClosedForm;
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
-use denoised::proto::v1::{FramePolicy, GenerateRequest, Sampling, frame_policy, generate_response};
+use denoised::proto::v1::{
+    FramePolicy, GenerateRequest, ModelReference, Sampling, frame_policy, generate_response,
+};
 use tonic::Code;
 use tonic::transport::Endpoint;
 
-use crate::support::{TestServer, config, generate};
+use crate::support::{TestServer, closed_form_manifest, config, generate};
 
 /// Gives NaN for the first canvas of its first evaluation.
 struct FirstIsNan {
@@ -151,5 +155,58 @@ async fn a_stream_that_nobody_reads_is_ended_and_says_so() {
     };
     assert_eq!(status.code(), Code::Aborted, "{status:?}");
     assert!(generate(&mut client, GenerateRequest::default()).await.is_ok());
+    server.stop().await;
+}
+
+/// A bundle whose network counts to 2^50 once a token is not 0: ONNX Runtime ends it when told to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_that_never_ends_is_ended_and_others_are_served() {
+    let repository = tempfile::tempdir().unwrap();
+    let mut manifest = Manifest {
+        name: "endless".to_owned(),
+        graph: GraphKind::Uniform,
+        vocab_size: 5,
+        mask_token: None,
+        time_conditioned: false,
+        sha256: BTreeMap::new(),
+        ..closed_form_manifest()
+    };
+    let mut writer = BundleWriter::new(&repository.path().join("endless")).unwrap();
+    let network = include_bytes!("fixtures/hostile/endless.onnx");
+    writer.add(MODEL, network).unwrap();
+    writer.describe(&mut manifest).unwrap();
+    writer.commit(&repository.path().join("endless/1")).unwrap();
+    let mut config = config();
+    config.models.repository = Some(repository.path().to_owned());
+    config.models.default = Some("world-english".to_owned());
+    config.engine.max_pass_seconds = 1;
+    let server = TestServer::demo_with(&config).await;
+    let endless = GenerateRequest {
+        model: Some(ModelReference {
+            name: "endless".to_owned(),
+            version: 0,
+        }),
+        length: Some(8),
+        ..GenerateRequest::default()
+    };
+    let mut client = server.client();
+    let hangs = tokio::spawn(async move { generate(&mut client, endless).await });
+    let sound = GenerateRequest {
+        sampling: Some(Sampling {
+            seed: Some(1),
+            steps: Some(4),
+            ..Sampling::default()
+        }),
+        ..GenerateRequest::default()
+    };
+    let calm = TestServer::demo().await;
+    let expected = generate(&mut calm.client(), sound.clone()).await.unwrap();
+    while !hangs.is_finished() {
+        let answer = generate(&mut server.client(), sound.clone()).await.unwrap();
+        assert_eq!(answer.results[0].tokens, expected.results[0].tokens);
+    }
+    let status = hangs.await.unwrap().unwrap_err();
+    assert_eq!(status.code(), Code::Internal, "{status}");
+    calm.stop().await;
     server.stop().await;
 }

@@ -10,7 +10,7 @@ use super::tests::{end, idle, manifest, model, model_with, options, request, sen
 use super::*;
 use crate::diffusion::{GraphKind, Token};
 use crate::network::closed_form::ClosedForm;
-use crate::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
+use crate::network::{Batch, NetworkError, ScoreNetwork, ScoreRows, Stop};
 
 /// A network that does to each evaluation what `fault` says, or evaluates.
 struct Faulty<F> {
@@ -21,6 +21,7 @@ struct Faulty<F> {
 /// What goes wrong with an evaluation.
 enum Fault {
     Run,
+    Memory,
     Contract,
     Panic,
     /// The rows of this canvas of the batch are NaN.
@@ -39,6 +40,7 @@ where
         match (self.fault)(batch) {
             None => self.network.log_score(batch, read),
             Some(Fault::Run) => Err(NetworkError::Run("injected".to_owned())),
+            Some(Fault::Memory) => Err(NetworkError::Memory("injected".to_owned())),
             Some(Fault::Contract) => Err(NetworkError::Contract("injected".to_owned())),
             // Without the hook that prints where.
             Some(Fault::Panic) => std::panic::resume_unwind(Box::new("injected")),
@@ -367,4 +369,174 @@ fn random_faults_lose_nothing() {
         );
         assert!(idle(&engine) && engine.shared.running.is_empty() && engine.shared.queue.is_empty());
     }
+}
+
+/// A network that hangs on batches that hold a canvas which begins with token 3, until it is let go: by being
+/// stopped, where it `obeys`.
+struct Hanging {
+    network: ClosedForm,
+    obeys: bool,
+    stopped: Arc<AtomicBool>,
+    let_go: Arc<AtomicBool>,
+}
+
+struct SetStopped(Arc<AtomicBool>);
+
+impl Stop for SetStopped {
+    fn stop(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+impl ScoreNetwork for Hanging {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
+        if poisoned(batch).is_none() {
+            return self.network.log_score(batch, read);
+        }
+        while !self.let_go.load(Ordering::Acquire) {
+            if self.obeys && self.stopped.load(Ordering::Acquire) {
+                return Err(NetworkError::Run("stopped".to_owned()));
+            }
+            std::thread::yield_now();
+        }
+        self.network.log_score(batch, read)
+    }
+
+    fn stop_handle(&self) -> Option<Arc<dyn Stop>> {
+        Some(Arc::new(SetStopped(Arc::clone(&self.stopped))))
+    }
+}
+
+fn hanging(obeys: bool, let_go: &Arc<AtomicBool>) -> Arc<ServedModel> {
+    let (noise, let_go) = (manifest(GraphKind::Absorbing).graph(), Arc::clone(let_go));
+    model_with(
+        GraphKind::Absorbing,
+        Box::new(move || {
+            Ok(Box::new(Hanging {
+                network: ClosedForm::new(noise, sentences()),
+                obeys,
+                stopped: Arc::default(),
+                let_go: Arc::clone(&let_go),
+            }))
+        }),
+    )
+}
+
+#[test]
+fn a_pass_that_hangs_is_ended_and_its_neighbours_go_on() {
+    for obeys in [true, false] {
+        let let_go = Arc::new(AtomicBool::new(false));
+        let (model, sound) = (hanging(obeys, &let_go), model(GraphKind::Absorbing));
+        let engine = Engine::start(EngineOptions {
+            max_pass: Duration::from_millis(50),
+            last_chance: if obeys {
+                Duration::from_secs(60)
+            } else {
+                Duration::from_millis(50)
+            },
+            ..options(1)
+        })
+        .unwrap();
+        let mut hangs = engine
+            .admit(Request {
+                id: "hangs".to_owned(),
+                template: [Some(3), None, None, None, None, None].into(),
+                canvases: 1,
+                ..request(&model, 2)
+            })
+            .unwrap();
+        let mut neighbours: Vec<_> = [1, 3, 5, 7]
+            .map(|n| engine.admit(request(&sound, n)).unwrap())
+            .into();
+        let phase = end(&mut hangs.canvases[0]).phase;
+        assert!(
+            matches!(phase, Phase::Failed(Failure::Worker { .. })),
+            "obeys: {obeys}, {phase:?}"
+        );
+        for (n, neighbour) in [1, 3, 5, 7].into_iter().zip(&mut neighbours) {
+            assert_eq!(tokens(neighbour), undisturbed(&sound, n));
+        }
+        // Its room and its id are free, though a thread may still be at it, and its model is served.
+        assert!(idle(&engine), "obeys: {obeys}");
+        assert!(engine.shared.running.is_empty());
+        let free: Arc<[Option<Token>]> = [Some(0), None, None, None, None, None].into();
+        let after = |model: &Arc<ServedModel>| Request {
+            id: "hangs".to_owned(),
+            template: Arc::clone(&free),
+            ..request(model, 4)
+        };
+        let mut again = engine.admit(after(&model)).unwrap();
+        let calm = Engine::start(options(1)).unwrap();
+        let expected = tokens(&mut calm.admit(after(&sound)).unwrap());
+        assert_eq!(tokens(&mut again), expected, "obeys: {obeys}");
+        let_go.store(true, Ordering::Release);
+    }
+}
+
+#[test]
+fn shutting_down_stops_what_hangs() {
+    let let_go = Arc::new(AtomicBool::new(false));
+    let model = hanging(true, &let_go);
+    let engine = Engine::start(options(1)).unwrap();
+    let mut hangs = engine
+        .admit(Request {
+            template: [Some(3), None, None, None, None, None].into(),
+            ..request(&model, 2)
+        })
+        .unwrap();
+    engine.shut_down();
+    let phase = end(&mut hangs.canvases[0]).phase;
+    assert!(
+        matches!(phase, Phase::Failed(Failure::ShutDown | Failure::Worker { .. })),
+        "{phase:?}"
+    );
+    assert!(idle(&engine), "the thread has come back");
+}
+
+/// A device with room for two canvases: larger passes are halved until they fit, and nobody is harmed.
+#[test]
+fn a_device_without_memory_gets_smaller_passes() {
+    let largest = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&largest);
+    let model = faulty(GraphKind::Absorbing, move |batch| {
+        let canvases = batch.tokens.len() / batch.length;
+        if canvases > 2 {
+            return Some(Fault::Memory);
+        }
+        seen.fetch_max(canvases, Ordering::AcqRel);
+        None
+    });
+    let sound = super::tests::model(GraphKind::Absorbing);
+    let engine = Engine::start(options(1)).unwrap();
+    let mut generations: Vec<_> = (0..24)
+        .map(|n| engine.admit(request(&model, n)).unwrap())
+        .collect();
+    for (n, generation) in (0..24).zip(&mut generations) {
+        assert_eq!(tokens(generation), undisturbed(&sound, n));
+    }
+    assert_eq!(
+        largest.load(Ordering::Acquire),
+        2,
+        "nor are they smaller than they must be"
+    );
+    assert!(idle(&engine));
+}
+
+#[test]
+fn a_canvas_that_never_fits_into_memory_is_given_up() {
+    let engine = Engine::start(options(1)).unwrap();
+    let model = faulty(GraphKind::Absorbing, |_| Some(Fault::Memory));
+    let mut lost = engine.admit(request(&model, 3)).unwrap();
+    for receiver in &mut lost.canvases {
+        let phase = end(receiver).phase;
+        assert!(
+            matches!(phase, Phase::Failed(Failure::Worker { .. })),
+            "{phase:?}"
+        );
+    }
+    assert!(idle(&engine));
 }

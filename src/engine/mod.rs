@@ -13,11 +13,13 @@
 //!
 //! Failures stay where they happen. A canvas with unusable scores ends alone; after a pass that failed its
 //! canvases run one by one, and only the session that it ran on is replaced; a model that cannot be loaded
-//! fails its own requests. Every load has a thread of its own. However work ends, whoever follows it is told.
+//! fails its own requests. Every load has a thread of its own. A pass that hangs is stopped, or given up with its thread
+//! ([`watchdog`]); one that has no memory is made smaller ([`budget`]). However work ends, whoever follows it is told.
 //!
 //! The engine knows tokens, not text, and nothing of gRPC. Only workers and loads touch a network.
 
 mod admission;
+mod budget;
 pub mod canvas;
 mod cost;
 pub mod course;
@@ -28,6 +30,7 @@ mod progress;
 mod queue;
 mod request;
 mod sessions;
+mod watchdog;
 mod work;
 mod worker;
 
@@ -42,6 +45,7 @@ use parking_lot::Mutex;
 
 use admission::Admission;
 pub use admission::{NoRoom, Room};
+use budget::Budget;
 use canvas::Canvas;
 use cost::Costs;
 use course::Course;
@@ -50,7 +54,8 @@ pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::Queue;
 pub use request::{AdmitError, Caller, Generation, Publish, Request};
 use sessions::Loader;
-use work::{Origin, Work};
+use watchdog::Watchdog;
+use work::{Origin, Place, Work};
 
 /// How the engine is laid out.
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +72,10 @@ pub struct EngineOptions {
     pub caller_share: f64,
     /// Requests that may run.
     pub max_running_requests: usize,
+    /// How long a pass may take before it is stopped.
+    pub max_pass: Duration,
+    /// How long it may go on then, before it is given up with its thread.
+    pub last_chance: Duration,
 }
 
 /// A request that has canvases left.
@@ -83,7 +92,13 @@ struct Shared {
     queue: Queue,
     admission: Arc<Admission>,
     costs: Costs,
+    budget: Budget,
+    watchdog: Watchdog,
     loader: Loader,
+    /// Workers, loader and watchdog; taken by whoever shuts down first.
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Workers so far.
+    workers: AtomicU64,
     /// Running requests by id.
     running: DashMap<String, Running>,
     /// Requests so far.
@@ -122,8 +137,22 @@ const LAST_PASS: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    /// Workers and loader; taken by whoever shuts down first.
-    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// Starts a thread of the engine.
+fn spawn(shared: &Shared, name: String, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let thread = std::thread::Builder::new().name(name).spawn(run)?;
+    shared.threads.lock().push(thread);
+    Ok(())
+}
+
+/// Starts one more worker.
+fn spawn_worker(shared: &Arc<Shared>) -> std::io::Result<()> {
+    let index = shared.workers.fetch_add(1, Ordering::AcqRel) as usize;
+    let own = Arc::clone(shared);
+    spawn(shared, format!("denoise-{index}"), move || {
+        worker::run(&own, index);
+    })
 }
 
 impl Engine {
@@ -145,27 +174,27 @@ impl Engine {
                 options.workers,
             )),
             costs: Costs::default(),
+            budget: Budget::new(options.batch_tokens),
+            watchdog: Watchdog::new(options.max_pass, options.last_chance),
             loader: Loader::default(),
+            threads: Mutex::new(Vec::new()),
+            workers: AtomicU64::new(0),
             running: DashMap::new(),
             requests: AtomicU64::new(0),
             draining: AtomicBool::new(false),
         });
+        // Its drop ends the threads that there are, where the system does not give all.
         let engine = Self {
             shared: Arc::clone(&shared),
-            threads: Mutex::new(Vec::new()),
         };
-        for index in 0..options.workers {
-            let shared = Arc::clone(&shared);
-            engine.spawn(format!("denoise-{index}"), move || worker::run(&shared, index))?;
+        for _ in 0..options.workers {
+            spawn_worker(&shared)?;
         }
-        engine.spawn("load".to_owned(), move || shared.loader.run(&shared))?;
+        let own = Arc::clone(&shared);
+        spawn(&shared, "load".to_owned(), move || own.loader.run(&own))?;
+        let own = Arc::clone(&shared);
+        spawn(&shared, "watchdog".to_owned(), move || own.watchdog.run(&own))?;
         Ok(engine)
-    }
-
-    fn spawn(&self, name: String, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-        let thread = std::thread::Builder::new().name(name).spawn(run)?;
-        self.threads.lock().push(thread);
-        Ok(())
     }
 
     /// Queues a request's canvases. Refusals come before anything is built or drawn.
@@ -187,7 +216,7 @@ impl Engine {
         let gaps = request.template.iter().filter(|token| token.is_none()).count();
         let evaluations = request.plan.most_evaluations(gaps, &request.model);
         let cost = shared.costs.predicted(&request.model, request.template.len());
-        let origin = Arc::new(self.register(&request)?);
+        let (origin, place) = self.register(&request)?;
         let permits = shared
             .admission
             .admit(&request.caller, request.canvases, evaluations, cost)?;
@@ -197,7 +226,7 @@ impl Engine {
             .zip(0u32..)
             .map(|(permit, index)| {
                 let canvas = Canvas::new(&course, &request.template, request.seed, index.into());
-                let (work, receiver) = Work::new(canvas, &origin, index, permit);
+                let (work, receiver) = Work::new(canvas, &origin, index, permit, &place);
                 (receiver, work)
             })
             .unzip();
@@ -212,8 +241,8 @@ impl Engine {
         })
     }
 
-    /// Enters a request under its id, for as long as the result lives.
-    fn register(&self, request: &Request) -> Result<Origin, AdmitError> {
+    /// Enters a request under its id, for as long as the place lives.
+    fn register(&self, request: &Request) -> Result<(Arc<Origin>, Arc<Place>), AdmitError> {
         let number = self.shared.requests.fetch_add(1, Ordering::AcqRel);
         let cancelled = Arc::new(AtomicBool::new(false));
         match self.shared.running.entry(request.id.clone()) {
@@ -223,7 +252,12 @@ impl Engine {
                 cancelled: Arc::clone(&cancelled),
             }),
         };
-        Ok(Origin {
+        let place = Place {
+            id: request.id.clone(),
+            number,
+            shared: Arc::clone(&self.shared),
+        };
+        let origin = Origin {
             id: request.id.clone(),
             number,
             caller: request.caller.clone(),
@@ -231,7 +265,8 @@ impl Engine {
             publish: request.publish,
             admitted: Instant::now(),
             shared: Arc::clone(&self.shared),
-        })
+        };
+        Ok((Arc::new(origin), Arc::new(place)))
     }
 
     /// Ends a running request: canvases that wait at once, those in a pass after it; `false` when none has
@@ -259,16 +294,21 @@ impl Engine {
 
     /// Ends what still runs, joins the threads.
     ///
-    /// Blocks for at most one pass of every worker, and for no longer than 5 seconds: a thread that is not back
-    /// by then is left behind.
+    /// Blocks for at most one pass of every worker, and for no longer than 5 seconds: passes that take longer than
+    /// half of that are stopped, and a thread that is not back by then is left behind.
     pub fn shut_down(&self) {
         self.drain();
         end_all(self.shared.queue.close(), &Failure::ShutDown);
         self.shared.loader.close();
         end_all(self.shared.loader.withdraw(None), &Failure::ShutDown);
-        let end = Instant::now() + LAST_PASS;
-        for thread in self.threads.lock().drain(..) {
+        self.shared.watchdog.close();
+        let (end, mut stop_at) = (Instant::now() + LAST_PASS, Some(Instant::now() + LAST_PASS / 2));
+        let threads = std::mem::take(&mut *self.shared.threads.lock());
+        for thread in threads {
             while !thread.is_finished() && Instant::now() < end {
+                if stop_at.take_if(|at| Instant::now() >= *at).is_some() {
+                    self.shared.watchdog.stop_all();
+                }
                 std::thread::sleep(Duration::from_millis(1));
             }
             if !thread.is_finished() {

@@ -121,6 +121,17 @@ impl Sessions {
         drop(session);
     }
 
+    /// A session will not come back from its pass: another is loaded in its place.
+    pub(super) fn lost_for_good(self: &Arc<Self>, loader: &Loader) {
+        let mut held = self.held.lock();
+        held.count = held.count.saturating_sub(1);
+        let ask = !std::mem::replace(&mut held.loading, true);
+        drop(held);
+        if ask {
+            loader.ask(self, Duration::ZERO);
+        }
+    }
+
     /// Gives up on the model: all its sessions, with the one it has failed on, and whatever waits for it. It is
     /// tried again after a while.
     pub(super) fn fail(self: &Arc<Self>, session: Option<Session>, reason: &str, loader: &Loader) {

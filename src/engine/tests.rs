@@ -24,6 +24,8 @@ pub(super) fn options(workers: usize) -> EngineOptions {
         max_queue: Duration::from_secs(1000),
         caller_share: 1.0,
         max_running_requests: 64,
+        max_pass: Duration::from_secs(60),
+        last_chance: Duration::from_secs(60),
     }
 }
 

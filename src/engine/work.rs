@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::admission::Permit;
@@ -27,10 +28,65 @@ pub(super) struct Origin {
     pub(super) shared: Arc<Shared>,
 }
 
-impl Drop for Origin {
-    /// The last canvas has ended, and the request with it, whether or not its stream has been read.
+/// The place of a request among those that run; free again when the last of its canvases has ended, whether or
+/// not its stream has been read.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) id: String,
+    pub(super) number: u64,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
         self.shared.forget(&self.id, self.number);
+    }
+}
+
+/// What a canvas holds as long as it has not ended, and who follows it. Apart from the canvas, so that it can be
+/// ended while a thread that does not come back has the canvas.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    request: String,
+    /// Keeps the newest state only; closed when nobody listens any more.
+    progress: watch::Sender<State>,
+    /// Room and place; gone when the canvas has ended.
+    held: Mutex<Option<(Permit, Arc<Place>)>>,
+}
+
+impl Ticket {
+    /// The request's id.
+    pub(super) fn request(&self) -> &str {
+        &self.request
+    }
+
+    /// Ends the canvas with `failure`, unless it has ended before.
+    pub(super) fn end(&self, failure: Failure) {
+        self.tell(|state| state.phase = Phase::Failed(failure));
+        self.let_go();
+    }
+
+    /// Changes the newest state of a canvas that has not ended.
+    fn tell(&self, change: impl FnOnce(&mut State)) {
+        self.progress.send_if_modified(|state| {
+            let running = matches!(state.phase, Phase::Running);
+            if running {
+                change(state);
+            }
+            running
+        });
+    }
+
+    fn keep(&self, evaluations: u64) {
+        if let Some((permit, _)) = &mut *self.held.lock() {
+            permit.keep(evaluations);
+        }
+    }
+
+    fn let_go(&self) {
+        // Giving room and place back takes locks of its own.
+        let held = self.held.lock().take();
+        drop(held);
     }
 }
 
@@ -41,9 +97,7 @@ pub(super) struct Work {
     pub(super) origin: Arc<Origin>,
     /// Number of the canvas in its request.
     pub(super) index: u32,
-    /// Keeps the newest state only; closed when nobody listens any more.
-    progress: watch::Sender<State>,
-    permit: Permit,
+    ticket: Arc<Ticket>,
     /// Set after a pass has failed that others shared: it may have been this canvas.
     alone: bool,
     /// Since when it has waited for its next step.
@@ -60,23 +114,33 @@ impl Work {
         origin: &Arc<Origin>,
         index: u32,
         permit: Permit,
+        place: &Arc<Place>,
     ) -> (Self, watch::Receiver<State>) {
         let (progress, receiver) = watch::channel(State::running(&canvas));
-        let mut work = Self {
+        let ticket = Ticket {
+            request: origin.id.clone(),
+            progress,
+            held: Mutex::new(Some((permit, Arc::clone(place)))),
+        };
+        let work = Self {
             canvas,
             origin: Arc::clone(origin),
             index,
-            progress,
-            permit,
+            ticket: Arc::new(ticket),
             alone: false,
             ready: origin.admitted,
             timings: Timings::default(),
             attempts: 0,
         };
         // The number of evaluations was an upper bound as long as hit times were not drawn.
-        work.permit.keep(work.canvas.evaluations_left());
+        work.ticket.keep(work.canvas.evaluations_left());
         work.join();
         (work, receiver)
+    }
+
+    /// What ends the canvas wherever it is.
+    pub(super) fn ticket(&self) -> &Arc<Ticket> {
+        &self.ticket
     }
 
     /// The flow that this waits in.
@@ -115,7 +179,7 @@ impl Work {
     pub(super) fn is_over(&self) -> Option<Failure> {
         if self.origin.cancelled.load(Ordering::Acquire) {
             Some(Failure::Cancelled)
-        } else if self.progress.is_closed() {
+        } else if self.ticket.progress.is_closed() {
             Some(Failure::Abandoned)
         } else {
             None
@@ -129,16 +193,17 @@ impl Work {
         if self.canvas.is_done() {
             self.timings.total = self.origin.admitted.elapsed();
             let done = State::done(&self.canvas, self.timings);
-            self.progress.send_replace(done);
+            self.ticket.tell(|state| *state = done);
             return None;
         }
         if let Some(failure) = self.is_over() {
             self.end(failure);
             return None;
         }
-        self.permit.keep(self.canvas.evaluations_left());
+        self.ticket.keep(self.canvas.evaluations_left());
         if self.origin.publish == Publish::Steps {
-            self.progress.send_replace(State::running(&self.canvas));
+            let running = State::running(&self.canvas);
+            self.ticket.tell(|state| *state = running);
         }
         self.ready = Instant::now();
         Some(self)
@@ -146,24 +211,14 @@ impl Work {
 
     /// Ends the canvas.
     pub(super) fn end(self, failure: Failure) {
-        self.fail(failure);
-    }
-
-    fn fail(&self, failure: Failure) {
-        self.progress.send_if_modified(|state| {
-            let running = matches!(state.phase, Phase::Running);
-            if running {
-                state.phase = Phase::Failed(failure);
-            }
-            running
-        });
+        self.ticket.end(failure);
     }
 }
 
 impl Drop for Work {
     fn drop(&mut self) {
         // Nothing is left saying that it runs, whatever became of the thread that had it.
-        self.fail(Failure::Worker {
+        self.ticket.end(Failure::Worker {
             request: self.origin.id.clone(),
         });
         self.origin.shared.queue.leave(self.flow());

@@ -11,7 +11,7 @@ use crate::network::NetworkError;
 /// Passes that may fail in a row with a canvas alone, before it is given up.
 const MAX_ATTEMPTS: u32 = 3;
 
-/// Takes work until the queue closes.
+/// Takes work until the queue closes, or the watchdog has given up on a pass.
 pub(super) fn run(shared: &Shared, index: usize) {
     // What a panic takes with it is told by the work that it drops; the thread goes on.
     while catch_unwind(AssertUnwindSafe(|| work(shared, index))).is_err() {
@@ -21,7 +21,7 @@ pub(super) fn run(shared: &Shared, index: usize) {
 
 fn work(shared: &Shared, index: usize) {
     let mut pass = Pass::default();
-    while let Some(taken) = shared.queue.take(shared.options.batch_tokens, &shared.costs) {
+    while let Some(taken) = shared.queue.take(shared.budget.tokens(), &shared.costs) {
         let batch = those_who_go_on(taken);
         let Some(model) = batch.first().map(|work| Arc::clone(work.canvas.model())) else {
             continue;
@@ -30,11 +30,17 @@ fn work(shared: &Shared, index: usize) {
         let Some((mut session, mut batch)) = sessions.check_out(batch, &shared.loader) else {
             continue;
         };
+        let watch = shared.watchdog.watch(session.as_ref(), &model, &batch);
         // A panic leaves every canvas either before or after its step: tokens move at once.
         let result = catch_unwind(AssertUnwindSafe(|| {
             pass.run(session.as_mut(), &mut batch, shared.options.threads)
         }))
         .unwrap_or_else(|_| Err(NetworkError::Run("the pass panicked".to_owned())));
+        if !watch.end() {
+            // Another has this thread's place, and the canvases have been ended.
+            tracing::warn!(worker = index, %model, "a pass that was given up has come back");
+            return;
+        }
         match result {
             Ok(Passed {
                 verdicts,
@@ -42,6 +48,7 @@ fn work(shared: &Shared, index: usize) {
             }) => {
                 let length = batch.first().map_or(0, |work| work.canvas.tokens().len());
                 shared.costs.measured(&model, length, batch.len(), per_evaluation);
+                shared.budget.went_well();
                 sessions.check_in(session, shared);
                 let mut back = Vec::with_capacity(batch.len());
                 for (work, verdict) in batch.into_iter().zip(verdicts) {
@@ -65,6 +72,21 @@ fn work(shared: &Shared, index: usize) {
                         .filter_map(|work| retry(work, with_others))
                         .collect(),
                 );
+            }
+            Err(error @ NetworkError::Memory(_)) => {
+                let tokens: usize = batch.iter().map(|work| work.canvas.tokens().len()).sum();
+                let lowered = shared.budget.lower(tokens);
+                tracing::error!(worker = index, %model, %error, tokens, lowered, "there is no memory for a pass; the next ones are smaller");
+                sessions.check_in(session, shared);
+                let with_others = batch.len() > 1;
+                let again = |work| {
+                    if with_others {
+                        Some(work)
+                    } else {
+                        retry(work, false)
+                    }
+                };
+                shared.put(batch.into_iter().filter_map(again).collect());
             }
             // What cannot heal by trying again is the model's, not the canvases'.
             Err(error @ (NetworkError::Runtime(_) | NetworkError::Load(_) | NetworkError::Contract(_))) => {

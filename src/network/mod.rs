@@ -6,6 +6,8 @@
 pub mod closed_form;
 pub mod onnx;
 
+use std::sync::Arc;
+
 /// What one evaluation is asked: canvases of one length, and the rows that are wanted.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
@@ -74,6 +76,15 @@ pub enum NetworkError {
     /// An evaluation failed.
     #[error("evaluating the network failed: {0}")]
     Run(String),
+    /// The device has no memory for an evaluation of this size.
+    #[error("there is no memory for the evaluation: {0}")]
+    Memory(String),
+}
+
+/// Ends an evaluation from another thread.
+pub trait Stop: Send + Sync {
+    /// The evaluation that runs returns an error as soon as it can, and so may every later one.
+    fn stop(&self);
 }
 
 /// A network that one worker thread owns.
@@ -86,4 +97,9 @@ pub trait ScoreNetwork: Send {
         batch: &Batch<'_>,
         read: &mut dyn FnMut(ScoreRows<'_>),
     ) -> Result<(), NetworkError>;
+
+    /// What ends evaluations of this network that take too long, where something can.
+    fn stop_handle(&self) -> Option<Arc<dyn Stop>> {
+        None
+    }
 }

@@ -4,15 +4,16 @@
 //! in the README. The runtime is a shared library that is loaded once per process ([`runtime`]).
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::Duration;
 
 use half::f16;
 use ort::environment::Environment;
-use ort::session::Session;
 use ort::session::builder::GraphOptimizationLevel;
+use ort::session::{RunOptions, Session};
 use ort::value::{DynValue, TensorElementType, TensorRef, ValueType};
 
-use super::{Batch, NetworkError, ScoreNetwork, ScoreRows};
+use super::{Batch, NetworkError, ScoreNetwork, ScoreRows, Stop};
 use crate::bundle::{Bundle, ModelSource};
 
 /// Where an [`OnnxNetwork`] runs.
@@ -77,11 +78,67 @@ pub struct OnnxNetwork {
     half: bool,
     /// Converted output of networks that speak float16; reused between evaluations.
     converted: Vec<f32>,
+    run: Run,
+}
+
+/// Positions of the canvas that a network is tried with when it is loaded.
+const TRIAL: usize = 8;
+/// How long that may take.
+const TRIAL_TIME: Duration = Duration::from_secs(60);
+
+/// The options of all runs of a session, through which another thread can end them.
+#[derive(Clone)]
+struct Run(Arc<RunOptions>);
+
+impl std::fmt::Debug for Run {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Run")
+    }
+}
+
+impl Stop for Run {
+    fn stop(&self) {
+        // Where the runtime refuses there is nothing more to try: whoever waits gives up on the run.
+        drop(self.0.terminate());
+    }
 }
 
 impl OnnxNetwork {
-    /// Loads the network of `bundle` and checks it against its manifest.
+    /// Loads the network of `bundle`, checks it against its manifest and evaluates it once: what cannot run is
+    /// told now, and what the runtime sets up at first is not a request's to wait for.
     pub fn load(bundle: &Bundle, options: &OnnxOptions) -> Result<Self, NetworkError> {
+        let mut network = Self::open(bundle, options)?;
+        let manifest = bundle.manifest();
+        let length = manifest.max_length.min(TRIAL);
+        let token = manifest.mask_token.unwrap_or(0);
+        let trial = Batch {
+            tokens: &vec![i64::from(token); length],
+            length,
+            sigma: &[manifest.schedule.total_noise(0.5) as f32],
+            positions: &[0],
+        };
+        let (over, timer) = mpsc::channel::<()>();
+        let run = network.run.clone();
+        std::thread::spawn(move || {
+            if timer.recv_timeout(TRIAL_TIME) == Err(mpsc::RecvTimeoutError::Timeout) {
+                run.stop();
+            }
+        });
+        let tried = network.log_score(&trial, &mut |_| {});
+        drop(over);
+        tried.map_err(|error| match error {
+            NetworkError::Run(problem) => {
+                NetworkError::Load(format!("its first evaluation failed: {problem}"))
+            }
+            error @ (NetworkError::Runtime(_)
+            | NetworkError::Load(_)
+            | NetworkError::Contract(_)
+            | NetworkError::Memory(_)) => error,
+        })?;
+        Ok(network)
+    }
+
+    fn open(bundle: &Bundle, options: &OnnxOptions) -> Result<Self, NetworkError> {
         let session = open_session(bundle, options)?;
         let manifest = bundle.manifest();
         let contract = |message: String| NetworkError::Contract(message);
@@ -143,6 +200,9 @@ impl OnnxNetwork {
             takes_positions,
             half,
             converted: Vec::new(),
+            run: Run(Arc::new(
+                RunOptions::new().map_err(|e| NetworkError::Load(e.to_string()))?,
+            )),
         })
     }
 }
@@ -153,7 +213,7 @@ impl ScoreNetwork for OnnxNetwork {
         batch: &Batch<'_>,
         read: &mut dyn FnMut(ScoreRows<'_>),
     ) -> Result<(), NetworkError> {
-        let run = |e: ort::Error| NetworkError::Run(e.to_string());
+        let run = |error: ort::Error| failed_run(&error);
         if batch.positions.is_empty() {
             // Not every operator of the runtime is at home with empty tensors.
             read(ScoreRows::packed(&[], self.vocab));
@@ -171,7 +231,7 @@ impl ScoreNetwork for OnnxNetwork {
                 TensorRef::from_array_view(([batch.positions.len()], batch.positions)).map_err(run)?;
             inputs.push(("positions".into(), positions.into()));
         }
-        let outputs = self.session.run(inputs).map_err(run)?;
+        let outputs = self.session.run_with_options(inputs, &self.run.0).map_err(run)?;
         let Some(output) = outputs.get("log_score") else {
             return Err(NetworkError::Run(
                 "the output \"log_score\" is missing".to_owned(),
@@ -203,6 +263,28 @@ impl ScoreNetwork for OnnxNetwork {
             ScoreRows::gathered(data, self.vocab, batch.positions)
         });
         Ok(())
+    }
+
+    fn stop_handle(&self) -> Option<Arc<dyn Stop>> {
+        Some(Arc::new(self.run.clone()))
+    }
+}
+
+/// Tells failed evaluations that a smaller batch may survive from others: ONNX Runtime has no code for them.
+fn failed_run(error: &ort::Error) -> NetworkError {
+    let problem = error.to_string();
+    let lower = problem.to_lowercase();
+    // Of its arenas, of CUDA, and of the C++ library.
+    let signs = [
+        "failed to allocate memory",
+        "out of memory",
+        "bad_alloc",
+        "cuda_error_out_of_memory",
+    ];
+    if signs.iter().any(|sign| lower.contains(sign)) {
+        NetworkError::Memory(problem)
+    } else {
+        NetworkError::Run(problem)
     }
 }
 

@@ -132,6 +132,8 @@ impl Server {
             max_queue: Duration::from_secs(config.engine.max_queue_seconds),
             caller_share: config.engine.max_caller_share,
             max_running_requests: config.limits.max_running_requests,
+            max_pass: Duration::from_secs(config.engine.max_pass_seconds),
+            last_chance: LAST_CHANCE,
         })
         .map_err(system("cannot start the workers".to_owned()))?;
         let service = Service {
@@ -262,6 +264,9 @@ impl Server {
         router
     }
 }
+
+/// How long a pass may go on after it was told to stop: ONNX Runtime stops between two operators.
+const LAST_CHANCE: Duration = Duration::from_secs(5);
 
 /// How long connections get to deliver what is already finished.
 const LAST_WORDS: Duration = Duration::from_secs(2);

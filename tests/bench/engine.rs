@@ -43,6 +43,8 @@ impl Subject {
             max_queue: Duration::from_secs(86_400),
             caller_share: 1.0,
             max_running_requests: 8,
+            max_pass: Duration::from_secs(300),
+            last_chance: Duration::from_secs(5),
         })?;
         Ok(Self {
             engine,
