@@ -1,6 +1,7 @@
 //! What one canvas, stream or caller does harms no other.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,10 +12,14 @@ use denoised::network::closed_form::ClosedForm;
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use denoised::proto::v1::{
-    FramePolicy, GenerateRequest, ModelReference, Sampling, frame_policy, generate_response,
+    FramePolicy, GenerateRequest, GetModelRequest, ModelReference, ModelState, Sampling, frame_policy,
+    generate_response,
 };
 use tonic::Code;
 use tonic::transport::Endpoint;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::support::{TestServer, closed_form_manifest, config, generate};
 
@@ -162,20 +167,7 @@ async fn a_stream_that_nobody_reads_is_ended_and_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_network_that_never_ends_is_ended_and_others_are_served() {
     let repository = tempfile::tempdir().unwrap();
-    let mut manifest = Manifest {
-        name: "endless".to_owned(),
-        graph: GraphKind::Uniform,
-        vocab_size: 5,
-        mask_token: None,
-        time_conditioned: false,
-        sha256: BTreeMap::new(),
-        ..closed_form_manifest()
-    };
-    let mut writer = BundleWriter::new(&repository.path().join("endless")).unwrap();
-    let network = include_bytes!("fixtures/hostile/endless.onnx");
-    writer.add(MODEL, network).unwrap();
-    writer.describe(&mut manifest).unwrap();
-    writer.commit(&repository.path().join("endless/1")).unwrap();
+    publish_endless(repository.path(), "endless", 1, false);
     let mut config = config();
     config.models.repository = Some(repository.path().to_owned());
     config.models.default = Some("world-english".to_owned());
@@ -208,5 +200,107 @@ async fn a_network_that_never_ends_is_ended_and_others_are_served() {
     let status = hangs.await.unwrap().unwrap_err();
     assert_eq!(status.code(), Code::Internal, "{status}");
     calm.stop().await;
+    server.stop().await;
+}
+
+/// Publishes the network that never ends, with a manifest that tells the truth about its inputs unless
+/// `time_conditioned`.
+fn publish_endless(repository: &Path, name: &str, version: u64, time_conditioned: bool) {
+    let mut manifest = Manifest {
+        name: name.to_owned(),
+        graph: GraphKind::Uniform,
+        vocab_size: 5,
+        mask_token: None,
+        time_conditioned,
+        sha256: BTreeMap::new(),
+        ..closed_form_manifest()
+    };
+    let folder = repository.join(name);
+    let mut writer = BundleWriter::new(&folder).unwrap();
+    let network = include_bytes!("fixtures/hostile/endless.onnx");
+    writer.add(MODEL, network).unwrap();
+    writer.describe(&mut manifest).unwrap();
+    writer.commit(&folder.join(version.to_string())).unwrap();
+}
+
+async fn health(server: &TestServer) -> ServingStatus {
+    let request = HealthCheckRequest::default();
+    let answer = HealthClient::new(server.channel.clone()).check(request).await;
+    answer.unwrap().into_inner().status()
+}
+
+/// A new version that cannot be run, published over one that can.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_default_that_cannot_be_loaded_leaves_the_others_served() {
+    let repository = tempfile::tempdir().unwrap();
+    publish_endless(repository.path(), "world-english", 2, true);
+    let mut config = config();
+    config.models.repository = Some(repository.path().to_owned());
+    let server = TestServer::demo_with(&config).await;
+    let version = |version| {
+        Some(ModelReference {
+            name: "world-english".to_owned(),
+            version,
+        })
+    };
+    // The newest version, until it is known to fail.
+    let failed = loop {
+        let model = GetModelRequest { model: version(2) };
+        let model = server.models().get_model(model).await.unwrap().into_inner();
+        let model = model.model.unwrap();
+        if model.state() == ModelState::Failed {
+            break model;
+        }
+        tokio::task::yield_now().await;
+    };
+    assert!(
+        failed.is_default && failed.state_reason.contains("sigma"),
+        "{failed:?}"
+    );
+    for model in [None, version(0), version(1)] {
+        let request = GenerateRequest {
+            model,
+            ..GenerateRequest::default()
+        };
+        let answer = generate(&mut server.client(), request).await.unwrap();
+        assert_eq!(answer.accepted.unwrap().model.unwrap().version, 1);
+    }
+    let request = GenerateRequest {
+        model: version(2),
+        ..GenerateRequest::default()
+    };
+    let status = generate(&mut server.client(), request).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("sigma"), "{status}");
+    assert_eq!(health(&server).await, ServingStatus::Serving);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_is_down_while_no_model_can_be_served() {
+    let fails = Arc::new(AtomicBool::new(true));
+    let broken = Arc::clone(&fails);
+    let network = move || {
+        if broken.load(Ordering::Acquire) {
+            return Err(NetworkError::Load("injected".to_owned()));
+        }
+        let network = ClosedForm::independent(Graph::new(GraphKind::Absorbing, 6), &[0.2; 5]);
+        Ok(Box::new(network) as Box<dyn ScoreNetwork>)
+    };
+    let server = TestServer::with_network(&config(), Box::new(network)).await;
+    let becomes = async |wanted| {
+        let reached = async {
+            while health(&server).await != wanted {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), reached)
+            .await
+            .unwrap();
+    };
+    becomes(ServingStatus::NotServing).await;
+    // It is tried again without being asked for.
+    fails.store(false, Ordering::Release);
+    becomes(ServingStatus::Serving).await;
     server.stop().await;
 }

@@ -87,6 +87,9 @@ pub(super) struct Model<'a> {
     max_steps: u32,
     max_samples: u32,
     has_tokenizer: bool,
+    state: String,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    state_reason: &'a str,
     provenance: Value,
 }
 
@@ -170,6 +173,8 @@ impl<'a> From<&'a v1::Model> for Model<'a> {
             max_steps: limits.max_steps,
             max_samples: limits.max_samples,
             has_tokenizer: model.has_tokenizer,
+            state: state(model),
+            state_reason: &model.state_reason,
             provenance: provenance(model),
         }
     }
@@ -178,6 +183,11 @@ impl<'a> From<&'a v1::Model> for Model<'a> {
 /// The graph's name as people write it.
 pub(super) fn graph(model: &v1::Model) -> String {
     plain(model.graph().as_str_name(), "GRAPH_")
+}
+
+/// Where the model is on its way to being served.
+pub(super) fn state(model: &v1::Model) -> String {
+    plain(model.state().as_str_name(), "MODEL_STATE_")
 }
 
 /// What trained the model; null when the server tells no JSON.

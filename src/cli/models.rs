@@ -59,18 +59,23 @@ fn table(models: &[Model], out: &mut impl Write) -> io::Result<()> {
     let width = width.unwrap_or_default().max("MODEL".len());
     writeln!(
         out,
-        "{:<width$}  {:<9}  {:>10}  {:>10}  PROVENANCE",
-        "MODEL", "GRAPH", "VOCABULARY", "MAX LENGTH"
+        "{:<width$}  {:<8}  {:<9}  {:>10}  {:>10}  PROVENANCE",
+        "MODEL", "STATE", "GRAPH", "VOCABULARY", "MAX LENGTH"
     )?;
     for model in models {
         writeln!(
             out,
-            "{:<width$}  {:<9}  {:>10}  {:>10}  {}",
+            "{:<width$}  {:<8}  {:<9}  {:>10}  {:>10}  {}",
             name(model),
+            json::state(model),
             json::graph(model),
             model.vocab_size,
             model.limits.unwrap_or_default().max_length,
-            summary(&json::provenance(model))
+            if model.state_reason.is_empty() {
+                summary(&json::provenance(model))
+            } else {
+                model.state_reason.clone()
+            }
         )?;
     }
     Ok(())

@@ -175,7 +175,7 @@ fn a_model_that_heals_is_served_again() {
     let phase = end(&mut engine.admit(request(&healing, 2)).unwrap().canvases[0]).phase;
     assert!(matches!(phase, Phase::Failed(Failure::Model { .. })), "{phase:?}");
     // It is tried again without being asked for.
-    while engine.shared.loader.sessions(&healing).failed().is_some() {
+    while matches!(engine.state(&healing), ModelState::Failed { .. }) {
         std::thread::yield_now();
     }
     let mut healed = engine.admit(request(&healing, 2)).unwrap();

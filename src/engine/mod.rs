@@ -42,6 +42,7 @@ use std::time::{Duration, Instant};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use admission::Admission;
 pub use admission::{NoRoom, Room};
@@ -49,7 +50,7 @@ use budget::Budget;
 use canvas::Canvas;
 use cost::Costs;
 use course::Course;
-pub use models::{Models, NetworkSource, ServedModel};
+pub use models::{ModelState, Models, NetworkSource, ServedModel};
 pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::Queue;
 pub use request::{AdmitError, Caller, Generation, Publish, Request};
@@ -203,9 +204,10 @@ impl Engine {
         if shared.draining.load(Ordering::Acquire) {
             return Err(AdmitError::Draining);
         }
-        if let Some(retry_at) = shared.loader.sessions(&request.model).failed() {
+        if let ModelState::Failed { reason, retry_at } = self.state(&request.model) {
             return Err(AdmitError::Model {
                 model: request.model.to_string(),
+                reason,
                 retry_after: retry_at.saturating_duration_since(Instant::now()),
             });
         }
@@ -280,6 +282,21 @@ impl Engine {
             end_all(self.shared.withdraw(number), &Failure::Cancelled);
         }
         found.is_some()
+    }
+
+    /// Has a model loaded before a request asks for it.
+    pub fn prepare(&self, model: &Arc<ServedModel>) {
+        self.shared.loader.sessions(model).prepare(&self.shared.loader);
+    }
+
+    /// Where a model is on its way to being served.
+    pub fn state(&self, model: &Arc<ServedModel>) -> ModelState {
+        self.shared.loader.sessions(model).state()
+    }
+
+    /// Tells when the state of some model has changed.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.shared.loader.changed.subscribe()
     }
 
     /// Stops admission; what runs goes on.

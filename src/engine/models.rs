@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-
-use parking_lot::Mutex;
+use std::time::Instant;
 
 use crate::bundle::{Bundle, BundleError, Manifest, TextTokenizer};
 use crate::diffusion::Graph;
@@ -13,14 +12,30 @@ use crate::network::{NetworkError, ScoreNetwork};
 /// Makes a worker's own copy of a network.
 pub type NetworkSource = Box<dyn Fn() -> Result<Box<dyn ScoreNetwork>, NetworkError> + Send + Sync>;
 
+/// Where a model is on its way to being served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelState {
+    /// Loaded when a request asks for it.
+    Unloaded,
+    /// Being loaded; requests for it wait.
+    Loading,
+    /// Served.
+    Ready,
+    /// It cannot be loaded or run; tried again from time to time.
+    Failed {
+        /// Why, in one line.
+        reason: String,
+        /// When it is tried again.
+        retry_at: Instant,
+    },
+}
+
 /// A model as the engine and the server see it.
 pub struct ServedModel {
     version: u64,
     manifest: Manifest,
     tokenizer: Option<TextTokenizer>,
     network: NetworkSource,
-    /// Loaded ahead, for the worker that asks first.
-    loaded: Mutex<Option<Box<dyn ScoreNetwork>>>,
 }
 
 impl ServedModel {
@@ -32,7 +47,6 @@ impl ServedModel {
             manifest: bundle.manifest().clone(),
             tokenizer,
             network,
-            loaded: Mutex::new(None),
         })
     }
 
@@ -43,7 +57,6 @@ impl ServedModel {
             manifest,
             tokenizer: None,
             network,
-            loaded: Mutex::new(None),
         }
     }
 
@@ -72,17 +85,9 @@ impl ServedModel {
         self.tokenizer.as_ref()
     }
 
-    /// Loads a network ahead: what cannot be loaded is told now, and the first request need not wait for it.
-    pub fn load_ahead(&self) -> Result<(), NetworkError> {
-        let network = (self.network)()?;
-        *self.loaded.lock() = Some(network);
-        Ok(())
-    }
-
     /// A network for one worker.
     pub fn network(&self) -> Result<Box<dyn ScoreNetwork>, NetworkError> {
-        let loaded = self.loaded.lock().take();
-        loaded.map_or_else(|| (self.network)(), Ok)
+        (self.network)()
     }
 }
 
@@ -106,6 +111,8 @@ impl fmt::Display for ServedModel {
 pub struct Models {
     by_name: BTreeMap<String, BTreeMap<u64, Arc<ServedModel>>>,
     default: Option<Arc<ServedModel>>,
+    /// Whether the default is a version, not whatever is the newest of its name.
+    default_is_pinned: bool,
 }
 
 impl Models {
@@ -124,6 +131,9 @@ impl Models {
     pub fn set_default(&mut self, name: &str, version: Option<u64>) -> bool {
         let found = self.find(name, version);
         let known = found.is_some();
+        if known {
+            self.default_is_pinned = version.is_some();
+        }
         self.default = found.or(self.default.take());
         known
     }
@@ -135,6 +145,22 @@ impl Models {
             Some(version) => versions.get(&version).cloned(),
             None => versions.values().next_back().cloned(),
         }
+    }
+
+    /// The versions that may stand for what a request asks for, the first choice first: the one that it names, or
+    /// all of its model, newest first; without a name those of the default.
+    pub fn candidates(&self, name: Option<&str>, version: Option<u64>) -> Vec<Arc<ServedModel>> {
+        let name = match (name, &self.default) {
+            (Some(name), _) => name,
+            (None, Some(default)) if self.default_is_pinned => return vec![Arc::clone(default)],
+            (None, Some(default)) => default.name(),
+            (None, None) => return Vec::new(),
+        };
+        let versions = self.by_name.get(name).into_iter().flatten().rev();
+        versions
+            .filter(|(of, _)| version.is_none_or(|version| **of == version))
+            .map(|(_, model)| Arc::clone(model))
+            .collect()
     }
 
     /// What requests get that name no model.

@@ -76,11 +76,13 @@ pub enum Failure {
     /// Nobody follows the canvas any more.
     #[error("nobody follows the canvas any more")]
     Abandoned,
-    /// The model cannot be loaded or run; the log says why.
-    #[error("model {model} has failed; the server's log has the details")]
+    /// The model cannot be loaded or run.
+    #[error("model {model} has failed: {reason}")]
     Model {
         /// The model, with its version.
         model: String,
+        /// Why.
+        reason: String,
     },
     /// The worker failed, again and again; the log has the details under the request's id.
     #[error("the network failed; the server's log has the details under request id {request}")]

@@ -72,11 +72,13 @@ pub enum AdmitError {
     /// A running request has this id.
     #[error("a request with id {0:?} is running")]
     Exists(String),
-    /// The model cannot be loaded; the log says why.
-    #[error("model {model} has failed; the server's log has the details")]
+    /// The model cannot be loaded or run.
+    #[error("model {model} has failed: {reason}")]
     Model {
         /// The model, with its version.
         model: String,
+        /// Why.
+        reason: String,
         /// When it will be tried again.
         retry_after: Duration,
     },

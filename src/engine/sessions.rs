@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use tokio::sync::watch;
 
 use super::cost::address;
 use super::work::Work;
-use super::{Failure, ServedModel, Shared};
+use super::{Failure, ModelState, ServedModel, Shared};
 use crate::network::{NetworkError, ScoreNetwork};
 
 /// Pause after a failed load or pass, doubled with every further one in a row.
@@ -38,8 +39,8 @@ struct Held {
     count: usize,
     /// Whether the loader has been asked for more.
     loading: bool,
-    /// When a model that has failed is tried again.
-    failed: Option<Instant>,
+    /// Why the model has failed, and when it is tried again.
+    failed: Option<(String, Instant)>,
     /// Failed loads or passes in a row.
     failures: u32,
     /// Work that waits for a session.
@@ -62,9 +63,28 @@ impl Sessions {
         }
     }
 
-    /// Whether the model has failed, and when it is tried again.
-    pub(super) fn failed(&self) -> Option<Instant> {
-        self.held.lock().failed
+    /// Where the model is on its way to being served.
+    pub(super) fn state(&self) -> ModelState {
+        let held = self.held.lock();
+        match &held.failed {
+            Some((reason, retry_at)) => ModelState::Failed {
+                reason: reason.clone(),
+                retry_at: *retry_at,
+            },
+            None if held.count > 0 => ModelState::Ready,
+            None if held.loading => ModelState::Loading,
+            None => ModelState::Unloaded,
+        }
+    }
+
+    /// Has the first session loaded before a request asks for it.
+    pub(super) fn prepare(self: &Arc<Self>, loader: &Loader) {
+        let mut held = self.held.lock();
+        let ask = held.count == 0 && !std::mem::replace(&mut held.loading, true);
+        drop(held);
+        if ask {
+            loader.ask(self, Duration::ZERO);
+        }
     }
 
     /// A session for a pass of `batch`; without one the batch is parked, or ended where the model has failed.
@@ -97,10 +117,13 @@ impl Sessions {
         let mut held = self.held.lock();
         held.idle.push(session);
         held.failures = 0;
-        held.failed = None;
+        let healed = held.failed.take().is_some();
         let parked = std::mem::take(&mut held.parked);
         let ask = held.count < shared.options.workers && !std::mem::replace(&mut held.loading, true);
         drop(held);
+        if healed {
+            shared.loader.changed.send_replace(());
+        }
         if ask {
             shared.loader.ask(self, Duration::ZERO);
         }
@@ -134,19 +157,20 @@ impl Sessions {
 
     /// Gives up on the model: all its sessions, with the one it has failed on, and whatever waits for it. It is
     /// tried again after a while.
-    pub(super) fn fail(self: &Arc<Self>, session: Option<Session>, reason: &str, loader: &Loader) {
+    pub(super) fn fail(self: &Arc<Self>, session: Option<Session>, error: &NetworkError, loader: &Loader) {
         let mut held = self.held.lock();
         let mut sessions = std::mem::take(&mut held.idle);
         sessions.extend(session);
         // Sessions that are out come back one by one, and are used again if the model is.
         held.count = held.count.saturating_sub(sessions.len());
         let pause = held.pause(LONGEST_PAUSE_OF_A_MODEL);
-        held.failed = Some(Instant::now() + pause);
+        held.failed = Some((told(error), Instant::now() + pause));
         let parked = std::mem::take(&mut held.parked);
         let ask = !std::mem::replace(&mut held.loading, true);
         drop(held);
-        tracing::error!(model = %self.model, reason, retry_in_ms = pause.as_millis() as u64, "a model has failed; what waits for it is ended");
+        tracing::error!(model = %self.model, %error, retry_in_ms = pause.as_millis() as u64, "a model has failed; what waits for it is ended");
         self.end(parked);
+        loader.changed.send_replace(());
         if ask {
             loader.ask(self, pause);
         }
@@ -155,9 +179,15 @@ impl Sessions {
 
     /// Ends `work`: it cannot be evaluated.
     pub(super) fn end(&self, work: Vec<Work>) {
+        let reason = match self.state() {
+            ModelState::Failed { reason, .. } => reason,
+            ModelState::Unloaded | ModelState::Loading | ModelState::Ready => String::new(),
+        };
         for work in work {
-            let model = self.model.to_string();
-            work.end(Failure::Model { model });
+            work.end(Failure::Model {
+                model: self.model.to_string(),
+                reason: reason.clone(),
+            });
         }
     }
 
@@ -200,16 +230,32 @@ impl Sessions {
                 held.loading = more;
                 let parked = std::mem::take(&mut held.parked);
                 drop(held);
+                shared.loader.changed.send_replace(());
                 shared.put(parked);
                 more
             }
             Err(error) => {
                 self.held.lock().loading = false;
-                self.fail(None, &error.to_string(), &shared.loader);
+                self.fail(None, &error, &shared.loader);
                 false
             }
         }
     }
+}
+
+/// Longest reason that callers are told, in characters.
+const MAX_REASON: usize = 300;
+
+/// The reason as callers are told it. What the runtime and the system say stays in the log: it can hold paths.
+fn told(error: &NetworkError) -> String {
+    let reason = match error {
+        NetworkError::Contract(_) => error.to_string(),
+        NetworkError::Runtime(_) | NetworkError::Load(_) | NetworkError::Run(_) | NetworkError::Memory(_) => {
+            "its network cannot be loaded; the server's log has the details".to_owned()
+        }
+    };
+    let line: Vec<&str> = reason.split_whitespace().collect();
+    line.join(" ").chars().take(MAX_REASON).collect()
 }
 
 impl Held {
@@ -220,13 +266,26 @@ impl Held {
 }
 
 /// Has sessions loaded; knows those of all models.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Loader {
     /// By address of the model, which the sessions keep alive.
     models: Mutex<HashMap<usize, Arc<Sessions>>>,
     /// Guards the wishes; the loader waits, whoever asks signals. At most one wish a model.
     wishes: Mutex<Wishes>,
     asked: Condvar,
+    /// Tells that some model is ready, or has failed.
+    pub(super) changed: watch::Sender<()>,
+}
+
+impl Default for Loader {
+    fn default() -> Self {
+        Self {
+            models: Mutex::default(),
+            wishes: Mutex::default(),
+            asked: Condvar::new(),
+            changed: watch::Sender::new(()),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -262,7 +321,8 @@ impl Loader {
                 let thread = std::thread::Builder::new().name(format!("load-{}", sessions.model));
                 let loading = Arc::clone(&sessions);
                 if let Err(error) = thread.spawn_scoped(scope, move || loading.load(shared)) {
-                    sessions.fail(None, &format!("there is no thread to load it: {error}"), self);
+                    let error = NetworkError::Load(format!("there is no thread for it: {error}"));
+                    sessions.fail(None, &error, self);
                 }
             }
         });

@@ -90,8 +90,8 @@ fn work(shared: &Shared, index: usize) {
             }
             // What cannot heal by trying again is the model's, not the canvases'.
             Err(error @ (NetworkError::Runtime(_) | NetworkError::Load(_) | NetworkError::Contract(_))) => {
+                sessions.fail(Some(session), &error, &shared.loader);
                 sessions.end(batch);
-                sessions.fail(Some(session), &error.to_string(), &shared.loader);
             }
         }
     }

@@ -25,9 +25,11 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::Status;
 use tonic::transport::server::{Router, TcpIncoming};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 
 use crate::config::{Config, LimitsConfig};
-use crate::engine::{Engine, EngineOptions, Models, ServedModel};
+use crate::engine::{Engine, EngineOptions, ModelState, Models, ServedModel};
 use crate::network::NetworkError;
 use crate::proto::v1::diffusion_service_server::DiffusionServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
@@ -81,17 +83,37 @@ impl Service {
     fn model(&self, asked: Option<v1::ModelReference>) -> Result<Arc<ServedModel>, Status> {
         let v1::ModelReference { name, version } = asked.unwrap_or_default();
         let version = (version > 0).then_some(version);
-        let found = match (name.is_empty(), version) {
-            (true, None) => self.models.default_model(),
-            (true, Some(_)) => {
-                return Err(status::FieldError::new("model.name", "is empty, but a version is given").into());
-            }
-            (false, version) => self.models.find(&name, version),
-        };
-        found.ok_or_else(|| {
+        if name.is_empty() && version.is_some() {
+            return Err(status::FieldError::new("model.name", "is empty, but a version is given").into());
+        }
+        let named = (!name.is_empty()).then_some(name.as_str());
+        let candidates = self.models.candidates(named, version);
+        // A new version that cannot be served leaves the one before it in place.
+        let sound = candidates.iter().find(|model| !self.has_failed(model));
+        sound.or(candidates.first()).cloned().ok_or_else(|| {
             let name = version.map_or(name.clone(), |version| format!("{name}@{version}"));
             status::not_found("model", &name, "ListModels tells what is served")
         })
+    }
+
+    fn has_failed(&self, model: &Arc<ServedModel>) -> bool {
+        matches!(self.engine.state(model), ModelState::Failed { .. })
+    }
+
+    /// Keeps health at what the models are: down only while none of them can be served.
+    async fn report_health(&self, health: HealthReporter) {
+        let mut changes = self.engine.changes();
+        loop {
+            let status = if self.models.iter().all(|model| self.has_failed(model)) {
+                ServingStatus::NotServing
+            } else {
+                ServingStatus::Serving
+            };
+            set_health(&health, status).await;
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
     }
 }
 
@@ -186,10 +208,12 @@ impl Server {
     /// get the configured grace to finish.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), ServeError> {
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<DiffusionServiceServer<Service>>().await;
-        health.set_serving::<ModelServiceServer<Service>>().await;
+        if let Some(default) = self.service.models.default_model() {
+            self.service.engine.prepare(&default);
+        }
         let router = self.router().add_service(health_service);
-        let engine = Arc::clone(&self.service.engine);
+        let service = self.service.clone();
+        let engine = Arc::clone(&service.engine);
         let grace = Duration::from_secs(self.config.server.drain_grace_seconds);
         let (stop_accepting, stopped) = oneshot::channel::<()>();
         // Frames are small and are waited for: none is held back to be sent with the next.
@@ -199,21 +223,17 @@ impl Server {
             let _gone = stopped.await.is_err();
         });
         let draining = async {
-            shutdown.await;
+            tokio::select! {
+                () = shutdown => {}
+                // Ends with the engine alone, which ends below.
+                () = service.report_health(health.clone()) => {}
+            }
             tracing::info!(
                 "draining: no new requests, {} s for running ones",
                 grace.as_secs()
             );
             engine.drain();
-            for name in [
-                "",
-                v1::diffusion_service_server::SERVICE_NAME,
-                v1::model_service_server::SERVICE_NAME,
-            ] {
-                health
-                    .set_service_status(name, tonic_health::ServingStatus::NotServing)
-                    .await;
-            }
+            set_health(&health, ServingStatus::NotServing).await;
             if !engine.idle_within(grace).await {
                 tracing::warn!("the grace period is over, ending what still runs");
             }
@@ -262,6 +282,16 @@ impl Server {
             }
         }
         router
+    }
+}
+
+async fn set_health(health: &HealthReporter, status: ServingStatus) {
+    for name in [
+        "",
+        v1::diffusion_service_server::SERVICE_NAME,
+        v1::model_service_server::SERVICE_NAME,
+    ] {
+        health.set_service_status(name, status).await;
     }
 }
 

@@ -1,15 +1,17 @@
 //! `denoised.v1.ModelService`: what is served, with its limits.
 
+use std::sync::Arc;
+
 use tonic::{Request, Response, Status};
 
 use super::{Service, sampler};
 use crate::diffusion::{GraphKind, Schedule};
-use crate::engine::ServedModel;
+use crate::engine::{ModelState, ServedModel};
 use crate::proto::v1;
 use crate::proto::v1::model_service_server::ModelService;
 
 impl Service {
-    fn describe(&self, model: &ServedModel) -> v1::Model {
+    fn describe(&self, model: &Arc<ServedModel>) -> v1::Model {
         let manifest = model.manifest();
         let schedule = match manifest.schedule {
             Schedule::LogLinear { eps } => v1::schedule::Schedule::LogLinear(v1::LogLinear { eps }),
@@ -22,10 +24,16 @@ impl Service {
             GraphKind::Uniform => v1::Graph::Uniform,
         };
         let default = self.models.default_model();
+        let (state, state_reason) = match self.engine.state(model) {
+            ModelState::Unloaded => (v1::ModelState::Unloaded, String::new()),
+            ModelState::Loading => (v1::ModelState::Loading, String::new()),
+            ModelState::Ready => (v1::ModelState::Ready, String::new()),
+            ModelState::Failed { reason, .. } => (v1::ModelState::Failed, reason),
+        };
         v1::Model {
             name: model.name().to_owned(),
             version: model.version(),
-            is_default: default.is_some_and(|d| std::ptr::eq(&raw const *d, model)),
+            is_default: default.is_some_and(|d| Arc::ptr_eq(&d, model)),
             graph: graph.into(),
             schedule: Some(v1::Schedule {
                 schedule: Some(schedule),
@@ -41,6 +49,8 @@ impl Service {
                 max_template_parts: self.limits.max_template_parts as u32,
                 max_request_tokens: u32::try_from(self.limits.max_request_tokens).unwrap_or(u32::MAX),
             }),
+            state: state.into(),
+            state_reason,
             provenance_json: manifest.provenance.to_string(),
             defaults: manifest.defaults.map(|defaults| {
                 let told = defaults.sampler.map(sampler::told);

@@ -48,12 +48,11 @@ pub fn load(config: &Config) -> Result<Models, StartError> {
             )));
         }
     }
-    let Some(default) = models.default_model() else {
+    if models.default_model().is_none() {
         return Err(StartError::Models(
             "there is no model to serve: set models.repository".to_owned(),
         ));
-    };
-    default.load_ahead()?;
+    }
     Ok(models)
 }
 

@@ -62,7 +62,9 @@ impl From<AdmitError> for Status {
                 details.set_error_info("TOO_MANY_REQUESTS", DOMAIN, [] as [(String, String); 0]);
                 Self::with_error_details(Code::ResourceExhausted, message, details)
             }
-            AdmitError::Model { model, retry_after } => model_failed(message, model, retry_after),
+            AdmitError::Model {
+                model, retry_after, ..
+            } => model_failed(message, model, retry_after),
             AdmitError::Exists(id) => {
                 let details =
                     ErrorDetails::with_resource_info("request", id, "", "choose another request_id");
@@ -78,7 +80,7 @@ impl From<Failure> for Status {
         let message = failure.to_string();
         match failure {
             Failure::Cancelled | Failure::Abandoned => Self::cancelled(message),
-            Failure::Model { model } => model_failed(message, model, Duration::from_secs(1)),
+            Failure::Model { model, .. } => model_failed(message, model, Duration::from_secs(1)),
             Failure::ShutDown => unavailable(message),
             Failure::Worker { request } => {
                 let details =

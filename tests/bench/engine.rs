@@ -35,7 +35,6 @@ impl Subject {
         };
         let network = Box::new(move || Ok(Box::new(OnnxNetwork::load(&source, &options)?) as Box<_>));
         let model = ServedModel::new(&bundle, 1, network)?;
-        model.load_ahead()?;
         let engine = Engine::start(EngineOptions {
             workers: 1,
             threads,
