@@ -8,6 +8,7 @@
     reason = "tests"
 )]
 
+mod architecture;
 mod binary;
 mod cancelling;
 mod defaults;

@@ -183,16 +183,15 @@ pub async fn infill(
 
 /// A gate that networks wait at in every evaluation, until it is opened.
 #[derive(Clone, Default)]
-pub struct Gate(Arc<(std::sync::Mutex<bool>, std::sync::Condvar)>);
+pub struct Gate(Arc<(parking_lot::Mutex<bool>, parking_lot::Condvar)>);
 
 impl Gate {
     pub fn open(&self) {
-        *self.0.0.lock().unwrap() = true;
+        *self.0.0.lock() = true;
         self.0.1.notify_all();
     }
 
     pub fn wait(&self) {
-        let open = self.0.0.lock().unwrap();
-        drop(self.0.1.wait_while(open, |open| !*open).unwrap());
+        self.0.1.wait_while(&mut self.0.0.lock(), |open| !*open);
     }
 }

@@ -117,7 +117,7 @@ impl OnnxNetwork {
             sigma: &[manifest.schedule.total_noise(0.5) as f32],
             positions: &[0],
         };
-        let (over, timer) = mpsc::channel::<()>();
+        let (over, timer) = mpsc::sync_channel::<()>(0);
         let run = network.run.clone();
         std::thread::spawn(move || {
             if timer.recv_timeout(TRIAL_TIME) == Err(mpsc::RecvTimeoutError::Timeout) {

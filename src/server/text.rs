@@ -89,7 +89,7 @@ mod tests {
     #[tokio::test]
     async fn text_that_never_ends_is_not_waited_for() {
         let threads = TextThreads::with(1, Duration::from_millis(20));
-        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let (end, ended) = std::sync::mpsc::sync_channel::<()>(0);
         let endless = threads.run(move || {
             let _ended = ended.recv().is_err();
             Ok(())

@@ -14,6 +14,7 @@ mod engine;
 mod load;
 mod memory;
 mod pytorch;
+mod rows;
 
 use std::path::PathBuf;
 
@@ -36,6 +37,9 @@ struct Arguments {
     /// Turns of each.
     #[arg(long, default_value_t = 5)]
     turns: usize,
+    /// Time the drawing of tokens alone.
+    #[arg(long)]
+    rows_only: bool,
     /// Leave the server under load out.
     #[arg(long)]
     no_load: bool,
@@ -70,6 +74,10 @@ fn main() -> Result<()> {
     if arguments.python.is_none() {
         eprintln!("SKIPPED: the comparison with PyTorch (--python names no python with torch)");
     }
+    let rows = rows::run(arguments.turns);
+    if arguments.rows_only {
+        return Ok(());
+    }
     let mut subjects = Vec::new();
     for (name, length, steps) in SUBJECTS {
         let bundle = arguments.models.join(name).join("1");
@@ -84,7 +92,7 @@ fn main() -> Result<()> {
     } else {
         load::run(arguments.threads)?
     };
-    let numbers = json!({"threads": arguments.threads, "generation": subjects, "load": load});
+    let numbers = json!({"threads": arguments.threads, "rows": rows, "generation": subjects, "load": load});
     std::fs::write(&arguments.out, serde_json::to_vec_pretty(&numbers)?)?;
     println!("\nnumbers: {}", arguments.out.display());
     Ok(())

@@ -147,13 +147,16 @@ pub struct MuonSection {
 
 /// The learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Decay {
     /// Stays at its peak.
     #[default]
     Constant,
     /// Falls to 0 along half a cosine by the end of the run.
     Cosine,
+    /// Stays at its peak for four fifths of the run, then falls to 0 on a line: how long the run is need not be
+    /// known before (arXiv 2405.18392).
+    LinearEnd,
 }
 
 /// Size and place of a run.

@@ -27,6 +27,9 @@ fn undecayed() -> ParamGroup {
     ParamGroup::from_any_predicates(vec!["norm", "bias", "embedding"])
 }
 
+/// Share of a run in which [`Decay::LinearEnd`] falls.
+const LAST_PART: f64 = 0.2;
+
 impl OptimizerSection {
     /// Burn's AdamW with these settings, and its Muon for the matrices inside blocks where that is asked for.
     pub fn build(&self) -> ModuleOptimizer {
@@ -63,6 +66,7 @@ impl OptimizerSection {
         let warmup = ((step + 1) as f64 / self.warmup_steps.max(1) as f64).min(1.0);
         let decay = match self.decay {
             Decay::Constant => 1.0,
+            Decay::LinearEnd => ((1.0 - progress) / LAST_PART).clamp(0.0, 1.0),
             Decay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress.clamp(0.0, 1.0)).cos()),
         };
         self.lr * warmup * decay
@@ -324,5 +328,15 @@ mod tests {
         assert!((settings.learning_rate(0, 0.0) - 0.5).abs() < 1e-12);
         assert!((settings.learning_rate(100, 0.5) - 1.0).abs() < 1e-12);
         assert!(settings.learning_rate(100, 1.0).abs() < 1e-12);
+        let settings = OptimizerSection {
+            decay: Decay::LinearEnd,
+            ..settings
+        };
+        for (progress, rate) in [(0.0, 2.0), (0.8, 2.0), (0.9, 1.0), (1.0, 0.0)] {
+            assert!(
+                (settings.learning_rate(100, progress) - rate).abs() < 1e-12,
+                "{progress}"
+            );
+        }
     }
 }

@@ -5,6 +5,8 @@
 //! decisions f64: the law is within a total variation of 1e-6 of the same in f64, which a test computes.
 
 use super::blocks::{Row, Weight};
+use std::cmp::Ordering;
+
 use super::evaluation::Uncertainty;
 use super::{Law, RowLaw};
 use crate::diffusion::Token;
@@ -48,6 +50,8 @@ pub struct Scratch {
     sums: Vec<f64>,
     /// One weight a token, where the choice needs them all.
     weights: Vec<f64>,
+    /// Of the row drawn last: its maximum, and the sum of `e^(l - maximum)`.
+    read: Option<(f32, f64)>,
 }
 
 /// Draws what becomes of token `x`: the new token, or `None` when it stays.
@@ -71,7 +75,9 @@ pub fn draw(
         weight,
         moving,
         staying,
+        read,
     } = moves(law, &row, offset, &mut scratch.sums)?;
+    scratch.read = Some(read);
     if u.leave * (moving + staying) >= moving {
         return Ok(None);
     }
@@ -104,6 +110,7 @@ pub fn draw_by(
             if bad(log_score) || kept.is_some_and(|(row, _)| bad(row)) {
                 return Err(BadScores);
             }
+            scratch.read = None;
             let weights = &mut scratch.weights;
             weights.clear();
             // exp(600) is far beyond where leaving is certain; the cap keeps what follows finite.
@@ -141,12 +148,13 @@ pub fn draw_by(
     }
 }
 
-/// How unsure a row over target tokens is of `token` in place of `x`, in nats.
+/// How unsure a row over target tokens is of `token` in place of `x`, in nats; the row must be the one that was
+/// [drawn](draw) from last, whose sums it goes on from.
 ///
 /// Before temperature, top-k and top-p; scores are taken as normalised.
 ///
 /// # Errors
-/// [`BadScores`] when no law can be made of the row.
+/// [`BadScores`] when no law can be made of the row, or none was drawn from.
 pub fn uncertainty(
     of: Uncertainty,
     x: Token,
@@ -154,17 +162,14 @@ pub fn uncertainty(
     log_score: &[f32],
     scratch: &mut Scratch,
 ) -> Result<f64, BadScores> {
-    let row = Row::new(log_score, x as usize);
-    let top = match of {
-        Uncertainty::None => return Ok(0.0),
-        Uncertainty::NegLogProb | Uncertainty::Entropy => row.maximum(),
-    };
-    row.sums(&Weight::new(top), &mut scratch.sums);
-    let sum: f64 = scratch.sums.iter().sum();
+    if of == Uncertainty::None {
+        return Ok(0.0);
+    }
+    let (top, sum) = scratch.read.ok_or(BadScores)?;
     let mean = if of == Uncertainty::NegLogProb {
         f64::from(log_score[token as usize] - top)
     } else {
-        row.mean_exponent(top, &mut scratch.sums) / sum
+        Row::new(log_score, x as usize).mean_exponent(top, &mut scratch.sums) / sum
     };
     let uncertainty = sum.ln() - mean;
     if uncertainty.is_nan() {
@@ -183,6 +188,8 @@ struct Moves {
     moving: f64,
     /// Weight of staying.
     staying: f64,
+    /// The row's maximum, and the sum of `e^(l - maximum)`.
+    read: (f32, f64),
 }
 
 /// Weighs moving against staying.
@@ -214,6 +221,7 @@ fn moves(law: &RowLaw, row: &Row<'_>, offset: f64, sums: &mut Vec<f64>) -> Resul
         weight,
         moving,
         staying,
+        read: (top, relative),
     })
 }
 
@@ -225,12 +233,17 @@ fn pick(
     u: f64,
     scratch: &mut Scratch,
 ) -> Result<Token, BadScores> {
-    let Scratch { sums, weights } = scratch;
+    let Scratch { sums, weights, .. } = scratch;
     let found = if choice.temperature == 0.0 {
         row.likeliest()
     } else if choice.top_k.is_some() || choice.top_p.is_some() {
+        let mut choice = *choice;
+        if !weight.loses() {
+            weight = weight.tempered(choice.temperature);
+            choice.temperature = 1.0;
+        }
         row.weights(&weight, weights);
-        shape(choice, weights);
+        shape(&choice, weights);
         inverse(weights, u)
     } else if choice.temperature == 1.0 {
         pick_by_blocks(row, &weight, sums, u)
@@ -277,28 +290,57 @@ fn inverse(weights: &[f64], u: f64) -> Option<usize> {
 
 /// Applies top-k, temperature and top-p, in that order.
 fn shape(choice: &TokenChoice, weights: &mut [f64]) {
-    let mut order: Vec<usize> = (0..weights.len()).filter(|&y| weights[y] > 0.0).collect();
-    // Ties go to the lower id, so that the result is a function of the row alone.
-    let likelier = |a: &usize, b: &usize| weights[*b].total_cmp(&weights[*a]).then(a.cmp(b));
-    if let Some(k) = choice.top_k.map(|k| k as usize).filter(|k| *k < order.len()) {
-        order.select_nth_unstable_by(k, likelier);
+    let mut order: Vec<usize> = Vec::new();
+    if let Some(k) = choice.top_k.map(|k| k as usize).filter(|k| *k < weights.len()) {
+        order.extend(0..weights.len());
+        order.select_nth_unstable_by(k, likelier(weights));
         let rest = order.split_off(k);
-        order.sort_unstable_by(likelier);
         rest.into_iter().for_each(|y| weights[y] = 0.0);
-    } else {
-        order.sort_unstable_by(likelier);
     }
+    let Some(p) = choice.top_p else {
+        return temper(choice.temperature, weights);
+    };
+    // Who is likelier is decided before tempering, which can round two weights to one.
+    let untempered = (choice.temperature != 1.0).then(|| weights.to_vec());
     temper(choice.temperature, weights);
-    if let Some(p) = choice.top_p {
-        let target = p * weights.iter().sum::<f64>();
+    let target = p * weights.iter().sum::<f64>();
+    let mut cut = weights.iter().copied().fold(0.0, f64::max);
+    // The likeliest hold nearly all of the weight: those above a falling cut are sorted, not the vocabulary.
+    let last = loop {
+        cut *= CUT;
+        order.clear();
+        order.extend((0..weights.len()).filter(|&y| weights[y] > 0.0 && weights[y] >= cut));
+        order.sort_unstable_by(likelier(untempered.as_deref().unwrap_or(weights)));
         let mut below = 0.0;
-        for &y in &order {
-            if below >= target {
-                weights[y] = 0.0;
-            }
+        let reached = order.iter().find(|&&y| {
             below += weights[y];
+            below >= target
+        });
+        if let Some(&last) = reached {
+            break last;
+        }
+        if cut < f64::MIN_POSITIVE {
+            // Rounding: all of them together are not quite what they sum to in another order.
+            return;
+        }
+    };
+    let of_last = untempered.as_deref().unwrap_or(weights)[last];
+    for (y, weight) in weights.iter_mut().enumerate() {
+        let own = untempered.as_ref().map_or(*weight, |untempered| untempered[y]);
+        // As `likelier` has it.
+        if own < of_last || (own == of_last && y > last) {
+            *weight = 0.0;
         }
     }
+}
+
+/// Share of the largest weight above which tokens are sorted at first, to find those that top-p keeps.
+const CUT: f64 = 1.0 / 64.0;
+
+/// Orders tokens by weight, the largest first. Ties go to the lower id, so that the result is a function of the
+/// row alone.
+fn likelier(weights: &[f64]) -> impl Fn(&usize, &usize) -> Ordering + '_ {
+    |a, b| weights[*b].total_cmp(&weights[*a]).then(a.cmp(b))
 }
 
 fn temper(temperature: f64, weights: &mut [f64]) {
@@ -360,6 +402,45 @@ mod tests {
         assert_eq!(drawn(p, &row, 0.999_999), 0);
     }
 
+    /// Against sorting all: the same entries, to the last bit, also among ties.
+    #[test]
+    fn top_p_keeps_what_sorting_all_keeps() {
+        let mut random = Draws::new(9, 0);
+        for (step, states) in [3, 64, 65, 700, 5000].into_iter().enumerate() {
+            for p in [0.1, 0.5, 0.9, 0.999, 1.0] {
+                for temperature in [1.0, 0.7, 3.0] {
+                    let weights: Vec<f64> = (0..states)
+                        // Coarse, so that there are ties.
+                        .map(|y| (random.at(step as u32, y).token * 40.0).floor() / 8.0)
+                        .map(f64::exp)
+                        .collect();
+                    let choice = TokenChoice {
+                        temperature,
+                        top_k: None,
+                        top_p: Some(p),
+                    };
+                    let mut shaped = weights.clone();
+                    shape(&choice, &mut shaped);
+                    let mut order: Vec<usize> = (0..states).collect();
+                    order.sort_by(likelier(&weights));
+                    let mut expected = weights;
+                    temper(temperature, &mut expected);
+                    let (target, mut below) = (p * expected.iter().sum::<f64>(), 0.0);
+                    for y in order {
+                        if below >= target {
+                            expected[y] = 0.0;
+                        }
+                        below += expected[y];
+                    }
+                    assert_eq!(
+                        shaped, expected,
+                        "{states} states, p {p}, temperature {temperature}"
+                    );
+                }
+            }
+        }
+    }
+
     #[test]
     fn bad_rows_are_errors() {
         let u = Uniforms {
@@ -393,6 +474,7 @@ mod tests {
             weight,
             moving,
             staying,
+            read: _,
         } = moves(law, &row, offset, &mut sums).unwrap();
         let mut chances = Vec::new();
         row.weights(&weight, &mut chances);
@@ -475,17 +557,28 @@ mod tests {
             .filter(|&&p| p > 0.0)
             .map(|p| -(p / whole) * (p / whole).ln())
             .sum();
+        let after_drawing = |row: &[f32], x: usize| {
+            let mut scratch = Scratch::default();
+            let u = Uniforms {
+                leave: 0.5,
+                token: 0.5,
+            };
+            let choice = TokenChoice {
+                temperature: 0.5,
+                ..TokenChoice::default()
+            };
+            draw(&LEAVE, &choice, x as Token, row, 0.0, u, &mut scratch).unwrap();
+            scratch
+        };
         let of =
-            |of, token: Token| uncertainty(of, x as Token, token, &row, &mut Scratch::default()).unwrap();
+            |of, token: Token| uncertainty(of, x as Token, token, &row, &mut after_drawing(&row, x)).unwrap();
         assert!((of(Uncertainty::Entropy, 0) - entropy).abs() < 1e-5);
         assert!((of(Uncertainty::NegLogProb, 9) + (chances[9] / whole).ln()).abs() < 1e-5);
         assert_eq!(of(Uncertainty::None, 9), 0.0);
         let certain = [0.0, f32::NEG_INFINITY, f32::NEG_INFINITY];
-        let scratch = &mut Scratch::default();
-        assert_eq!(
-            uncertainty(Uncertainty::Entropy, 2, 0, &certain, scratch),
-            Ok(0.0)
-        );
+        let [drawn, fresh] = &mut [after_drawing(&certain, 2), Scratch::default()];
+        let of = |scratch| uncertainty(Uncertainty::Entropy, 2, 0, &certain, scratch);
+        assert_eq!((of(drawn), of(fresh)), (Ok(0.0), Err(BadScores)));
     }
 
     #[test]

@@ -1,0 +1,55 @@
+//! What drawing a token from its row costs, without a network.
+
+use std::time::Instant;
+
+use denoised::diffusion::sampler::row::{Scratch, draw, uncertainty};
+use denoised::diffusion::sampler::{LEAVE, Uncertainty};
+use denoised::diffusion::{Draws, Token, TokenChoice};
+use serde_json::{Value, json};
+
+use crate::{quartiles, show};
+
+/// Rows of one turn.
+const ROWS: usize = 64;
+
+/// Times rows of peaked scores, as networks give them; microseconds a row.
+pub(crate) fn run(turns: usize) -> Value {
+    println!("\na row, microseconds");
+    let plain = TokenChoice::default();
+    let top_p = TokenChoice {
+        top_p: Some(0.95),
+        temperature: 0.85,
+        ..plain
+    };
+    let mut numbers = Vec::new();
+    for states in [6_656, 50_258] {
+        for (what, choice, of) in [
+            ("temperature 1", plain, Uncertainty::None),
+            ("temperature 0.85, top-p 0.95", top_p, Uncertainty::None),
+            ("confidence", plain, Uncertainty::NegLogProb),
+            ("entropy-bounded", plain, Uncertainty::Entropy),
+        ] {
+            let mut random = Draws::new(1, 0);
+            let rows: Vec<Vec<f32>> = (0..ROWS)
+                .map(|row| {
+                    let score = |y| 6.0 * (-2.0 * (1.0 - random.at(row as u32, y).leave).ln()).sqrt() as f32;
+                    (0..states).map(score).collect()
+                })
+                .collect();
+            let (x, mut scratch, mut times) = (states as Token - 1, Scratch::default(), Vec::new());
+            for turn in 0..turns.max(5) {
+                let started = Instant::now();
+                for row in &rows {
+                    let u = random.at(turn as u32, row.len());
+                    let token = draw(&LEAVE, &choice, x, row, 0.0, u, &mut scratch).unwrap();
+                    uncertainty(of, x, token.unwrap(), row, &mut scratch).unwrap();
+                }
+                times.push(1e6 * started.elapsed().as_secs_f64() / ROWS as f64);
+            }
+            let times = quartiles(times);
+            println!("  {states} states, {what}: {}", show(times));
+            numbers.push(json!({"states": states, "what": what, "microseconds": times}));
+        }
+    }
+    Value::Array(numbers)
+}
