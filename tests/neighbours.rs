@@ -304,3 +304,27 @@ async fn health_is_down_while_no_model_can_be_served() {
     becomes(ServingStatus::Serving).await;
     server.stop().await;
 }
+
+/// Between the start and the first request that needs it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_that_is_replaced_behind_the_manifest_is_not_run() {
+    let repository = tempfile::tempdir().unwrap();
+    publish_endless(repository.path(), "replaced", 1, false);
+    let mut config = config();
+    config.models.repository = Some(repository.path().to_owned());
+    config.models.default = Some("world-english".to_owned());
+    let server = TestServer::demo_with(&config).await;
+    let other = include_bytes!("fixtures/hostile/write.py");
+    std::fs::write(repository.path().join("replaced/1").join(MODEL), other).unwrap();
+    let request = GenerateRequest {
+        model: Some(ModelReference {
+            name: "replaced".to_owned(),
+            version: 0,
+        }),
+        length: Some(8),
+        ..GenerateRequest::default()
+    };
+    let status = generate(&mut server.client(), request).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    server.stop().await;
+}

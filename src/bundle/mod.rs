@@ -16,9 +16,11 @@ pub mod repository;
 mod tokenizer;
 mod writer;
 
+use std::borrow::Cow;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use embedded::demo;
 pub use manifest::{Defaults, FORMAT, Manifest};
@@ -31,6 +33,8 @@ use sha2::{Digest, Sha256};
 
 /// File name of the manifest.
 pub const MANIFEST: &str = "manifest.json";
+/// Largest manifest that is read, in bytes: all of it is kept, and told to whoever lists models.
+const MAX_MANIFEST: u64 = 1 << 20;
 /// File name of the network.
 pub const MODEL: &str = "model.onnx";
 /// File name of weights that do not lie in [`MODEL`] itself, which protobuf keeps below 2 GB.
@@ -85,13 +89,13 @@ enum Files {
     Embedded(&'static [(&'static str, &'static [u8])]),
 }
 
-/// The network of a bundle, as ONNX Runtime takes it.
+/// The network of a bundle as it is run: the very bytes whose hashes were checked.
 #[derive(Debug)]
-pub enum ModelSource<'a> {
-    /// A file, beside which external data may lie.
-    Path(PathBuf),
-    /// The whole model in memory.
-    Bytes(&'a [u8]),
+pub struct ModelBytes {
+    /// The contents of [`MODEL`].
+    pub model: Cow<'static, [u8]>,
+    /// Files that it names as external data, with their contents.
+    pub external: Vec<(String, Arc<[u8]>)>,
 }
 
 /// A checked bundle.
@@ -104,7 +108,7 @@ pub struct Bundle {
 impl Bundle {
     /// Opens the bundle in `directory`, checking its manifest and every hash.
     pub fn open(directory: &Path) -> Result<Self, BundleError> {
-        let bytes = read(&directory.join(MANIFEST))?;
+        let bytes = read_manifest(&directory.join(MANIFEST))?;
         let manifest = Manifest::from_json(&bytes).map_err(BundleError::Manifest)?;
         for entry in fs::read_dir(directory).map_err(|e| io_error(directory, e))? {
             let name = entry
@@ -128,7 +132,7 @@ impl Bundle {
     /// The bundle in `directory`, whose files are known to have the hashes of `manifest`.
     fn of_files_just_hashed(directory: &Path, manifest: Manifest) -> Result<Self, BundleError> {
         let path = directory.join(MODEL);
-        let file = File::open(&path).map_err(|e| io_error(&path, e))?;
+        let file = open_file(MODEL, &path)?;
         let length = file.metadata().map_err(|e| io_error(&path, e))?.len();
         check_external_data(BufReader::new(file), length, |name| {
             // Names in the manifest are plain: what it lists lies in the bundle.
@@ -177,17 +181,47 @@ impl Bundle {
         &self.manifest
     }
 
-    /// The network.
-    pub fn model(&self) -> ModelSource<'static> {
-        match &self.files {
-            Files::Directory(directory) => ModelSource::Path(directory.join(MODEL)),
-            Files::Embedded(files) => ModelSource::Bytes(
-                files
-                    .iter()
-                    .find(|(name, _)| *name == MODEL)
-                    .map_or(&[], |(_, b)| *b),
-            ),
-        }
+    /// The network, read now and checked again: what lies in the folder may have changed since it was opened, and
+    /// may change while it is run.
+    pub fn model(&self) -> Result<ModelBytes, BundleError> {
+        let directory = match &self.files {
+            Files::Directory(directory) => directory,
+            Files::Embedded(files) => {
+                let model = files.iter().find(|(name, _)| *name == MODEL);
+                return Ok(ModelBytes {
+                    model: Cow::Borrowed(model.map_or(&[], |(_, bytes)| *bytes)),
+                    external: Vec::new(),
+                });
+            }
+        };
+        let model = self.read_checked(directory, MODEL)?;
+        let named = external_data::files(Cursor::new(&model), model.len() as u64);
+        let external = named
+            .map_err(BundleError::Model)?
+            .into_iter()
+            .map(|name| Ok((name.clone(), self.read_checked(directory, &name)?.into())))
+            .collect::<Result<_, BundleError>>()?;
+        Ok(ModelBytes {
+            model: Cow::Owned(model),
+            external,
+        })
+    }
+
+    /// The contents of a file that the manifest lists, if they are what it says.
+    fn read_checked(&self, directory: &Path, name: &str) -> Result<Vec<u8>, BundleError> {
+        let Some(expected) = self.manifest.sha256.get(name) else {
+            return Err(BundleError::File {
+                file: name.to_owned(),
+                problem: "is not listed in the manifest",
+            });
+        };
+        let path = directory.join(name);
+        let mut bytes = Vec::new();
+        open_file(name, &path)?
+            .read_to_end(&mut bytes)
+            .map_err(|e| io_error(&path, e))?;
+        check_hash(name, expected, sha256(&bytes))?;
+        Ok(bytes)
     }
 
     /// The tokenizer, if the bundle has one; without, it is served by token ids alone.
@@ -196,7 +230,7 @@ impl Bundle {
             return Ok(None);
         }
         let bytes = match &self.files {
-            Files::Directory(directory) => read(&directory.join(TOKENIZER))?,
+            Files::Directory(directory) => self.read_checked(directory, TOKENIZER)?,
             Files::Embedded(files) => files
                 .iter()
                 .find(|(name, _)| *name == TOKENIZER)
@@ -249,16 +283,19 @@ pub fn sha256(bytes: &[u8]) -> String {
 
 /// sha256 of a file, which may be larger than memory.
 fn sha256_of_file(name: &str, path: &Path) -> Result<String, BundleError> {
+    sha256_of(open_file(name, path)?).map_err(|e| io_error(path, e))
+}
+
+/// Opens a file. Looks first what it is: opening a pipe waits for whoever writes, and a device would never end.
+fn open_file(name: &str, path: &Path) -> Result<File, BundleError> {
     let io = |e| io_error(path, e);
-    let file = File::open(path).map_err(io)?;
-    // A pipe or a device would never end.
-    if !file.metadata().map_err(io)?.is_file() {
+    if !fs::metadata(path).map_err(io)?.is_file() {
         return Err(BundleError::File {
             file: name.to_owned(),
             problem: "is not a file",
         });
     }
-    sha256_of(file).map_err(io)
+    File::open(path).map_err(io)
 }
 
 /// [`sha256`] of everything that `reader` still holds, which may be larger than memory.
@@ -278,8 +315,17 @@ pub fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, BundleError> {
-    fs::read(path).map_err(|e| io_error(path, e))
+fn read_manifest(path: &Path) -> Result<Vec<u8>, BundleError> {
+    let mut bytes = Vec::new();
+    open_file(MANIFEST, path)?
+        .take(MAX_MANIFEST + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| io_error(path, e))?;
+    if bytes.len() as u64 > MAX_MANIFEST {
+        let problem = format!("is larger than {MAX_MANIFEST} bytes");
+        return Err(BundleError::Manifest(problem));
+    }
+    Ok(bytes)
 }
 
 fn io_error(path: &Path, source: io::Error) -> BundleError {
@@ -315,6 +361,45 @@ mod tests {
         let directory = written(root.path());
         fs::write(directory.join(MODEL), b"another network").unwrap();
         assert!(matches!(Bundle::open(&directory), Err(BundleError::Hash { .. })));
+    }
+
+    #[test]
+    fn what_is_run_is_what_was_checked() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("tiny/1");
+        let model = external_data::tests::model_with_external_data(EXTERNAL_DATA);
+        let files: [(&str, &[u8]); 2] = [(MODEL, &model), (EXTERNAL_DATA, b"weights")];
+        write(&directory, &mut manifest::tests::tiny(), &files).unwrap();
+        let bundle = Bundle::open(&directory).unwrap();
+        let bytes = bundle.model().unwrap();
+        assert_eq!((&*bytes.model, &*bytes.external[0].1), (&*model, &b"weights"[..]));
+        fs::write(directory.join(EXTERNAL_DATA), b"heights").unwrap();
+        let refused = bundle.model().unwrap_err();
+        assert!(matches!(refused, BundleError::Hash { file, .. } if file == EXTERNAL_DATA));
+        // What was read before is private to whoever read it.
+        assert_eq!(&*bytes.external[0].1, b"weights");
+    }
+
+    #[test]
+    fn a_pipe_or_a_huge_manifest_is_refused_without_waiting() {
+        let root = tempfile::tempdir().unwrap();
+        for name in [MANIFEST, MODEL] {
+            let directory = written(root.path());
+            fs::remove_file(directory.join(name)).unwrap();
+            let made = std::process::Command::new("mkfifo")
+                .arg(directory.join(name))
+                .status();
+            assert!(made.unwrap().success());
+            let refused = Bundle::open(&directory).unwrap_err();
+            assert!(refused.to_string().contains("is not a file"), "{refused}");
+            fs::remove_dir_all(&directory).unwrap();
+        }
+        let directory = written(root.path());
+        let manifest = directory.join(MANIFEST);
+        let text = fs::read_to_string(&manifest).unwrap();
+        fs::write(&manifest, text + &" ".repeat(MAX_MANIFEST as usize)).unwrap();
+        let refused = Bundle::open(&directory).unwrap_err();
+        assert!(refused.to_string().contains("1048576 bytes"), "{refused}");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use ort::session::{RunOptions, Session};
 use ort::value::{DynValue, TensorElementType, TensorRef, ValueType};
 
 use super::{Batch, NetworkError, ScoreNetwork, ScoreRows, Stop};
-use crate::bundle::{Bundle, ModelSource};
+use crate::bundle::{Bundle, ModelBytes};
 
 /// Where an [`OnnxNetwork`] runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -336,10 +336,13 @@ fn open_session(bundle: &Bundle, options: &OnnxOptions) -> Result<Session, Netwo
         #[cfg(not(feature = "cuda"))]
         Device::Cuda(_) => return Err(load("this binary was built without the feature \"cuda\"")),
     }
-    match bundle.model() {
-        ModelSource::Path(path) => builder.commit_from_file(path).map_err(load),
-        ModelSource::Bytes(bytes) => builder.commit_from_memory(bytes).map_err(load),
+    let ModelBytes { model, external } = bundle.model().map_err(load)?;
+    for (name, bytes) in external {
+        builder = builder
+            .with_external_initializer_file_in_memory(name, bytes)
+            .map_err(load)?;
     }
+    builder.commit_from_memory(&model).map_err(load)
 }
 
 /// ONNX Runtime, loaded on first use.
