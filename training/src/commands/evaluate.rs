@@ -73,7 +73,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         };
         return match (samples, written, arguments.bundle.as_deref()) {
             (_, Some(file), Some(bundle)) => quality::written(&arguments.quality, file, bundle, asked),
-            (Some(count), _, _) => quality::run(&arguments.quality, count, asked),
+            (Some(count), _, _) => quality::run(&arguments.quality, count, &asked),
             _ => Err(anyhow!("--written needs --bundle")),
         };
     }

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
-use denoised::bundle::Bundle;
-use denoised::diffusion::{Token, TokenChoice};
+use denoised::bundle::{Bundle, Defaults, TextTokenizer};
+use denoised::diffusion::{SamplerKind, Token, TokenChoice};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use training::config::RunConfig;
@@ -45,6 +45,13 @@ pub(crate) struct SampleArguments {
     /// Temperature of samples; 0 takes the likeliest token.
     #[arg(long, value_name = "T", default_value_t = 1.0, requires = "samples")]
     temperature: f64,
+    /// Keep the likeliest tokens until they hold this share of the probability.
+    #[arg(long, value_name = "P", requires = "samples")]
+    top_p: Option<f64>,
+    /// Look for the temperature at which samples have the token entropy of the text, and say it as a bundle's
+    /// defaults: less is collapse.
+    #[arg(long, requires = "samples", conflicts_with = "temperature")]
+    match_entropy: bool,
     /// A language model that reads the samples, as GGUF (`make judge` fetches SmolLM2; needs the feature `judge`).
     #[arg(long, value_name = "FILE")]
     judge: Option<PathBuf>,
@@ -257,115 +264,183 @@ fn print(samples: &Quality, held_out: Option<&Quality>, settings: Value, json: b
     Ok(())
 }
 
-pub(super) fn run(arguments: &SampleArguments, count: usize, asked: Asked<'_>) -> Result<()> {
+pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) -> Result<()> {
     ensure!(
         (1..=MOST_SAMPLES).contains(&count),
         "--samples is {count}, must be 1 to {MOST_SAMPLES}"
     );
     let SampleArguments {
-        steps, temperature, ..
-    } = arguments;
+        steps,
+        temperature,
+        top_p,
+        ..
+    } = *arguments;
     ensure!(
         steps.get() <= MOST_STEPS,
         "--steps is {steps}, must be at most {MOST_STEPS}"
     );
     ensure!(
-        temperature.is_finite() && *temperature >= 0.0,
+        temperature.is_finite() && temperature >= 0.0,
         "--temperature is {temperature}, must be finite and not negative"
     );
+    ensure!(
+        top_p.is_none_or(|p| p > 0.0 && p <= 1.0),
+        "--top-p must be above 0 and at most 1"
+    );
     let mut readers = Readers::of(arguments)?;
-    let (seed, json) = (asked.seed, asked.json);
-    let (samples, held_out) = match (asked.config, asked.bundle) {
-        (Some(config), _) => of_run(arguments, count, &Run::latest(&RunConfig::read(config)?)?, asked)?,
-        (None, Some(bundle)) => of_bundle(arguments, count, bundle, asked)?,
+    let source = match (asked.config, asked.bundle) {
+        (Some(config), _) => Source::of_run(Run::latest(&RunConfig::read(config)?)?)?,
+        (None, Some(bundle)) => Source::of_bundle(bundle)?,
         (None, None) => return Err(anyhow!("neither a run nor --bundle is given")),
     };
+    let held_out = source.held_out(asked.documents.as_deref(), count)?;
+    let mut sampling = Sampling {
+        objective: source.objective(),
+        length: source.length(),
+        count,
+        steps: steps.get(),
+        choice: TokenChoice {
+            temperature,
+            top_k: None,
+            top_p,
+        },
+        seed: asked.seed,
+        threads: asked.threads,
+    };
+    if arguments.match_entropy {
+        let text = held_out.as_ref().and_then(|text| Variety::of(&text.sequences));
+        let wanted = text.context("--match-entropy needs text to match (--text)")?;
+        let entropy = |temperature| {
+            sampling.choice.temperature = temperature;
+            let samples = Variety::of(&source.draw(&sampling)?).context("there are no samples")?;
+            if !asked.json {
+                println!("temperature {temperature}: {samples}");
+            }
+            Ok(samples.token_entropy_nats.mean)
+        };
+        sampling.choice.temperature = matching(wanted.token_entropy_nats.mean, entropy)?;
+    }
+    let samples = source.decode(source.draw(&sampling)?)?;
     let samples = Quality::of(&samples, &mut readers)?.context("there are no samples")?;
     let held_out = match held_out {
         Some(written) => Quality::of(&written, &mut readers)?,
         None => None,
     };
-    let settings = json!({"steps": steps, "temperature": temperature, "seed": seed});
-    print(&samples, held_out.as_ref(), settings, json)
+    let defaults = Defaults {
+        sampler: Some(SamplerKind::Tweedie),
+        steps: Some(sampling.steps),
+        temperature: Some(sampling.choice.temperature),
+        top_p,
+        length: None,
+    };
+    let settings = json!({
+        "steps": sampling.steps, "temperature": sampling.choice.temperature, "top_p": top_p,
+        "seed": sampling.seed, "defaults": defaults,
+    });
+    print(&samples, held_out.as_ref(), settings, asked.json)?;
+    if arguments.match_entropy && !asked.json {
+        println!(
+            "as defaults: training export --defaults '{}'",
+            serde_json::to_string(&defaults)?
+        );
+    }
+    Ok(())
 }
 
-impl SampleArguments {
-    fn sampling(
-        &self,
-        count: usize,
-        objective: Objective,
-        length: usize,
-        seed: u64,
-        threads: usize,
-    ) -> Sampling {
-        let choice = TokenChoice {
-            temperature: self.temperature,
-            ..TokenChoice::default()
-        };
-        Sampling {
-            objective,
-            length,
-            count,
-            steps: self.steps.get(),
-            choice,
-            seed,
-            threads,
+/// Temperatures between which the one is looked for that gives samples the entropy of text.
+const TEMPERATURES: [f64; 2] = [0.3, 1.5];
+/// How near the entropies have to be to each other.
+const NEAR: f64 = 0.01;
+/// Temperatures that are tried.
+const TRIES: usize = 9;
+
+/// The temperature at which `entropy` is `wanted`, which it rises towards.
+fn matching(wanted: f64, mut entropy: impl FnMut(f64) -> Result<f64>) -> Result<f64> {
+    let [mut low, mut high] = TEMPERATURES;
+    let mut nearest: Option<(f64, f64)> = None;
+    for _ in 0..TRIES {
+        let temperature = (50.0 * (low + high)).round() / 100.0;
+        let difference = entropy(temperature)? / wanted - 1.0;
+        if nearest.is_none_or(|(least, _)| difference.abs() < least) {
+            nearest = Some((difference.abs(), temperature));
+        }
+        if difference.abs() < NEAR || high - low < 0.02 {
+            break;
+        }
+        if difference < 0.0 {
+            low = temperature;
+        } else {
+            high = temperature;
         }
     }
-}
-
-fn of_run(
-    arguments: &SampleArguments,
-    count: usize,
-    run: &Run,
-    asked: Asked<'_>,
-) -> Result<(Written, Option<Written>)> {
-    let tokenizer = run.tokenizer()?;
-    let decode = |tokens: &[Token]| {
-        tokenizer
-            .decode(tokens, true)
-            .map_err(|error| anyhow!("cannot decode a sample: {error}"))
-    };
-    let held_out = match asked.documents {
-        Some(documents) => run.encode(&documents)?,
-        None => run.held_out()?,
-    };
-    let sampling = arguments.sampling(
-        count,
-        run.objective(),
-        run.network.config().length,
-        asked.seed,
-        asked.threads,
+    let (difference, temperature) = nearest.context("nothing was tried")?;
+    ensure!(
+        difference < 0.03,
+        "no temperature from {low} to {high} gives the samples the entropy of the text: {temperature} is \
+         {:.1} % off; more steps or another --top-p may help",
+        100.0 * difference
     );
-    let samples = sampling.draw(&|| Ok(&run.network))?;
-    let held_out = spread(&held_out.sequences, count);
-    Ok((
-        Written::decode(samples, decode)?,
-        Some(Written::decode(held_out, decode)?),
-    ))
+    Ok(temperature)
 }
 
-fn of_bundle(
-    arguments: &SampleArguments,
-    count: usize,
-    directory: &Path,
-    asked: Asked<'_>,
-) -> Result<(Written, Option<Written>)> {
-    let bundle = Bundle::open(directory)?;
-    let tokenizer = tokenizer_of(&bundle, directory)?;
-    let decode = |tokens: &[Token]| Ok(tokenizer.decode(tokens)?);
-    let held_out = asked
-        .documents
-        .map(|documents| {
-            let text = encode(&bundle, &tokenizer, &documents)?;
-            Written::decode(spread(&text.sequences, count), decode)
+/// What is sampled.
+enum Source {
+    Run(Box<Run>, Box<tokenizers::Tokenizer>),
+    Bundle(Box<Bundle>, Box<TextTokenizer>),
+}
+
+impl Source {
+    fn of_run(run: Run) -> Result<Self> {
+        let tokenizer = run.tokenizer()?;
+        Ok(Self::Run(Box::new(run), Box::new(tokenizer)))
+    }
+
+    fn of_bundle(directory: &Path) -> Result<Self> {
+        let bundle = Bundle::open(directory)?;
+        let tokenizer = tokenizer_of(&bundle, directory)?;
+        Ok(Self::Bundle(Box::new(bundle), Box::new(tokenizer)))
+    }
+
+    fn objective(&self) -> Objective {
+        match self {
+            Self::Run(run, _) => run.objective(),
+            Self::Bundle(bundle, _) => Served::objective(bundle.manifest()),
+        }
+    }
+
+    fn length(&self) -> usize {
+        match self {
+            Self::Run(run, _) => run.network.config().length,
+            Self::Bundle(bundle, _) => bundle.manifest().max_length,
+        }
+    }
+
+    fn draw(&self, sampling: &Sampling) -> Result<Vec<Vec<Token>>> {
+        Ok(match self {
+            Self::Run(run, _) => sampling.draw(&|| Ok(&run.network))?,
+            Self::Bundle(bundle, _) => sampling.draw(&|| Served::load(bundle))?,
         })
-        .transpose()?;
-    let manifest = bundle.manifest();
-    let objective = Served::objective(manifest);
-    let sampling = arguments.sampling(count, objective, manifest.max_length, asked.seed, asked.threads);
-    let samples = sampling.draw(&|| Served::load(&bundle))?;
-    Ok((Written::decode(samples, decode)?, held_out))
+    }
+
+    fn decode(&self, sequences: Vec<Vec<Token>>) -> Result<Written> {
+        Written::decode(sequences, |tokens| match self {
+            Self::Run(_, tokenizer) => tokenizer
+                .decode(tokens, true)
+                .map_err(|error| anyhow!("cannot decode a sample: {error}")),
+            Self::Bundle(_, tokenizer) => Ok(tokenizer.decode(tokens)?),
+        })
+    }
+
+    /// `count` sequences of `documents`, or else of what the run held out.
+    fn held_out(&self, documents: Option<&[String]>, count: usize) -> Result<Option<Written>> {
+        let text = match (self, documents) {
+            (Self::Run(run, _), Some(documents)) => run.encode(documents)?,
+            (Self::Run(run, _), None) => run.held_out()?,
+            (Self::Bundle(bundle, tokenizer), Some(documents)) => encode(bundle, tokenizer, documents)?,
+            (Self::Bundle(..), None) => return Ok(None),
+        };
+        self.decode(spread(&text.sequences, count)).map(Some)
+    }
 }
 
 /// What stands where the judge is when it is not compiled in.
@@ -390,11 +465,28 @@ mod without {
     }
 }
 
-#[cfg(all(test, not(feature = "judge")))]
+#[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
 
+    #[test]
+    fn the_temperature_is_found_at_which_entropies_agree() {
+        let mut tried = Vec::new();
+        let found = matching(4.0, |temperature| {
+            tried.push(temperature);
+            Ok(3.0 + temperature)
+        });
+        assert!(
+            (found.unwrap() - 1.0).abs() < 0.04 && tried.len() < TRIES,
+            "{tried:?}"
+        );
+        // Samples of a network that only repeats itself have no temperature that helps.
+        let error = matching(4.0, |_| Ok(2.0)).unwrap_err().to_string();
+        assert!(error.contains("50.0 % off"), "{error}");
+    }
+
+    #[cfg(not(feature = "judge"))]
     #[test]
     fn without_the_feature_one_line_says_which_to_build_with() {
         let error = Judge::load(Path::new("judge.gguf")).err().unwrap().to_string();
