@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use denoised::config::Config;
 use denoised::diffusion::{Graph, GraphKind};
 use denoised::network::closed_form::ClosedForm;
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
@@ -32,10 +33,14 @@ impl ScoreNetwork for Watched {
 }
 
 async fn watched() -> (TestServer, Arc<AtomicUsize>, Gate) {
+    watched_with(&config()).await
+}
+
+async fn watched_with(config: &Config) -> (TestServer, Arc<AtomicUsize>, Gate) {
     let (evaluations, gate) = (Arc::new(AtomicUsize::new(0)), Gate::default());
     let (count, door) = (Arc::clone(&evaluations), gate.clone());
     let server = TestServer::with_network(
-        &config(),
+        config,
         Box::new(move || {
             let graph = Graph::new(GraphKind::Absorbing, 6);
             let network = ClosedForm::independent(graph, &[0.2; 5]);
@@ -154,5 +159,31 @@ async fn shutdown_lets_running_requests_finish_and_refuses_new_ones() {
         ));
     }
     assert_eq!(results, 1);
+    stopping.await.unwrap();
+}
+
+/// No grace at all, and a request in the middle of an evaluation.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_still_runs_when_the_grace_is_over_is_told() {
+    let mut config = config();
+    config.server.drain_grace_seconds = 0;
+    let (server, evaluations, gate) = watched_with(&config).await;
+    let mut client = server.client();
+    let mut stream = client.generate(long("late")).await.unwrap().into_inner();
+    let stopping = tokio::spawn(server.stop());
+    while !matches!(client.generate(long("refused")).await, Err(status) if status.code() == Code::Unavailable)
+    {
+        tokio::task::yield_now().await;
+    }
+    gate.open();
+    let status = loop {
+        match stream.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the request finished"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(evaluations.load(Ordering::Acquire) < 4000);
     stopping.await.unwrap();
 }

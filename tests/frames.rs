@@ -1,10 +1,11 @@
 //! Frames: keyframes and deltas rebuild the canvas, policies are kept, results agree.
 
 use denoised::proto::v1::{
-    FramePolicy, GenerateRequest, GetModelRequest, ListModelsRequest, Sampling, frame, frame_policy,
+    FramePolicy, GenerateRequest, GetModelRequest, InfillRequest, ListModelsRequest, Model, Sampling,
+    TemplatePart, TokenList, frame, frame_policy, template_part,
 };
 
-use crate::support::{Answer, TestServer, closed_form, config, generate};
+use crate::support::{Answer, TestServer, closed_form, config, generate, infill};
 
 fn request(frames: FramePolicy) -> GenerateRequest {
     GenerateRequest {
@@ -135,7 +136,15 @@ async fn text_travels_with_tokens_and_models_tell_their_limits() {
         .into_inner()
         .model
         .unwrap();
-    assert!(listed.contains(&model) && model.is_default && model.has_tokenizer);
+    let same = |other: &Model| {
+        // It may have been loaded in between.
+        let state = model.state;
+        Model {
+            state,
+            ..other.clone()
+        } == model
+    };
+    assert!(listed.iter().any(same) && model.is_default && model.has_tokenizer);
     assert_eq!(model.mask_token, Some(model.vocab_size - 1));
     assert!(model.provenance_json.contains("bits"));
     let request = GenerateRequest {
@@ -158,5 +167,66 @@ async fn text_travels_with_tokens_and_models_tell_their_limits() {
     }
     let first = &answer.frames[0];
     assert!(first.masked > 0 && first.masked < 32, "the prompt is clamped");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bits_tell_position_by_position_what_is_masked_and_clamped() {
+    let server = TestServer::with_network(&config(), closed_form()).await;
+    let part = |part| TemplatePart { part: Some(part) };
+    let tokens = |ids: &[u32]| part(template_part::Part::Tokens(TokenList { ids: ids.to_vec() }));
+    let answer = infill(
+        &mut server.client(),
+        InfillRequest {
+            template: vec![tokens(&[1, 2]), part(template_part::Part::Gap(8)), tokens(&[3])],
+            frames: Some(FramePolicy {
+                keyframes_only: true,
+                ..FramePolicy::default()
+            }),
+            ..InfillRequest::default()
+        },
+    )
+    .await
+    .unwrap();
+    for frame in &answer.frames {
+        let Some(frame::Content::Keyframe(key)) = &frame.content else {
+            panic!("{frame:?}");
+        };
+        let bit = |bytes: &[u8], position: usize| bytes[position / 8] >> (position % 8) & 1 == 1;
+        for (position, token) in key.tokens.iter().enumerate() {
+            assert_eq!(
+                bit(&key.clamped, position),
+                !(2..10).contains(&position),
+                "{key:?}"
+            );
+            assert_eq!(bit(&key.masked, position), *token == 5, "{key:?}");
+        }
+        assert_eq!(
+            (key.tokens.len(), key.masked.len(), key.clamped.len()),
+            (11, 2, 2)
+        );
+        assert_eq!((&key.tokens[..2], key.tokens[10]), (&[1, 2][..], 3));
+    }
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn text_can_be_left_out_of_frames_but_never_of_results() {
+    let server = TestServer::demo().await;
+    for omit_text in [false, true] {
+        let policy = FramePolicy {
+            omit_text,
+            ..FramePolicy::default()
+        };
+        let answer = generate(&mut server.client(), request(policy)).await.unwrap();
+        assert!(answer.frames.len() > 1);
+        assert!(
+            answer
+                .frames
+                .iter()
+                .all(|frame| frame.text.is_none() == omit_text)
+        );
+        assert!(!answer.results[0].text().is_empty());
+    }
     server.stop().await;
 }

@@ -1,12 +1,10 @@
 //! What one canvas, stream or caller does harms no other.
 
-use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use denoised::bundle::{BundleWriter, MODEL, Manifest};
+use denoised::bundle::MODEL;
 use denoised::diffusion::{Graph, GraphKind};
 use denoised::network::closed_form::ClosedForm;
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
@@ -21,7 +19,9 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::support::{TestServer, closed_form_manifest, config, generate};
+use crate::support::{TestServer, config, generate, publish};
+
+const ENDLESS: &[u8] = include_bytes!("fixtures/networks/endless.onnx");
 
 /// Gives NaN for the first canvas of its first evaluation.
 struct FirstIsNan {
@@ -167,7 +167,7 @@ async fn a_stream_that_nobody_reads_is_ended_and_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_network_that_never_ends_is_ended_and_others_are_served() {
     let repository = tempfile::tempdir().unwrap();
-    publish_endless(repository.path(), "endless", 1, false);
+    publish(repository.path(), ("endless", 1), ENDLESS, false);
     let mut config = config();
     config.models.repository = Some(repository.path().to_owned());
     config.models.default = Some("world-english".to_owned());
@@ -203,26 +203,6 @@ async fn a_network_that_never_ends_is_ended_and_others_are_served() {
     server.stop().await;
 }
 
-/// Publishes the network that never ends, with a manifest that tells the truth about its inputs unless
-/// `time_conditioned`.
-fn publish_endless(repository: &Path, name: &str, version: u64, time_conditioned: bool) {
-    let mut manifest = Manifest {
-        name: name.to_owned(),
-        graph: GraphKind::Uniform,
-        vocab_size: 5,
-        mask_token: None,
-        time_conditioned,
-        sha256: BTreeMap::new(),
-        ..closed_form_manifest()
-    };
-    let folder = repository.join(name);
-    let mut writer = BundleWriter::new(&folder).unwrap();
-    let network = include_bytes!("fixtures/hostile/endless.onnx");
-    writer.add(MODEL, network).unwrap();
-    writer.describe(&mut manifest).unwrap();
-    writer.commit(&folder.join(version.to_string())).unwrap();
-}
-
 async fn health(server: &TestServer) -> ServingStatus {
     let request = HealthCheckRequest::default();
     let answer = HealthClient::new(server.channel.clone()).check(request).await;
@@ -233,7 +213,7 @@ async fn health(server: &TestServer) -> ServingStatus {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_default_that_cannot_be_loaded_leaves_the_others_served() {
     let repository = tempfile::tempdir().unwrap();
-    publish_endless(repository.path(), "world-english", 2, true);
+    publish(repository.path(), ("world-english", 2), ENDLESS, true);
     let mut config = config();
     config.models.repository = Some(repository.path().to_owned());
     let server = TestServer::demo_with(&config).await;
@@ -309,12 +289,12 @@ async fn health_is_down_while_no_model_can_be_served() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_network_that_is_replaced_behind_the_manifest_is_not_run() {
     let repository = tempfile::tempdir().unwrap();
-    publish_endless(repository.path(), "replaced", 1, false);
+    publish(repository.path(), ("replaced", 1), ENDLESS, false);
     let mut config = config();
     config.models.repository = Some(repository.path().to_owned());
     config.models.default = Some("world-english".to_owned());
     let server = TestServer::demo_with(&config).await;
-    let other = include_bytes!("fixtures/hostile/write.py");
+    let other = include_bytes!("fixtures/networks/write.py");
     std::fs::write(repository.path().join("replaced/1").join(MODEL), other).unwrap();
     let request = GenerateRequest {
         model: Some(ModelReference {

@@ -3,9 +3,9 @@
 use denoised::bundle::{Bundle, demo};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
-use denoised::proto::v1::{GenerateRequest, ListModelsRequest, ModelReference};
+use denoised::proto::v1::{GenerateRequest, ListModelsRequest, ModelReference, Sampling};
 
-use crate::support::{TestServer, config, generate};
+use crate::support::{TestServer, config, generate, publish};
 
 #[test]
 fn rows_come_in_the_order_of_positions() {
@@ -91,5 +91,44 @@ async fn a_repository_serves_its_good_bundles_and_refuses_the_bad_ones() {
         .unwrap();
         assert_eq!(answer.accepted.unwrap().model.unwrap().version, answers);
     }
+    server.stop().await;
+}
+
+/// The same row in both types: the same tokens, and in proportion to what the row says.
+#[tokio::test(flavor = "multi_thread")]
+async fn networks_may_answer_in_float16() {
+    let repository = tempfile::tempdir().unwrap();
+    for (name, network) in [
+        ("single", &include_bytes!("fixtures/networks/float32.onnx")[..]),
+        ("half", &include_bytes!("fixtures/networks/float16.onnx")[..]),
+    ] {
+        publish(repository.path(), (name, 1), network, false);
+    }
+    let mut config = config();
+    config.models.repository = Some(repository.path().to_owned());
+    let server = TestServer::demo_with(&config).await;
+    let mut answers = Vec::new();
+    for name in ["single", "half"] {
+        let request = GenerateRequest {
+            model: Some(ModelReference {
+                name: name.to_owned(),
+                version: 1,
+            }),
+            sampling: Some(Sampling {
+                seed: Some(3),
+                num_samples: Some(64),
+                ..Sampling::default()
+            }),
+            ..GenerateRequest::default()
+        };
+        let answer = generate(&mut server.client(), request).await.unwrap();
+        answers.push(answer.tokens());
+    }
+    assert_eq!(answers[0], answers[1]);
+    let count = |token| answers[0].iter().flatten().filter(|t| **t == token).count();
+    assert!(
+        count(4) > 2 * count(2) && count(2) > count(0),
+        "rows are read, not passed over"
+    );
     server.stop().await;
 }

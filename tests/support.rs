@@ -1,9 +1,11 @@
 //! Servers for tests: in process on a free port, with the embedded demo model or a closed-form network.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use denoised::bundle::{FORMAT, MODEL, Manifest};
+use denoised::bundle::{BundleWriter, FORMAT, MODEL, Manifest};
 use denoised::config::Config;
 use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
@@ -194,4 +196,22 @@ impl Gate {
     pub fn wait(&self) {
         self.0.1.wait_while(&mut self.0.0.lock(), |open| !*open);
     }
+}
+
+/// Publishes `network`, of five states on the uniform graph, as a model and version of `repository`.
+pub fn publish(repository: &Path, (name, version): (&str, u64), network: &[u8], time_conditioned: bool) {
+    let mut manifest = Manifest {
+        name: name.to_owned(),
+        graph: GraphKind::Uniform,
+        vocab_size: 5,
+        mask_token: None,
+        time_conditioned,
+        sha256: BTreeMap::new(),
+        ..closed_form_manifest()
+    };
+    let folder = repository.join(name);
+    let mut writer = BundleWriter::new(&folder).unwrap();
+    writer.add(MODEL, network).unwrap();
+    writer.describe(&mut manifest).unwrap();
+    writer.commit(&folder.join(version.to_string())).unwrap();
 }

@@ -159,4 +159,19 @@ mod tests {
             format!("the sea{MASKED} was sea")
         );
     }
+
+    #[test]
+    fn text_ends_with_its_document_where_the_network_ended_it() {
+        let tokenizer = of(&SEA).unwrap();
+        let template = Template::new([
+            Piece::Tokens(vec![0, 2]),
+            Piece::Gap(3),
+            Piece::Text(" was".to_owned(), vec![2]),
+        ]);
+        // Token 2 ends documents here: clamped it is text like any other.
+        let text = |end| template.text(&[0, 2, 1, 2, 1, 2], &tokenizer, None, end).unwrap();
+        assert_eq!(text(None), "the was sea was sea was");
+        assert_eq!(text(Some(2)), "the was sea");
+        assert_eq!(text(Some(7)), text(None));
+    }
 }
