@@ -148,6 +148,11 @@ fn serve_logs_one_line_generates_infills_and_exits_cleanly() {
     assert_eq!(json_lines(&succeeds(&models))[0]["default"], true);
     let (code, log) = server.stop();
     assert_eq!(code, Some(0), "{log}");
+    // What was asked is told, a line a request.
+    let ended = log.lines().filter(|line| line.contains("a request has ended"));
+    let ended: Vec<&str> = ended.collect();
+    assert_eq!(ended.len(), 5, "{log}");
+    assert!(ended[4].contains("canvases=2 done=2") && ended[4].contains("model=world-english@1"));
     let serving: Vec<&str> = log.lines().filter(|line| line.contains("serving on")).collect();
     assert_eq!(serving.len(), 1, "{log}");
     assert!(
@@ -211,11 +216,20 @@ fn mistakes_end_with_one_line_and_the_right_code() {
             64,
             "sampling.temperature",
         ),
+        (
+            vec!["generate", "--server", "https://127.0.0.1:1"],
+            64,
+            "must begin with http://",
+        ),
         (vec!["infill", "no gap"], 64, "template"),
         (vec!["infill", "open [[gap"], 64, "not closed"),
         (vec!["generate", "--model", "a@b"], 64, "NAME@VERSION"),
         (vec!["generate", "--sampler", "magic"], 64, "tweedie"),
-        (vec!["generate", "--model", "unheard-of"], 70, "unheard-of"),
+        (
+            vec!["generate", "--model", "unheard-of"],
+            70,
+            "\"unheard-of\" is not known; there are world-english@1",
+        ),
         (vec!["serve", "--config", "/nowhere.toml"], 64, "nowhere"),
         (vec!["serve", "--workers", "0"], 64, "engine.workers"),
         (vec!["serve", "--repository", "/nowhere"], 70, "/nowhere"),
@@ -250,4 +264,35 @@ fn a_missing_or_wrong_runtime_is_one_line_with_the_command_that_fixes_it() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn a_server_that_dies_is_said_to_have_gone_away() {
+    let server = Serving::start();
+    let url = format!("http://{}", server.address);
+    let mut command = denoised();
+    let mut client = command
+        .args([
+            "generate",
+            "--server",
+            &url,
+            "--json",
+            "--steps",
+            "4096",
+            "--num-samples",
+            "64",
+        ])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // In the middle of a request, which takes seconds: its first line says that it is accepted.
+    let mut out = BufReader::new(client.stdout.take().unwrap());
+    out.read_line(&mut String::new()).unwrap();
+    drop(server);
+    std::io::copy(&mut out, &mut std::io::sink()).unwrap();
+    let output = client.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(69), "{error}");
+    assert_eq!(error.trim().lines().count(), 1, "{error}");
 }

@@ -1,6 +1,7 @@
 //! A channel to the server that was given, or to one started within this process.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use tokio::sync::oneshot;
@@ -14,6 +15,9 @@ use crate::telemetry::{self, Log};
 
 /// What a server that lives for one command logs: not that it is ended, for that is how it should be.
 const QUIET: &str = "warn,denoised::server=error,denoised::server::models=warn";
+
+/// How long a server may take to answer at all.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where the server is.
 #[derive(Debug, Args)]
@@ -52,8 +56,14 @@ impl Target {
                 (url, Some(own))
             }
         };
-        let endpoint =
-            Endpoint::from_shared(url.clone()).map_err(|e| Failed::usage(format!("--server {url}: {e}")))?;
+        if !url.starts_with("http://") {
+            // Anything else would be spoken in plaintext all the same.
+            let problem = format!("--server {url}: must begin with http://; TLS is not spoken yet");
+            return Err(Failed::usage(problem));
+        }
+        let endpoint = Endpoint::from_shared(url.clone())
+            .map_err(|e| Failed::usage(format!("--server {url}: {e}")))?
+            .connect_timeout(CONNECT_TIMEOUT);
         let channel = endpoint
             .connect()
             .await

@@ -123,7 +123,11 @@ impl From<Status> for Failed {
         if let Some(delay) = status.get_details_retry_info().and_then(|info| info.retry_delay) {
             message = format!("{message} (try again in {:.1} s)", delay.as_secs_f64());
         }
-        if status.code() == tonic::Code::Unavailable {
+        // A connection that breaks off has a code of its own making, and a cause.
+        let broken_off = std::error::Error::source(&status).is_some();
+        if broken_off {
+            Self::unavailable(format!("the server has gone away ({message})"))
+        } else if status.code() == tonic::Code::Unavailable {
             Self::unavailable(message)
         } else if status.code() == tonic::Code::InvalidArgument {
             Self::usage(message)

@@ -56,7 +56,7 @@ use queue::Queue;
 pub use request::{AdmitError, Caller, Generation, Publish, Request};
 use sessions::Loader;
 use watchdog::Watchdog;
-use work::{Origin, Place, Work};
+use work::{Origin, Place, Tally, Work};
 
 /// How the engine is laid out.
 #[derive(Clone, Copy, Debug)]
@@ -218,10 +218,12 @@ impl Engine {
         let gaps = request.template.iter().filter(|token| token.is_none()).count();
         let evaluations = request.plan.most_evaluations(gaps, &request.model);
         let cost = shared.costs.predicted(&request.model, request.template.len());
-        let (origin, place) = self.register(&request)?;
+        let (origin, mut place) = self.register(&request)?;
         let permits = shared
             .admission
             .admit(&request.caller, request.canvases, evaluations, cost)?;
+        place.canvases = request.canvases;
+        let place = Arc::new(place);
         let course = Arc::new(Course::new(&request.model, request.plan));
         let (canvases, work): (Vec<_>, Vec<_>) = permits
             .into_iter()
@@ -244,7 +246,7 @@ impl Engine {
     }
 
     /// Enters a request under its id, for as long as the place lives.
-    fn register(&self, request: &Request) -> Result<(Arc<Origin>, Arc<Place>), AdmitError> {
+    fn register(&self, request: &Request) -> Result<(Arc<Origin>, Place), AdmitError> {
         let number = self.shared.requests.fetch_add(1, Ordering::AcqRel);
         let cancelled = Arc::new(AtomicBool::new(false));
         match self.shared.running.entry(request.id.clone()) {
@@ -257,6 +259,11 @@ impl Engine {
         let place = Place {
             id: request.id.clone(),
             number,
+            caller: request.caller.clone(),
+            model: Arc::clone(&request.model),
+            canvases: 0,
+            admitted: Instant::now(),
+            tally: Tally::default(),
             shared: Arc::clone(&self.shared),
         };
         let origin = Origin {
@@ -268,7 +275,7 @@ impl Engine {
             admitted: Instant::now(),
             shared: Arc::clone(&self.shared),
         };
-        Ok((Arc::new(origin), Arc::new(place)))
+        Ok((Arc::new(origin), place))
     }
 
     /// Ends a running request: canvases that wait at once, those in a pass after it; `false` when none has

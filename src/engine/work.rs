@@ -1,7 +1,7 @@
 //! A canvas and what goes with it from worker to worker.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -12,7 +12,7 @@ use super::canvas::Canvas;
 use super::cost::address;
 use super::queue::{FlowDescription, FlowKey, Lane};
 use super::request::Caller;
-use super::{Failure, Phase, Publish, Shared, State, Timings};
+use super::{Failure, Phase, Publish, ServedModel, Shared, State, Timings};
 
 /// What the canvases of a request share beside their course.
 #[derive(Debug)]
@@ -34,12 +34,38 @@ pub(super) struct Origin {
 pub(super) struct Place {
     pub(super) id: String,
     pub(super) number: u64,
+    pub(super) caller: Caller,
+    pub(super) model: Arc<ServedModel>,
+    pub(super) canvases: u32,
+    pub(super) admitted: Instant,
+    pub(super) tally: Tally,
     pub(super) shared: Arc<Shared>,
+}
+
+/// How the canvases of a request have ended.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    done: AtomicU32,
+    evaluations: AtomicU64,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.shared.forget(&self.id, self.number);
+        let done = self.tally.done.load(Ordering::Acquire);
+        // Requests that were refused after they had a place are told as refusals.
+        if self.canvases > 0 {
+            tracing::info!(
+                request = self.id,
+                caller = %self.caller,
+                model = %self.model,
+                canvases = self.canvases,
+                done,
+                evaluations = self.tally.evaluations.load(Ordering::Acquire),
+                ms = self.admitted.elapsed().as_millis() as u64,
+                "a request has ended"
+            );
+        }
     }
 }
 
@@ -75,6 +101,17 @@ impl Ticket {
             }
             running
         });
+    }
+
+    fn done(&self, state: State) {
+        if let Some((_, place)) = &*self.held.lock() {
+            place.tally.done.fetch_add(1, Ordering::AcqRel);
+            place
+                .tally
+                .evaluations
+                .fetch_add(state.nfe.into(), Ordering::AcqRel);
+        }
+        self.tell(|newest| *newest = state);
     }
 
     fn keep(&self, evaluations: u64) {
@@ -193,7 +230,7 @@ impl Work {
         if self.canvas.is_done() {
             self.timings.total = self.origin.admitted.elapsed();
             let done = State::done(&self.canvas, self.timings);
-            self.ticket.tell(|state| *state = done);
+            self.ticket.done(done);
             return None;
         }
         if let Some(failure) = self.is_over() {

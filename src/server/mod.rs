@@ -67,6 +67,9 @@ pub enum StartError {
 #[error("serving failed: {0}")]
 pub struct ServeError(#[from] tonic::transport::Error);
 
+/// Models that are named to whoever asks for another, at most.
+const TOLD_MODELS: usize = 8;
+
 /// What both services share.
 #[derive(Clone, Debug)]
 struct Service {
@@ -92,7 +95,13 @@ impl Service {
         let sound = candidates.iter().find(|model| !self.has_failed(model));
         sound.or(candidates.first()).cloned().ok_or_else(|| {
             let name = version.map_or(name.clone(), |version| format!("{name}@{version}"));
-            status::not_found("model", &name, "ListModels tells what is served")
+            let served: Vec<String> = self.models.iter().map(ToString::to_string).collect();
+            let hint = if served.len() <= TOLD_MODELS {
+                format!("there are {}", served.join(", "))
+            } else {
+                "ListModels tells what there is".to_owned()
+            };
+            status::not_found("model", &name, &hint)
         })
     }
 

@@ -10,6 +10,9 @@ use crate::engine::{AdmitError, Failure, NoRoom, Room};
 /// The `ErrorInfo` domain of all our errors.
 const DOMAIN: &str = "denoised.v1";
 
+/// Characters of a name that are told to whoever sent it.
+const MAX_TOLD: usize = 128;
+
 /// What is wrong with a request: the path of a field, and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {problem}")]
@@ -115,7 +118,9 @@ fn unavailable(message: String) -> Status {
 
 /// Something that was named does not exist.
 pub(super) fn not_found(kind: &str, name: &str, hint: &str) -> Status {
-    let details = ErrorDetails::with_resource_info(kind, name, "", hint);
+    // What comes in need not go out again whole.
+    let name: String = name.chars().take(MAX_TOLD).collect();
+    let details = ErrorDetails::with_resource_info(kind, &name, "", hint);
     Status::with_error_details(
         Code::NotFound,
         format!("{kind} {name:?} is not known; {hint}"),
