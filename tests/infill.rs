@@ -113,3 +113,33 @@ async fn clamped_tokens_stay_where_they_are() {
     assert!(answer.results[0].text.as_ref().unwrap().contains(text));
     server.stop().await;
 }
+
+/// The tokens of words begin with their space: one before a gap is left to the token that follows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_space_before_a_gap_changes_nothing_but_who_writes_it() {
+    let server = TestServer::demo().await;
+    let ask = async |before: &str, between: &str| {
+        let template = [
+            Part::Text(before.into()),
+            Part::Gap(3),
+            Part::Text(between.into()),
+            Part::Gap(2),
+        ];
+        let answer = infill(&mut server.client(), request(parts(template)))
+            .await
+            .unwrap();
+        answer.results[0].clone()
+    };
+    let closed = ask("He said to the king", ", and he went to the").await;
+    let open = ask("He said to the king ", ", and he went to the ").await;
+    assert_eq!(open.tokens, closed.tokens);
+    let (open, closed) = (open.text.unwrap(), closed.text.unwrap());
+    assert!(
+        open.starts_with("He said to the king ") && !open.starts_with("He said to the king  "),
+        "{open}"
+    );
+    if closed.starts_with("He said to the king ") && closed.contains(", and he went to the ") {
+        assert_eq!(open, closed);
+    }
+    server.stop().await;
+}

@@ -169,7 +169,7 @@ impl Work {
             timings: Timings::default(),
             attempts: 0,
         };
-        // The number of evaluations was an upper bound as long as hit times were not drawn.
+        // The number of evaluations was an upper bound as long as hitting times were not drawn.
         work.ticket.keep(work.canvas.evaluations_left());
         work.join();
         (work, receiver)

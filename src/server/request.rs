@@ -144,26 +144,25 @@ pub(super) fn prompt(
         let problem = format!("is {length}, must be 1 to {max} (the model's max_length)");
         return Err(FieldError::new("length", problem).into());
     }
-    let tokens = if prompt.is_empty() {
-        Vec::new()
+    let prompt = if prompt.is_empty() {
+        Piece::Text(prompt, Vec::new())
     } else {
-        encode_within("prompt", &prompt, model, limits)?
+        let tokens = encode_within("prompt", &prompt, model, limits)?;
+        before_gap("prompt", tokens, prompt, model)?
     };
+    let taken = prompt.len();
     let default = model.manifest().defaults.and_then(|defaults| defaults.length);
     let length = match (length, default) {
         (Some(length), _) => length as usize,
         // A prompt that leaves no room in the default gets the whole canvas.
-        (None, Some(default)) if tokens.len() < default => default,
+        (None, Some(default)) if taken < default => default,
         (None, _) => max,
     };
-    let Some(gap) = length.checked_sub(tokens.len()).filter(|gap| *gap > 0) else {
-        let problem = format!(
-            "takes {} positions, which leaves none of the canvas's {length} to fill",
-            tokens.len()
-        );
+    let Some(gap) = length.checked_sub(taken).filter(|gap| *gap > 0) else {
+        let problem = format!("takes {taken} positions, which leaves none of the canvas's {length} to fill");
         return Err(FieldError::new("prompt", problem).into());
     };
-    Ok(Template::new([Piece::Text(prompt, tokens), Piece::Gap(gap)]))
+    Ok(Template::new([prompt, Piece::Gap(gap)]))
 }
 
 /// The template of `Infill`.
@@ -202,13 +201,22 @@ pub(super) fn template(
         return Err(FieldError::new("template", problem).into());
     }
     let (mut pieces, mut length) = (Vec::with_capacity(parts.len()), 0usize);
-    for (index, part) in parts.into_iter().enumerate() {
+    let mut parts = parts.into_iter().enumerate().peekable();
+    while let Some((index, part)) = parts.next() {
         let field = format!("template[{index}]");
+        let gap_follows = parts
+            .peek()
+            .is_some_and(|(_, next)| matches!(next.part, Some(v1::template_part::Part::Gap(_))));
         let piece = match part.part {
             Some(v1::template_part::Part::Text(text)) => {
                 let tokens = encode_within(&format!("{field}.text"), &text, model, limits)?;
-                length += tokens.len();
-                Piece::Text(text, tokens)
+                let piece = if gap_follows {
+                    before_gap(&format!("{field}.text"), tokens, text, model)?
+                } else {
+                    Piece::Text(text, tokens)
+                };
+                length += piece.len();
+                piece
             }
             Some(v1::template_part::Part::Tokens(list)) => {
                 length += list.ids.len();
@@ -235,6 +243,20 @@ pub(super) fn template(
         return Err(FieldError::new("template", "has no gap, at least one is needed").into());
     }
     Ok(template)
+}
+
+/// `text`, of these `tokens`, before a gap: a space at its end that is a token of its own is left to the gap.
+fn before_gap(field: &str, tokens: Vec<Token>, text: String, model: &ServedModel) -> Result<Piece, Status> {
+    let Some(without) = text.strip_suffix(' ') else {
+        return Ok(Piece::Text(text, tokens));
+    };
+    let without = tokenizer(model)?
+        .encode(without)
+        .map_err(|e| FieldError::new(field, e.to_string()))?;
+    Ok(match tokens.strip_prefix(without.as_slice()) {
+        Some([_space]) => Piece::OpenText(text, without),
+        _ => Piece::Text(text, tokens),
+    })
 }
 
 /// Tokens of a text field.

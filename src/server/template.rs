@@ -14,6 +14,9 @@ pub const MASKED: char = '\u{2591}';
 pub(super) enum Piece {
     /// Clamped text and its tokens.
     Text(String, Vec<Token>),
+    /// Clamped text whose last space belongs to the token that the gap after it begins with: what words are cut into
+    /// begins with their space, so that a space of its own is followed by half a word. The tokens are without it.
+    OpenText(String, Vec<Token>),
     /// Clamped tokens.
     Tokens(Vec<Token>),
     /// Positions to fill.
@@ -21,9 +24,10 @@ pub(super) enum Piece {
 }
 
 impl Piece {
-    fn len(&self) -> usize {
+    /// Positions that it takes.
+    pub(super) fn len(&self) -> usize {
         match self {
-            Self::Text(_, tokens) | Self::Tokens(tokens) => tokens.len(),
+            Self::Text(_, tokens) | Self::OpenText(_, tokens) | Self::Tokens(tokens) => tokens.len(),
             Self::Gap(positions) => *positions,
         }
     }
@@ -74,7 +78,7 @@ impl Template {
         self.pieces
             .iter()
             .flat_map(|(piece, _)| match piece {
-                Piece::Text(_, tokens) | Piece::Tokens(tokens) => {
+                Piece::Text(_, tokens) | Piece::OpenText(_, tokens) | Piece::Tokens(tokens) => {
                     tokens.iter().copied().map(Some).collect::<Vec<_>>()
                 }
                 Piece::Gap(positions) => vec![None; *positions],
@@ -94,10 +98,12 @@ impl Template {
         end: Option<Token>,
     ) -> Result<String, TokenizerError> {
         let mut text = String::new();
+        let mut space_is_there = false;
         for (piece, range) in &self.pieces {
             let drawn = match piece {
-                Piece::Text(clamped, _) => {
+                Piece::Text(clamped, _) | Piece::OpenText(clamped, _) => {
                     text.push_str(clamped);
+                    space_is_there = matches!(piece, Piece::OpenText(..));
                     continue;
                 }
                 Piece::Tokens(_) | Piece::Gap(_) => &tokens[range.clone()],
@@ -119,8 +125,11 @@ impl Template {
                         Some(masked) => &before[masked + 1..],
                         None => before,
                     };
-                    text.push_str(&tokenizer.decode_after(before, run)?);
+                    let decoded = tokenizer.decode_after(before, run)?;
+                    let rest = decoded.strip_prefix(' ').filter(|_| space_is_there);
+                    text.push_str(rest.unwrap_or(&decoded));
                 }
+                space_is_there = false;
                 at += run.len();
             }
             if ends.is_some() {
@@ -157,6 +166,23 @@ mod tests {
         assert_eq!(
             text(&[0, 1, MASK, 2, 1], Some(MASK)),
             format!("the sea{MASKED} was sea")
+        );
+    }
+
+    #[test]
+    fn a_space_before_a_gap_is_told_once() {
+        let tokenizer = of(&SEA).unwrap();
+        let template = Template::new([
+            Piece::OpenText("the ".to_owned(), vec![0]),
+            Piece::Gap(2),
+            Piece::OpenText(" was ".to_owned(), vec![2]),
+            Piece::Gap(1),
+        ]);
+        let text = |tokens: &[Token], mask| template.text(tokens, &tokenizer, mask, None).unwrap();
+        assert_eq!(text(&[0, 1, 2, 2, 1], None), "the sea was was sea");
+        assert_eq!(
+            text(&[0, MASK, 1, 2, MASK], Some(MASK)),
+            format!("the {MASKED} sea was {MASKED}")
         );
     }
 
