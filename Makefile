@@ -64,7 +64,7 @@ bench: prerequisites tools ## Measure a step, a generation and the server under 
 		"$$target/release/training" random "$$models/$$1.checkpoint" "$${@:2}"
 		"$$target/release/training" import "$$models/$$1.checkpoint" --out "$$models/$$1/1" --name "$$1"
 	}
-	make_model demo-shape --vocab-size 8191 --length 128 --hidden-size 256 --cond-dim 32 --blocks 5 --heads 4
+	make_model demo-shape --vocab-size 6655 --length 128 --hidden-size 256 --cond-dim 32 --blocks 5 --heads 4
 	make_model small-shape
 	cargo bench --locked --workspace --bench generation -- --models "$$(realpath "$$models")" --out "$$(realpath "$$models")/bench.json" \
 		$(if $(BENCH_PYTHON),--python $(BENCH_PYTHON))
@@ -163,13 +163,13 @@ train-demo: prerequisites ## Train the demo model again, from the text to the bu
 	cargo build --release --locked --package training --bin training
 	training="$${CARGO_TARGET_DIR:-target}/release/training"
 	corpus=(--validation-fraction 0.05 --seed 1 .corpus/world-english/*.txt)
-	"$$training" tokenizer --vocab-size 8191 --out .corpus/demo/tokenizer.json "$${corpus[@]}"
+	"$$training" tokenizer --vocab-size 6655 --out .corpus/demo/tokenizer.json "$${corpus[@]}"
 	"$$training" prepare --tokenizer .corpus/demo/tokenizer.json --out .corpus/demo "$${corpus[@]}"
 	"$$training" fit training/configs/demo.toml --resume-if-any
 	"$$training" evaluate training/configs/demo.toml --baselines
 	rm -rf training/demo/world-english/1
 	"$$training" export training/configs/demo.toml --storage f16 --name world-english --out training/demo/world-english/1 \
-		--defaults '{"sampler": "tweedie", "steps": 128, "temperature": 0.85, "top_p": 0.98}' \
+		--defaults '{"sampler": "tweedie", "steps": 128, "temperature": 0.87, "top_p": 0.98}' \
 		--corpus "World English Bible, public domain, https://ebible.org/web/ (Debian sword-text-web by training/demo/corpus.sh; all chapters: sha256 $$(cat .corpus/world-english/*.txt | sha256sum | cut -d' ' -f1))"
 
 .PHONY: clean

@@ -24,6 +24,7 @@ use serde::Deserialize;
 use serde_json::json;
 use training::config::{Decay, RunConfig};
 use training::device::Devices;
+use training::masking::Masking;
 use training::network::NetworkConfig;
 use training::trainer::Trainer;
 
@@ -112,7 +113,7 @@ fn compare(arguments: &Arguments) -> Result<()> {
 }
 
 /// Tokens of the demo model, the mask left out.
-const VOCABULARY: usize = 8191;
+const VOCABULARY: usize = 6655;
 
 /// The demo model's run, with what the arguments change.
 fn run(arguments: &Arguments, root: &Path) -> Result<(RunConfig, NetworkConfig)> {
@@ -121,6 +122,8 @@ fn run(arguments: &Arguments, root: &Path) -> Result<(RunConfig, NetworkConfig)>
     config.run.threads = arguments.threads;
     config.optimizer.decay = Decay::Constant;
     config.optimizer.warmup_steps = 20;
+    config.optimizer.masking = Masking::Independent;
+    config.optimizer.decay_matrices_only = false;
     let network = &mut config.network;
     // The reference architecture, which PyTorch's side is: it sees the noise and has a head of its own.
     network.parameterization = Parameterization::Score;

@@ -41,7 +41,7 @@ struct Arguments {
 }
 
 /// Options of `denoised generate` that make up one setting, under the sampler's name.
-const SETTINGS: [(&str, &[&str]); 21] = [
+const SETTINGS: [(&str, &[&str]); 22] = [
     ("tweedie", &["--steps", "16"]),
     ("tweedie", &["--steps", "32"]),
     ("tweedie", &["--steps", "64"]),
@@ -52,6 +52,10 @@ const SETTINGS: [(&str, &[&str]); 21] = [
     ("tweedie, normalised", &["--normalize", "--steps", "1024"]),
     ("euler", &["--sampler", "euler", "--steps", "64"]),
     ("first-hitting", &["--sampler", "first-hitting"]),
+    (
+        "theta-trapezoidal",
+        &["--sampler", "theta-trapezoidal", "--steps", "32"],
+    ),
     ("confidence", &["--sampler", "confidence", "--steps", "16"]),
     ("confidence", &["--sampler", "confidence", "--steps", "32"]),
     ("confidence", &["--sampler", "confidence", "--steps", "64"]),

@@ -349,8 +349,8 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) 
 
 /// Temperatures between which the one is looked for that gives samples the entropy of text.
 const TEMPERATURES: [f64; 2] = [0.3, 1.5];
-/// How near the entropies have to be to each other.
-const NEAR: f64 = 0.01;
+/// How near the entropies have to be to each other: the first temperature that is tried and near enough is taken.
+const NEAR: f64 = 0.03;
 /// Temperatures that are tried.
 const TRIES: usize = 9;
 
@@ -375,7 +375,7 @@ fn matching(wanted: f64, mut entropy: impl FnMut(f64) -> Result<f64>) -> Result<
     }
     let (difference, temperature) = nearest.context("nothing was tried")?;
     ensure!(
-        difference < 0.03,
+        difference < NEAR,
         "no temperature from {low} to {high} gives the samples the entropy of the text: {temperature} is \
          {:.1} % off; more steps or another --top-p may help",
         100.0 * difference
