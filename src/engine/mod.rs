@@ -14,7 +14,7 @@
 //! Failures stay where they happen. A canvas with unusable scores ends alone; after a pass that failed its
 //! canvases run one by one, and only the session that it ran on is replaced; a model that cannot be loaded
 //! fails its own requests. Every load has a thread of its own. A pass that hangs is stopped, or given up with its thread
-//! ([`watchdog`]); one that has no memory is made smaller ([`budget`]). However work ends, whoever follows it is told.
+//! (`watchdog`); one that has no memory is made smaller (`budget`). However work ends, whoever follows it is told.
 //!
 //! The engine knows tokens, not text, and nothing of gRPC. Only workers and loads touch a network.
 
