@@ -49,6 +49,14 @@ demo: prerequisites tools ## Build the server, start it, and watch text come out
 .PHONY: test
 test: prerequisites tools test-tools chart-test check lint doc ## Everything that must pass: chart, licences, format, lints, docs, all tests.
 	cargo test --workspace --locked
+	$(MAKE) test-interleavings
+
+# How many orders of threads are tried, of each test.
+INTERLEAVINGS ?= 1000
+
+.PHONY: test-interleavings
+test-interleavings: prerequisites ## Try orders of threads on engine and models (INTERLEAVINGS: how many).
+	DENOISED_INTERLEAVINGS=$(INTERLEAVINGS) cargo test --locked --package denoised --features shuttle --lib interleavings_test
 
 # A python with torch and safetensors, to compare with: `make bench BENCH_PYTHON=venv/bin/python`.
 BENCH_PYTHON ?=

@@ -70,6 +70,8 @@ pub struct ModelsConfig {
     pub default: Option<String>,
     /// Whether the demo model in the binary is served too.
     pub demo: bool,
+    /// Megabytes of memory that the networks of all models together may take; 0 for no limit.
+    pub memory_megabytes: u64,
 }
 
 impl Default for ModelsConfig {
@@ -78,6 +80,7 @@ impl Default for ModelsConfig {
             repository: None,
             default: None,
             demo: true,
+            memory_megabytes: 0,
         }
     }
 }
@@ -95,6 +98,8 @@ pub struct EngineConfig {
     pub device: Device,
     /// Tokens of one forward pass: canvases times length.
     pub batch_tokens: usize,
+    /// Megabytes of log-scores that one forward pass gives. One canvas always fits.
+    pub max_output_megabytes: usize,
     /// Seconds that the workers are predicted to need for all that may wait.
     pub max_queue_seconds: u64,
     /// Share of `max_queue_seconds` that one caller may use, above 0 and at most 1.
@@ -110,6 +115,7 @@ impl Default for EngineConfig {
             threads_per_worker: 0,
             device: Device::Cpu,
             batch_tokens: 512,
+            max_output_megabytes: 1024,
             max_queue_seconds: 3600,
             max_caller_share: 0.5,
             max_pass_seconds: 300,
@@ -287,18 +293,27 @@ impl Config {
         for (key, value) in [
             ("engine.workers", self.engine.workers),
             ("engine.threads_per_worker", self.engine.threads_per_worker),
+            ("engine.max_output_megabytes", self.engine.max_output_megabytes),
         ] {
-            let (least, wanted) = match key {
-                "engine.workers" => (1, "1 to 1024"),
-                _ => (0, "0 to 1024"),
+            let (range, wanted) = match key {
+                "engine.workers" => (1..=1024, "1 to 1024"),
+                "engine.threads_per_worker" => (0..=1024, "0 to 1024"),
+                _ => (1..=1 << 20, "1 to 1048576"),
             };
-            if !(least..=1024).contains(&value) {
+            if !range.contains(&value) {
                 return Err(ConfigError::Range {
                     key,
                     value: value.to_string(),
                     wanted,
                 });
             }
+        }
+        if self.models.memory_megabytes > 1 << 20 {
+            return Err(ConfigError::Range {
+                key: "models.memory_megabytes",
+                value: self.models.memory_megabytes.to_string(),
+                wanted: "0 to 1048576",
+            });
         }
         let share = self.engine.max_caller_share;
         if !(share > 0.0 && share <= 1.0) {

@@ -1,4 +1,6 @@
 //! `denoised`: a server for score-based discrete diffusion language models.
+#[cfg(feature = "serve")]
+pub mod allocator;
 pub mod bundle;
 #[cfg(feature = "serve")]
 pub mod cli;
@@ -7,11 +9,15 @@ pub mod config;
 pub mod diffusion;
 #[cfg(feature = "serve")]
 pub mod engine;
+#[cfg(feature = "serve")]
+pub mod models;
 #[cfg(feature = "onnx")]
 pub mod network;
 #[cfg(feature = "serve")]
 pub mod proto;
 #[cfg(feature = "serve")]
 pub mod server;
+#[cfg(feature = "serve")]
+mod sync;
 #[cfg(feature = "serve")]
 pub mod telemetry;

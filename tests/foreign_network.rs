@@ -7,7 +7,7 @@ use std::process::Command;
 
 use denoised::bundle::{Bundle, Manifest};
 use denoised::diffusion::Parameterization;
-use denoised::engine::{Models, ServedModel};
+use denoised::models::{Models, ServedModel};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 use denoised::proto::v1::{GenerateRequest, ModelReference, Sampling};

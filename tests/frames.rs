@@ -1,11 +1,19 @@
 //! Frames: keyframes and deltas rebuild the canvas, policies are kept, results agree.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use denoised::bundle::Manifest;
+use denoised::diffusion::{Graph, GraphKind};
+use denoised::network::closed_form::ClosedForm;
+use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 use denoised::proto::v1::{
     FramePolicy, GenerateRequest, GetModelRequest, InfillRequest, ListModelsRequest, Model, Sampling,
-    TemplatePart, TokenList, frame, frame_policy, template_part,
+    TemplatePart, TokenList, frame, frame_policy, generate_response, template_part,
 };
 
-use crate::support::{Answer, TestServer, closed_form, config, generate, infill};
+use crate::support::{Answer, TestServer, closed_form, closed_form_manifest, config, generate, infill};
 
 fn request(frames: FramePolicy) -> GenerateRequest {
     GenerateRequest {
@@ -105,7 +113,7 @@ async fn policies_are_kept() {
         "{steps:?}"
     );
     let slow = FramePolicy {
-        min_interval_ms: 60_000,
+        min_interval_ms: Some(60_000),
         ..FramePolicy::default()
     };
     let conflated = generate(&mut server.client(), request(slow)).await.unwrap();
@@ -115,6 +123,70 @@ async fn policies_are_kept() {
         "the first and the last; the end is not held back"
     );
     assert_eq!(conflated.tokens(), silent.tokens());
+    server.stop().await;
+}
+
+/// Takes its time for every evaluation, and counts them.
+struct Slow {
+    network: ClosedForm,
+    evaluations: Arc<AtomicU32>,
+}
+
+impl ScoreNetwork for Slow {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
+        std::thread::sleep(Duration::from_millis(6));
+        self.evaluations.fetch_add(1, Ordering::AcqRel);
+        self.network.log_score(batch, read)
+    }
+}
+
+/// A client that takes 0.1 s for a frame, of a run of 300 steps in 2 s, with tonic's own windows: it is shown few
+/// frames, each of them of the last second, and has its result after no more frames than a second holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_client_is_shown_the_present_and_gets_its_result_at_once() {
+    const STEPS: u32 = 300;
+    let evaluations = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&evaluations);
+    let network = move || {
+        let graph = Graph::new(GraphKind::Uniform, 5);
+        Ok(Box::new(Slow {
+            network: ClosedForm::independent(graph, &[0.2; 5]),
+            evaluations: Arc::clone(&count),
+        }) as Box<dyn ScoreNetwork>)
+    };
+    let manifest = Manifest {
+        graph: GraphKind::Uniform,
+        vocab_size: 5,
+        mask_token: None,
+        ..closed_form_manifest()
+    };
+    let server = TestServer::with_manifest(&config(), manifest, Box::new(network)).await;
+    let request = GenerateRequest {
+        sampling: Some(Sampling {
+            steps: Some(STEPS),
+            ..Sampling::default()
+        }),
+        ..GenerateRequest::default()
+    };
+    let mut stream = server.client().generate(request).await.unwrap().into_inner();
+    let (mut frames, mut late, mut oldest) = (0, 0, 0);
+    while let Some(message) = stream.message().await.unwrap() {
+        if let Some(generate_response::Event::Frame(frame)) = message.event {
+            frames += 1;
+            let now = evaluations.load(Ordering::Acquire);
+            oldest = oldest.max(now - frame.nfe);
+            late += u32::from(now > STEPS);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    assert!((20..=40).contains(&frames), "{frames} frames");
+    // Half of the steps take a second.
+    assert!(oldest <= STEPS / 2, "a frame was {oldest} evaluations old");
+    assert!(late <= 10, "{late} frames were read after the end");
     server.stop().await;
 }
 

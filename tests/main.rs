@@ -17,8 +17,8 @@ mod errors;
 mod foreign_client;
 mod foreign_network;
 mod frames;
-
 mod infill;
+mod memory;
 mod neighbours;
 mod network;
 mod samplers;

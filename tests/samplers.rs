@@ -2,7 +2,7 @@
 
 use denoised::bundle::Manifest;
 use denoised::diffusion::{Graph, GraphKind};
-use denoised::engine::{Models, ServedModel};
+use denoised::models::{Models, ServedModel};
 use denoised::network::closed_form::ClosedForm;
 use denoised::proto::v1::{FramePolicy, GenerateRequest, GetModelRequest, Sampler, Sampling, frame_policy};
 use denoised::server::Server;

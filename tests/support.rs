@@ -9,7 +9,7 @@ use denoised::bundle::{BundleWriter, FORMAT, MODEL, Manifest};
 use denoised::config::Config;
 use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
-use denoised::engine::{Models, NetworkSource, ServedModel};
+use denoised::models::{Models, NetworkSource, ServedModel};
 use denoised::network::closed_form::ClosedForm;
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use denoised::proto::v1::model_service_client::ModelServiceClient;
@@ -199,7 +199,17 @@ impl Gate {
 }
 
 /// Publishes `network`, of five states on the uniform graph, as a model and version of `repository`.
-pub fn publish(repository: &Path, (name, version): (&str, u64), network: &[u8], time_conditioned: bool) {
+pub fn publish(repository: &Path, model: (&str, u64), network: &[u8], time_conditioned: bool) {
+    publish_files(repository, model, &[(MODEL, network)], time_conditioned);
+}
+
+/// The same of a network that lies in several files.
+pub fn publish_files(
+    repository: &Path,
+    (name, version): (&str, u64),
+    files: &[(&str, &[u8])],
+    time_conditioned: bool,
+) {
     let mut manifest = Manifest {
         name: name.to_owned(),
         graph: GraphKind::Uniform,
@@ -211,7 +221,9 @@ pub fn publish(repository: &Path, (name, version): (&str, u64), network: &[u8], 
     };
     let folder = repository.join(name);
     let mut writer = BundleWriter::new(&folder).unwrap();
-    writer.add(MODEL, network).unwrap();
+    for (name, bytes) in files {
+        writer.add(name, bytes).unwrap();
+    }
     writer.describe(&mut manifest).unwrap();
     writer.commit(&folder.join(version.to_string())).unwrap();
 }

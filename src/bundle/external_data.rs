@@ -1,4 +1,4 @@
-//! The files that an ONNX model wants to read beside itself.
+//! The files that an ONNX model wants to read beside itself, and how much its weights are.
 //!
 //! A tensor may name any path as the place of its data, so the names are read before ONNX Runtime is
 //! given the model. The walk follows the nesting of `onnx.proto` and steps over everything else: weights,
@@ -46,12 +46,24 @@ impl Message {
     }
 }
 
+/// What is read of a model.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Contents {
+    /// Names of all files that its tensors want to read.
+    pub(super) files: BTreeSet<String>,
+    /// Bytes that its tensors take in memory, where numbers of 16 bits are computed with 32.
+    pub(super) weight_bytes: u64,
+}
+
 /// A message that is being read.
 struct Open {
     message: Message,
     end: u64,
     key: Vec<u8>,
     value: Vec<u8>,
+    /// Of a tensor: its entries, and the number of their type.
+    entries: u64,
+    data_type: u64,
 }
 
 impl Open {
@@ -61,22 +73,42 @@ impl Open {
             end,
             key: Vec::new(),
             value: Vec::new(),
+            entries: 1,
+            data_type: 0,
         }
+    }
+
+    /// Bytes of a tensor's entries in memory; types as `TensorProto.DataType` numbers them.
+    fn bytes(&self) -> u64 {
+        let entry = match self.data_type {
+            // 8-bit integers and truth values; 8-bit floats.
+            2 | 3 | 9 | 17..=20 => 1,
+            // 64 bits.
+            7 | 11 | 13 | 14 => 8,
+            _ => 4,
+        };
+        self.entries.saturating_mul(entry)
     }
 }
 
-/// Names of all files that the tensors of `model`, of `length` bytes, want to read.
+/// What the tensors of `model`, of `length` bytes, take and want to read.
 ///
 /// # Errors
 /// What of the file is not in the format, or goes over a limit.
-pub(super) fn files(model: impl BufRead + Seek, length: u64) -> Result<BTreeSet<String>, String> {
+pub(super) fn contents(model: impl BufRead + Seek, length: u64) -> Result<Contents, String> {
     let mut reader = Reader { model, at: 0 };
-    let mut files = BTreeSet::new();
+    let Contents {
+        mut files,
+        mut weight_bytes,
+    } = Contents::default();
     let mut open = vec![Open::new(Message::Model, length)];
     while let Some(current) = open.last_mut() {
         if reader.at == current.end {
             if current.message == Message::Property && current.key == b"location" {
                 files.insert(String::from_utf8_lossy(&current.value).into_owned());
+            }
+            if current.message == Message::Tensor {
+                weight_bytes = weight_bytes.saturating_add(current.bytes());
             }
             open.pop();
             if files.len() > MOST_FILES {
@@ -87,7 +119,12 @@ pub(super) fn files(model: impl BufRead + Seek, length: u64) -> Result<BTreeSet<
         let tag = reader.varint()?;
         let payload = match tag & 7 {
             0 => {
-                reader.varint()?;
+                let value = reader.varint()?;
+                match (current.message, tag >> 3) {
+                    (Message::Tensor, 1) => current.entries = current.entries.saturating_mul(value),
+                    (Message::Tensor, 2) => current.data_type = value,
+                    _ => {}
+                }
                 0
             }
             1 => 8,
@@ -108,6 +145,15 @@ pub(super) fn files(model: impl BufRead + Seek, length: u64) -> Result<BTreeSet<
                     &mut current.value
                 }) = text;
             }
+            // A list of dimensions, packed.
+            (2, 1, Message::Tensor) => {
+                while reader.at < end {
+                    current.entries = current.entries.saturating_mul(reader.varint()?);
+                }
+                if reader.at > end {
+                    return Err(format!("it is cut short or damaged at byte {}", reader.at));
+                }
+            }
             (2, number, message) if let Some(inner) = message.field(number) => {
                 if open.len() == MOST_DEPTH {
                     return Err(format!("it nests deeper than {MOST_DEPTH} messages"));
@@ -117,7 +163,7 @@ pub(super) fn files(model: impl BufRead + Seek, length: u64) -> Result<BTreeSet<
             _ => reader.skip(payload)?,
         }
     }
-    Ok(files)
+    Ok(Contents { files, weight_bytes })
 }
 
 struct Reader<R> {
@@ -212,7 +258,31 @@ pub(super) mod tests {
     }
 
     fn read(bytes: &[u8]) -> Result<BTreeSet<String>, String> {
-        files(Cursor::new(bytes), bytes.len() as u64)
+        contents(Cursor::new(bytes), bytes.len() as u64).map(|contents| contents.files)
+    }
+
+    #[test]
+    fn weights_are_counted_as_they_are_computed_with() {
+        let bytes = |dimensions: &[u8], data_type: u8| {
+            let tensor = [dimensions, &[2 << 3, data_type]].concat();
+            let model = field(7, &field(5, &tensor));
+            let contents = contents(Cursor::new(&model), model.len() as u64);
+            contents.unwrap().weight_bytes
+        };
+        let packed = field(1, &[0x80, 2, 3]);
+        let apart = [1 << 3, 0x80, 2, 1 << 3, 3];
+        for dimensions in [packed.as_slice(), &apart] {
+            let of = |data_type| bytes(dimensions, data_type);
+            // float32, float16, bfloat16; uint8 and int8; int64 and double.
+            let (four, one, eight) = ([1, 10, 16].map(of), [2, 3].map(of), [7, 11].map(of));
+            assert_eq!((four, one, eight), ([3072; 3], [768; 2], [6144; 2]));
+        }
+        // A scalar; and more than there is.
+        assert_eq!(bytes(&[], 1), 4);
+        assert_eq!(
+            bytes(&field(1, &[&[0xff; 9][..], &[1, 9]].concat()), 11),
+            u64::MAX
+        );
     }
 
     #[test]

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! The exporter of the training crate writes bundles ([`write()`]), the server reads them
-//! ([`Bundle::open`], [`repository::scan`]). A bundle is trusted only after the hash of every file in it
-//! has been checked against its manifest, and no file beside those is ever opened.
+//! ([`Bundle::look_at`], [`repository::scan`]). No file is used before its hash has been checked against the
+//! manifest, and none beside those that it lists is ever opened.
 
 mod embedded;
 mod external_data;
@@ -98,16 +98,32 @@ pub struct ModelBytes {
     pub external: Vec<(String, Arc<[u8]>)>,
 }
 
-/// A checked bundle.
+/// A bundle.
 #[derive(Clone, Debug)]
 pub struct Bundle {
     manifest: Manifest,
     files: Files,
+    weight_bytes: u64,
 }
 
 impl Bundle {
     /// Opens the bundle in `directory`, checking its manifest and every hash.
     pub fn open(directory: &Path) -> Result<Self, BundleError> {
+        let manifest = Self::listed(directory)?;
+        for (name, expected) in &manifest.sha256 {
+            check_hash(name, expected, sha256_of_file(name, &directory.join(name))?)?;
+        }
+        Self::of_files(directory, manifest)
+    }
+
+    /// Opens the bundle in `directory` without reading its weights: their hashes are checked when the network is
+    /// read, that of the tokenizer when it is.
+    pub fn look_at(directory: &Path) -> Result<Self, BundleError> {
+        Self::of_files(directory, Self::listed(directory)?)
+    }
+
+    /// The manifest of `directory`, if it lists all that lies there.
+    fn listed(directory: &Path) -> Result<Manifest, BundleError> {
         let bytes = read_manifest(&directory.join(MANIFEST))?;
         let manifest = Manifest::from_json(&bytes).map_err(BundleError::Manifest)?;
         for entry in fs::read_dir(directory).map_err(|e| io_error(directory, e))? {
@@ -123,18 +139,15 @@ impl Bundle {
                 });
             }
         }
-        for (name, expected) in &manifest.sha256 {
-            check_hash(name, expected, sha256_of_file(name, &directory.join(name))?)?;
-        }
-        Self::of_files_just_hashed(directory, manifest)
+        Ok(manifest)
     }
 
-    /// The bundle in `directory`, whose files are known to have the hashes of `manifest`.
-    fn of_files_just_hashed(directory: &Path, manifest: Manifest) -> Result<Self, BundleError> {
+    /// The bundle in `directory`, whose files `manifest` lists.
+    fn of_files(directory: &Path, manifest: Manifest) -> Result<Self, BundleError> {
         let path = directory.join(MODEL);
         let file = open_file(MODEL, &path)?;
         let length = file.metadata().map_err(|e| io_error(&path, e))?.len();
-        check_external_data(BufReader::new(file), length, |name| {
+        let weight_bytes = check_external_data(BufReader::new(file), length, |name| {
             // Names in the manifest are plain: what it lists lies in the bundle.
             if manifest.sha256.contains_key(name) {
                 Ok(())
@@ -145,6 +158,7 @@ impl Bundle {
         Ok(Self {
             manifest,
             files: Files::Directory(directory.to_owned()),
+            weight_bytes,
         })
     }
 
@@ -167,12 +181,13 @@ impl Bundle {
             check_hash(name, expected, sha256(bytes))?;
         }
         let model = find(MODEL).ok_or_else(|| missing(MODEL))?;
-        check_external_data(Cursor::new(model), model.len() as u64, |_| {
+        let weight_bytes = check_external_data(Cursor::new(model), model.len() as u64, |_| {
             Err("is named by the network as external data, which an embedded bundle cannot have")
         })?;
         Ok(Self {
             manifest,
             files: Files::Embedded(files),
+            weight_bytes,
         })
     }
 
@@ -181,8 +196,13 @@ impl Bundle {
         &self.manifest
     }
 
-    /// The network, read now and checked again: what lies in the folder may have changed since it was opened, and
-    /// may change while it is run.
+    /// Bytes that the weights take in memory, about.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// The network, read and checked now: what lies in the folder may have changed since it was opened, and may
+    /// change while it is run.
     pub fn model(&self) -> Result<ModelBytes, BundleError> {
         let directory = match &self.files {
             Files::Directory(directory) => directory,
@@ -195,11 +215,12 @@ impl Bundle {
             }
         };
         let model = self.read_checked(directory, MODEL)?;
-        let named = external_data::files(Cursor::new(&model), model.len() as u64);
-        let external = named
+        let contents = external_data::contents(Cursor::new(&model), model.len() as u64);
+        let external = contents
             .map_err(BundleError::Model)?
+            .files
             .into_iter()
-            .map(|name| Ok((name.clone(), self.read_checked(directory, &name)?.into())))
+            .map(|name| Ok((name.clone(), self.share_checked(directory, &name)?)))
             .collect::<Result<_, BundleError>>()?;
         Ok(ModelBytes {
             model: Cow::Owned(model),
@@ -209,12 +230,7 @@ impl Bundle {
 
     /// The contents of a file that the manifest lists, if they are what it says.
     fn read_checked(&self, directory: &Path, name: &str) -> Result<Vec<u8>, BundleError> {
-        let Some(expected) = self.manifest.sha256.get(name) else {
-            return Err(BundleError::File {
-                file: name.to_owned(),
-                problem: "is not listed in the manifest",
-            });
-        };
+        let expected = self.expected(name)?;
         let path = directory.join(name);
         let mut bytes = Vec::new();
         open_file(name, &path)?
@@ -222,6 +238,28 @@ impl Bundle {
             .map_err(|e| io_error(&path, e))?;
         check_hash(name, expected, sha256(&bytes))?;
         Ok(bytes)
+    }
+
+    /// The same in memory that is never copied: weights can be gigabytes.
+    fn share_checked(&self, directory: &Path, name: &str) -> Result<Arc<[u8]>, BundleError> {
+        let expected = self.expected(name)?;
+        let path = directory.join(name);
+        let mut file = open_file(name, &path)?;
+        let length = file.metadata().map_err(|e| io_error(&path, e))?.len() as usize;
+        let mut bytes: Arc<[u8]> = std::iter::repeat_n(0, length).collect();
+        if let Some(bytes) = Arc::get_mut(&mut bytes) {
+            file.read_exact(bytes).map_err(|e| io_error(&path, e))?;
+        }
+        check_hash(name, expected, sha256(&bytes))?;
+        Ok(bytes)
+    }
+
+    fn expected(&self, name: &str) -> Result<&str, BundleError> {
+        let expected = self.manifest.sha256.get(name).map(String::as_str);
+        expected.ok_or_else(|| BundleError::File {
+            file: name.to_owned(),
+            problem: "is not listed in the manifest",
+        })
     }
 
     /// The tokenizer, if the bundle has one; without, it is served by token ids alone.
@@ -253,16 +291,17 @@ pub fn write(directory: &Path, manifest: &mut Manifest, files: &[(&str, &[u8])])
     writer.commit(directory)
 }
 
-/// Asks `allowed` about every file that the network wants to read beside itself.
+/// Asks `allowed` about every file that the network wants to read beside itself. Returns the bytes of its weights.
 fn check_external_data(
     model: impl BufRead + Seek,
     length: u64,
     allowed: impl Fn(&str) -> Result<(), &'static str>,
-) -> Result<(), BundleError> {
-    for file in external_data::files(model, length).map_err(BundleError::Model)? {
+) -> Result<u64, BundleError> {
+    let contents = external_data::contents(model, length).map_err(BundleError::Model)?;
+    for file in contents.files {
         allowed(&file).map_err(|problem| BundleError::File { file, problem })?;
     }
-    Ok(())
+    Ok(contents.weight_bytes)
 }
 
 fn check_hash(file: &str, expected: &str, found: String) -> Result<(), BundleError> {

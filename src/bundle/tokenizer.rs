@@ -83,10 +83,15 @@ impl TextTokenizer {
             .map_err(|e| TokenizerError::Decode(e.to_string()))
     }
 
+    /// The end of `before`, which alone decides how what follows is written.
+    pub fn context(before: &[Token]) -> &[Token] {
+        &before[before.len().saturating_sub(CONTEXT)..]
+    }
+
     /// Text of `tokens` where they follow `before`: many tokenizers write the space between words at the
     /// beginning of a token and leave it out at the beginning of a text.
     pub fn decode_after(&self, before: &[Token], tokens: &[Token]) -> Result<String, TokenizerError> {
-        let before = &before[before.len().saturating_sub(CONTEXT)..];
+        let before = Self::context(before);
         if before.is_empty() {
             return self.decode(tokens);
         }
@@ -153,6 +158,31 @@ pub(crate) mod tests {
         assert_eq!(tokenizer.decode(&[1, 2]).unwrap(), "sea was");
         assert_eq!(tokenizer.decode_after(&[0], &[1, 2]).unwrap(), " sea was");
         assert_eq!(tokenizer.decode_after(&[], &[1, 2]).unwrap(), "sea was");
+    }
+
+    /// As GPT-2 has it: a space is a letter of the token that it stands before, and tokens are bytes.
+    #[test]
+    fn byte_level_tokenizers_give_back_spaces_and_characters() {
+        let byte_level = serde_json::json!({
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+        });
+        let mut file = words(&[
+            ("the", 0),
+            ("\u{120}sea", 1),
+            ("\u{c3}", 2),
+            ("\u{a9}", 3),
+            ("[UNK]", 4),
+        ]);
+        file["pre_tokenizer"] = byte_level.clone();
+        file["decoder"] = byte_level;
+        let tokenizer = TextTokenizer::from_json(file.to_string().as_bytes(), &tiny()).unwrap();
+        assert_eq!(tokenizer.encode("the sea").unwrap(), [0, 1]);
+        assert_eq!(tokenizer.decode(&[0, 1]).unwrap(), "the sea");
+        assert_eq!(tokenizer.decode(&[1]).unwrap(), " sea", "it is the token's own");
+        assert_eq!(tokenizer.decode_after(&[0], &[1, 0]).unwrap(), " seathe");
+        // The two bytes of one character, together and on both sides of a seam.
+        assert_eq!(tokenizer.decode_after(&[0], &[2, 3]).unwrap(), "\u{e9}");
+        assert_eq!(tokenizer.decode_after(&[0, 2], &[3, 1]).unwrap(), "\u{fffd} sea");
     }
 
     #[test]

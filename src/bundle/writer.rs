@@ -93,7 +93,7 @@ impl BundleWriter {
         manifest.check().map_err(BundleError::Manifest)?;
         let json = serde_json::to_vec_pretty(manifest).map_err(|e| BundleError::Manifest(e.to_string()))?;
         self.write_manifest(&json)?;
-        Bundle::of_files_just_hashed(&self.partial, manifest.clone())
+        Bundle::of_files(&self.partial, manifest.clone())
     }
 
     /// Writes a manifest as it is.

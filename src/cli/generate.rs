@@ -167,10 +167,10 @@ impl Generate {
         };
         FramePolicy {
             when: when.into(),
-            min_interval_ms: match view {
+            min_interval_ms: Some(match view {
                 View::Terminal(_) if self.pace.is_none() => REDRAW_MS,
                 View::Terminal(_) | View::Blocks { .. } | View::Off => 0,
-            },
+            }),
             ..FramePolicy::default()
         }
     }

@@ -8,6 +8,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failed, INTERRUPTED};
+use crate::allocator;
 use crate::config::Config;
 use crate::network::onnx::Device;
 use crate::server::Server;
@@ -46,6 +47,7 @@ impl Serve {
         ];
         let flags: Vec<(&str, String)> = flags.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
         let config = Config::load(self.config.as_deref(), &flags).map_err(Failed::usage)?;
+        allocator::give_large_blocks_back();
         let log = telemetry::init(&config.log)
             .map_err(|e| Failed::usage(format!("log.filter {:?}: {e}", config.log.filter)))?;
         // Before the socket is bound: whoever sees the port may send the signal.

@@ -4,9 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
-
 use super::request::Caller;
+use crate::sync::Mutex;
 
 /// Why there is no room for a request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -149,13 +148,15 @@ pub(super) struct Permit {
 }
 
 impl Permit {
-    /// Gives back all but the room of the `evaluations` that are left.
-    pub(super) fn keep(&mut self, evaluations: u64) {
+    /// Gives back all but the room of the `evaluations` that are left. Returns of how many it was.
+    pub(super) fn keep(&mut self, evaluations: u64) -> u64 {
         let left = evaluations.saturating_mul(self.cost);
-        if left < self.nanos {
-            self.admission.give_back(&self.caller, self.nanos - left);
+        let back = self.nanos.saturating_sub(left);
+        if back > 0 {
+            self.admission.give_back(&self.caller, back);
             self.nanos = left;
         }
+        back / self.cost.max(1)
     }
 }
 

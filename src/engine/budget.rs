@@ -1,6 +1,6 @@
 //! How much fits into a pass: what is configured, or less while the device has no memory for it.
 
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 
 /// Passes that have to go well before a lowered budget is raised by an eighth.
 const PASSES: u32 = 64;

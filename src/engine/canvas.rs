@@ -4,11 +4,11 @@
 
 use std::sync::Arc;
 
-use super::ServedModel;
 use super::course::Course;
 use crate::diffusion::sampler::row::{self, BadScores, Scratch};
 use crate::diffusion::sampler::{Candidate, CanvasView, Commit, Evaluation, HittingTimes, Second};
 use crate::diffusion::{Draws, Token};
+use crate::models::ServedModel;
 
 /// A row of tokens on its way from noise to text.
 #[derive(Clone, Debug)]
@@ -133,6 +133,11 @@ impl Canvas {
     /// What is asked of the network next, of a canvas that is not done.
     pub fn evaluation(&self) -> Evaluation {
         self.course.sampler.evaluation(&self.view())
+    }
+
+    /// Evaluations of the step that begins with `first`, at most.
+    pub fn evaluations(&self, first: &Evaluation) -> u32 {
+        self.course.sampler.evaluations(first)
     }
 
     /// What is asked once more in the same step, where the sampler does, given what `first` gave.

@@ -3,9 +3,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use parking_lot::Mutex;
-
-use super::ServedModel;
+use crate::models::ServedModel;
+use crate::sync::Mutex;
 
 /// Before anything is measured: what an evaluation of one canvas is taken to cost.
 const UNKNOWN: Duration = Duration::from_millis(5);
@@ -23,7 +22,7 @@ impl Costs {
         let per_token = pass.as_nanos() as f64 / (canvases.max(1) * length.max(1)) as f64;
         let mut measured = self.measured.lock();
         measured
-            .entry((address(model), bucket(length)))
+            .entry((model.address(), bucket(length)))
             // A pass that the system kept waiting says little of the next one.
             .and_modify(|mean| *mean += (per_token.min(4.0 * *mean) - *mean) / 8.0)
             .or_insert(per_token);
@@ -32,8 +31,14 @@ impl Costs {
     /// Nanoseconds that an evaluation of one canvas of `length` will take, at least 1; a guess where nothing of
     /// the model is measured.
     pub(super) fn predicted(&self, model: &ServedModel, length: usize) -> u64 {
-        self.known(address(model), length)
+        self.known(model.address(), length)
             .unwrap_or(UNKNOWN.as_nanos() as u64)
+    }
+
+    /// Forgets a model that is not served any more: another can come to lie at its address.
+    pub(super) fn forget(&self, model: &ServedModel) {
+        let address = model.address();
+        self.measured.lock().retain(|(of, _), _| *of != address);
     }
 
     /// The same for the model at this address, where anything of it is measured.
@@ -54,11 +59,6 @@ impl Costs {
         let nanos = longer.chain(nearest).reduce(f64::min)?;
         Some((nanos as u64).max(1))
     }
-}
-
-/// Names a model as long as it lives.
-pub(super) fn address(model: &ServedModel) -> usize {
-    std::ptr::from_ref(model).addr()
 }
 
 fn bucket(length: usize) -> u32 {

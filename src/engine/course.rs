@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::ServedModel;
 use crate::diffusion::sampler::{Evaluation, Sampler, TimeGrid, normalized};
 use crate::diffusion::{SamplerKind, TokenChoice};
+use crate::models::ServedModel;
 
 /// How a canvas is denoised.
 #[derive(Clone, Copy, Debug, PartialEq)]

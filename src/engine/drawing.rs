@@ -65,16 +65,18 @@ pub(super) fn draw(
             );
         }
         for (canvas, drawn) in parts.into_iter().flatten() {
-            outcomes[canvas] = match (std::mem::replace(&mut outcomes[canvas], Err(BadScores)), drawn) {
-                (Ok(mut moves), Ok(more)) => {
-                    moves.extend(more);
-                    Ok(moves)
-                }
-                _ => Err(BadScores),
-            };
+            add(&mut outcomes[canvas], drawn);
         }
     });
     outcomes
+}
+
+/// Adds what more rows of a canvas gave to what the rows before them did.
+pub(super) fn add(outcome: &mut Result<Moves, BadScores>, more: Result<Moves, BadScores>) {
+    match (&mut *outcome, more) {
+        (Ok(moves), Ok(more)) => moves.extend(more),
+        _ => *outcome = Err(BadScores),
+    }
 }
 
 /// Draws rows `range` of the batch; for every canvas that has some of them, its number and its moves.
@@ -83,7 +85,7 @@ fn draw_rows(
     scores: &ScoreRows<'_>,
     range: &Range<usize>,
 ) -> Vec<(usize, Result<Moves, BadScores>)> {
-    let (mut drawn, mut scratch) = (Vec::new(), Scratch::default());
+    let (mut drawn, mut scratch, mut row_buffer) = (Vec::new(), Scratch::default(), Vec::new());
     let (mut first, vocab) = (0, scores.vocab());
     for (
         index,
@@ -108,7 +110,8 @@ fn draw_rows(
                     let row = &between.rows[at * vocab..(at + 1) * vocab];
                     (row, between.offset)
                 });
-                rows.draw(positions[at], scores.row(row), kept, &mut scratch)
+                let log_score = scores.row_in(row, &mut row_buffer);
+                rows.draw(positions[at], log_score, kept, &mut scratch)
                     .transpose()
             });
             drawn.push((index, moves.collect()));

@@ -49,7 +49,8 @@ where
                 let data: Vec<f32> = (0..batch.positions.len())
                     .flat_map(|row| {
                         let bad = bad(batch.positions[row]);
-                        rows.row(row).iter().map(move |x| if bad { f32::NAN } else { *x })
+                        let row = rows.row(row).into_owned();
+                        row.into_iter().map(move |x| if bad { f32::NAN } else { x })
                     })
                     .collect();
                 read(ScoreRows::packed(&data, rows.vocab()));
@@ -314,59 +315,60 @@ fn a_thread_that_dies_is_replaced_and_what_it_had_is_told() {
     assert!(idle(&engine) && engine.shared.running.is_empty());
 }
 
+/// Faults of the test below, on both graphs together.
+const FAULTS: usize = 10_000;
+
 /// Random faults on every third evaluation or so, seed fixed: nothing is lost, doubled or stuck, and whatever is
 /// finished has the tokens of the undisturbed run.
 #[test]
 fn random_faults_lose_nothing() {
+    let many = |workers| EngineOptions {
+        max_running_requests: 500,
+        ..options(workers)
+    };
     for graph in [GraphKind::Absorbing, GraphKind::Uniform] {
         let random = Arc::new(Mutex::new(ChaCha8Rng::seed_from_u64(7)));
         let faults = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&faults);
-        let model = faulty(graph, move |_| {
-            let fault = match random.lock().next_u32() % 12 {
-                0 | 1 => Fault::Run,
-                2 => Fault::Panic,
+        let model = faulty(graph, move |batch| {
+            let fault = match random.lock().next_u32() % 240 {
+                0..30 => Fault::Run,
+                30..55 => Fault::Panic,
+                55..60 => Fault::Memory,
+                60 => Fault::Nan(batch.sigma.len() / 2),
                 _ => return None,
             };
             count.fetch_add(1, Ordering::AcqRel);
             Some(fault)
         });
         let sound = super::tests::model(graph);
-        let engine = Engine::start(EngineOptions {
-            max_running_requests: 500,
-            ..options(3)
-        })
-        .unwrap();
-        let mut generations: Vec<_> = (0..500)
-            .map(|n| engine.admit(request(&model, n)).unwrap())
-            .collect();
-        let calm = Engine::start(EngineOptions {
-            max_running_requests: 500,
-            ..options(1)
-        })
-        .unwrap();
+        let calm = Engine::start(many(1)).unwrap();
         let mut expected: Vec<_> = (0..500)
             .map(|n| calm.admit(request(&sound, n)).unwrap())
             .collect();
+        let expected: Vec<_> = expected.iter_mut().map(tokens).collect();
+        let engine = Engine::start(many(3)).unwrap();
         let (mut done, mut given_up) = (0, 0);
-        for (generation, expected) in generations.iter_mut().zip(&mut expected) {
-            for (receiver, expected) in generation.canvases.iter_mut().zip(tokens(expected)) {
-                let state = end(receiver);
-                match state.phase {
-                    Phase::Done(_) => {
-                        assert_eq!(*state.tokens, *expected);
-                        done += 1;
+        while faults.load(Ordering::Acquire) < FAULTS / 2 {
+            let mut generations: Vec<_> = (0..500)
+                .map(|n| engine.admit(request(&model, n)).unwrap())
+                .collect();
+            for (generation, expected) in generations.iter_mut().zip(&expected) {
+                for (receiver, expected) in generation.canvases.iter_mut().zip(expected) {
+                    let state = end(receiver);
+                    match state.phase {
+                        Phase::Done(_) => {
+                            assert_eq!(*state.tokens, **expected);
+                            done += 1;
+                        }
+                        Phase::Failed(Failure::Worker { .. }) => given_up += 1,
+                        phase @ (Phase::Running | Phase::Failed(_)) => panic!("{phase:?}"),
                     }
-                    Phase::Failed(Failure::Worker { .. }) => given_up += 1,
-                    phase @ (Phase::Running | Phase::Failed(_)) => panic!("{phase:?}"),
                 }
             }
         }
-        let faults = faults.load(Ordering::Acquire);
-        assert!(
-            faults > 300 && done > 3 * given_up,
-            "{faults} faults, {done} done, {given_up} given up"
-        );
+        // With a quarter of its evaluations failing, alone, a canvas is given up now and then.
+        assert!(done > given_up, "{done} done, {given_up} given up");
         assert!(idle(&engine) && engine.shared.running.is_empty() && engine.shared.queue.is_empty());
     }
 }

@@ -13,35 +13,32 @@
 //!
 //! Failures stay where they happen. A canvas with unusable scores ends alone; after a pass that failed its
 //! canvases run one by one, and only the session that it ran on is replaced; a model that cannot be loaded
-//! fails its own requests. Every load has a thread of its own. A pass that hangs is stopped, or given up with its thread
-//! (`watchdog`); one that has no memory is made smaller (`budget`). However work ends, whoever follows it is told.
+//! fails its own requests. A pass that hangs is stopped, or given up with its thread (`watchdog`); one that has no memory is made smaller (`budget`). However work ends, whoever follows it is told.
 //!
-//! The engine knows tokens, not text, and nothing of gRPC. Only workers and loads touch a network.
+//! The engine knows tokens, not text, and nothing of gRPC. Only workers touch a network; models are loaded by
+//! [`crate::models`].
 
 mod admission;
 mod budget;
 pub mod canvas;
 mod cost;
+mod counters;
 pub mod course;
 mod drawing;
-mod models;
 mod pass;
 mod progress;
 mod queue;
 mod request;
-mod sessions;
 mod watchdog;
 mod work;
 mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
-use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use admission::Admission;
@@ -49,14 +46,16 @@ pub use admission::{NoRoom, Room};
 use budget::Budget;
 use canvas::Canvas;
 use cost::Costs;
+pub use counters::Counters;
 use course::Course;
-pub use models::{ModelState, Models, NetworkSource, ServedModel};
 pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::Queue;
 pub use request::{AdmitError, Caller, Generation, Publish, Request};
-use sessions::Loader;
 use watchdog::Watchdog;
 use work::{Origin, Place, Tally, Work};
+
+use crate::models::{Loader, ModelState, Put, ServedModel};
+use crate::sync::{self, Mutex, Thread};
 
 /// How the engine is laid out.
 #[derive(Clone, Copy, Debug)]
@@ -67,10 +66,14 @@ pub struct EngineOptions {
     pub threads: usize,
     /// Tokens of one forward pass: canvases times length. One canvas always fits.
     pub batch_tokens: usize,
+    /// Bytes of log-scores that one forward pass gives. One canvas always fits.
+    pub output_bytes: usize,
     /// Work that may wait, as the time that the workers are predicted to need for it.
     pub max_queue: Duration,
     /// Share of it that one caller may have, in (0, 1].
     pub caller_share: f64,
+    /// Bytes of memory that all networks together may take; a model that needs more room has others unloaded.
+    pub network_bytes: u64,
     /// Requests that may run.
     pub max_running_requests: usize,
     /// How long a pass may take before it is stopped.
@@ -93,11 +96,12 @@ struct Shared {
     queue: Queue,
     admission: Arc<Admission>,
     costs: Costs,
+    counters: Counters,
     budget: Budget,
     watchdog: Watchdog,
-    loader: Loader,
+    loader: Arc<Loader<Work>>,
     /// Workers, loader and watchdog; taken by whoever shuts down first.
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Mutex<Vec<Thread>>,
     /// Workers so far.
     workers: AtomicU64,
     /// Running requests by id.
@@ -142,9 +146,15 @@ pub struct Engine {
 
 /// Starts a thread of the engine.
 fn spawn(shared: &Shared, name: String, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-    let thread = std::thread::Builder::new().name(name).spawn(run)?;
+    let thread = sync::spawn(name, run)?;
     shared.threads.lock().push(thread);
     Ok(())
+}
+
+/// Lets work wait again that has waited for something else.
+fn put_into(shared: &Arc<Shared>) -> Put<Work> {
+    let shared = Arc::clone(shared);
+    Arc::new(move |work| shared.put(work))
 }
 
 /// Starts one more worker.
@@ -175,9 +185,10 @@ impl Engine {
                 options.workers,
             )),
             costs: Costs::default(),
+            counters: Counters::default(),
             budget: Budget::new(options.batch_tokens),
             watchdog: Watchdog::new(options.max_pass, options.last_chance),
-            loader: Loader::default(),
+            loader: Loader::new(options.workers, options.network_bytes),
             threads: Mutex::new(Vec::new()),
             workers: AtomicU64::new(0),
             running: DashMap::new(),
@@ -192,7 +203,9 @@ impl Engine {
             spawn_worker(&shared)?;
         }
         let own = Arc::clone(&shared);
-        spawn(&shared, "load".to_owned(), move || own.loader.run(&own))?;
+        spawn(&shared, "load".to_owned(), move || {
+            own.loader.run(&put_into(&own));
+        })?;
         let own = Arc::clone(&shared);
         spawn(&shared, "watchdog".to_owned(), move || own.watchdog.run(&own))?;
         Ok(engine)
@@ -200,6 +213,14 @@ impl Engine {
 
     /// Queues a request's canvases. Refusals come before anything is built or drawn.
     pub fn admit(&self, request: Request) -> Result<Generation, AdmitError> {
+        let admitted = self.try_admit(request);
+        if let Err(refusal) = &admitted {
+            self.shared.counters.count_refusal(refusal);
+        }
+        admitted
+    }
+
+    fn try_admit(&self, request: Request) -> Result<Generation, AdmitError> {
         let shared = &self.shared;
         if shared.draining.load(Ordering::Acquire) {
             return Err(AdmitError::Draining);
@@ -256,6 +277,7 @@ impl Engine {
                 cancelled: Arc::clone(&cancelled),
             }),
         };
+        self.shared.loader.acquire(&request.model);
         let place = Place {
             id: request.id.clone(),
             number,
@@ -291,19 +313,37 @@ impl Engine {
         found.is_some()
     }
 
+    /// Counts of what has happened so far.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
     /// Has a model loaded before a request asks for it.
     pub fn prepare(&self, model: &Arc<ServedModel>) {
-        self.shared.loader.sessions(model).prepare(&self.shared.loader);
+        self.shared.loader.prepare(model);
     }
 
     /// Where a model is on its way to being served.
     pub fn state(&self, model: &Arc<ServedModel>) -> ModelState {
-        self.shared.loader.sessions(model).state()
+        self.shared.loader.state(model)
+    }
+
+    /// Whether a model has been served at some time, however it is now.
+    pub fn was_ready(&self, model: &Arc<ServedModel>) -> bool {
+        self.shared.loader.was_ready(model)
+    }
+
+    /// Serves a model to nobody new: requests that run go on, and when the last of them has ended nothing of it stays
+    /// in memory.
+    pub fn retire(&self, model: &Arc<ServedModel>) {
+        if self.shared.loader.retire(model) {
+            self.shared.costs.forget(model);
+        }
     }
 
     /// Tells when the state of some model has changed.
     pub fn changes(&self) -> watch::Receiver<()> {
-        self.shared.loader.changed.subscribe()
+        self.shared.loader.changes()
     }
 
     /// Stops admission; what runs goes on.
@@ -333,7 +373,7 @@ impl Engine {
                 if stop_at.take_if(|at| Instant::now() >= *at).is_some() {
                     self.shared.watchdog.stop_all();
                 }
-                std::thread::sleep(Duration::from_millis(1));
+                sync::sleep(Duration::from_millis(1));
             }
             if !thread.is_finished() {
                 tracing::error!(
@@ -369,6 +409,10 @@ impl Drop for Engine {
 
 #[cfg(test)]
 mod failures_test;
+#[cfg(all(test, feature = "shuttle"))]
+mod interleavings_test;
+#[cfg(test)]
+mod models_test;
 #[cfg(test)]
 mod pinned_test;
 #[cfg(test)]

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use super::drawing::{self, Asked, Between, Moves};
 use super::work::Work;
 use crate::diffusion::Token;
+use crate::diffusion::sampler::Second;
 use crate::diffusion::sampler::row::BadScores;
-use crate::diffusion::sampler::{Evaluation, Second};
 use crate::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 
 /// Buffers of a pass, reused from pass to pass.
@@ -47,13 +47,11 @@ impl Pass {
         threads: usize,
     ) -> Result<Passed, NetworkError> {
         let started = Instant::now();
-        let evaluations: Vec<Evaluation> = batch.iter().map(|work| work.canvas.evaluation()).collect();
         let asked: Vec<Asked<'_>> = batch
             .iter()
-            .zip(&evaluations)
-            .map(|(work, evaluation)| Asked {
+            .map(|work| Asked {
                 canvas: &work.canvas,
-                evaluation,
+                evaluation: &work.evaluation,
                 between: None,
             })
             .collect();
@@ -85,7 +83,7 @@ impl Pass {
                     let between = Between {
                         tokens: &second.tokens,
                         rows: &self.kept[first..end],
-                        offset: asked[index].canvas.rows(&evaluations[index]).offset(),
+                        offset: asked[index].canvas.rows(asked[index].evaluation).offset(),
                     };
                     first = end;
                     Asked {
@@ -99,13 +97,7 @@ impl Pass {
                 .inputs
                 .evaluate(network, &asked, threads, &mut clock, |_, _| {})?;
             for (&(index, _), drawn) in again.iter().zip(drawn) {
-                outcomes[index] = match (std::mem::replace(&mut outcomes[index], Err(BadScores)), drawn) {
-                    (Ok(mut moves), Ok(more)) => {
-                        moves.extend(more);
-                        Ok(moves)
-                    }
-                    _ => Err(BadScores),
-                };
+                drawing::add(&mut outcomes[index], drawn);
             }
         }
         drop(again);
@@ -113,14 +105,13 @@ impl Pass {
         let verdicts = batch
             .iter_mut()
             .zip(outcomes)
-            .zip(&evaluations)
             .enumerate()
-            .map(|(index, ((work, outcome), evaluation))| {
+            .map(|(index, (work, outcome))| {
                 work.timings.queue += started.saturating_duration_since(work.ready);
                 work.timings.network += clock.network;
                 work.timings.sampling += clock.sampling;
                 let spent = 1 + u32::from(seconds.get(index).is_some_and(Option::is_some));
-                outcome.map(|moves| work.canvas.commit(evaluation, moves, spent))
+                outcome.map(|moves| work.canvas.commit(&work.evaluation, moves, spent))
             })
             .collect();
         Ok(Passed {
@@ -208,7 +199,7 @@ fn keep(
         for position in second.iter().flat_map(|second| &second.evaluation.positions) {
             if let Ok(at) = evaluation.positions.binary_search(position) {
                 let start = kept.len();
-                kept.extend_from_slice(rows.row(first + at));
+                kept.extend_from_slice(&rows.row(first + at));
                 // What a row says of its own token is not defined.
                 kept[start + canvas.tokens()[*position] as usize] = f32::NEG_INFINITY;
             }

@@ -16,6 +16,7 @@ use crate::bundle::Manifest;
 use crate::diffusion::Parameterization;
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::{GraphKind, SamplerKind, Token, TokenChoice};
+use crate::models::NetworkSource;
 use crate::network::closed_form::ClosedForm;
 
 const LENGTH: usize = 6;

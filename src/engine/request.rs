@@ -7,8 +7,9 @@ use tokio::sync::watch;
 
 use super::admission::NoRoom;
 use super::course::Plan;
-use super::{ServedModel, Shared, State};
+use super::{Shared, State};
 use crate::diffusion::Token;
+use crate::models::ServedModel;
 
 /// Who asks: a flow of its own in the queue, with a share of its own of what may wait.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::canvas::Canvas;
 use super::course::{Course, Plan};
 use super::tests::{end, manifest, model_of, options, request};
-use super::{Engine, NetworkSource, Phase, Request, ServedModel};
+use super::{Engine, Phase, Request, ServedModel};
 use crate::bundle::Manifest;
 use crate::diffusion::Parameterization;
 use crate::diffusion::sampler::law_test::{Chain, assert_follows};
@@ -18,6 +18,7 @@ use crate::diffusion::sampler::remask::Chances;
 use crate::diffusion::sampler::row::Scratch;
 use crate::diffusion::sampler::{Candidate, TimeGrid, theta_trapezoidal};
 use crate::diffusion::{GraphKind, SamplerKind, Token, TokenChoice};
+use crate::models::NetworkSource;
 use crate::network::closed_form::ClosedForm;
 
 fn plan(sampler: SamplerKind, steps: u32) -> Plan {

@@ -11,8 +11,9 @@ use crate::bundle::{FORMAT, MODEL, Manifest};
 use crate::diffusion::Parameterization;
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::{GraphKind, SamplerKind, Schedule, Token, TokenChoice};
+use crate::models::NetworkSource;
 use crate::network::closed_form::ClosedForm;
-use crate::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
+use crate::network::{Batch, NetworkError, Output, ScoreNetwork, ScoreRows};
 
 const LENGTH: usize = 6;
 
@@ -21,8 +22,10 @@ pub(super) fn options(workers: usize) -> EngineOptions {
         workers,
         threads: 2,
         batch_tokens: 8 * LENGTH,
+        output_bytes: 1 << 20,
         max_queue: Duration::from_secs(1000),
         caller_share: 1.0,
+        network_bytes: u64::MAX,
         max_running_requests: 64,
         max_pass: Duration::from_secs(60),
         last_chance: Duration::from_secs(60),
@@ -211,6 +214,79 @@ fn different_requests_share_a_forward_pass() {
     assert_eq!(largest.load(Ordering::Acquire), 8, "the batch's room is used");
 }
 
+/// Notes how many bytes the largest evaluation gives.
+struct Measured {
+    network: ClosedForm,
+    all_rows: bool,
+    largest: Arc<AtomicUsize>,
+}
+
+impl ScoreNetwork for Measured {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
+        let rows = if self.all_rows {
+            batch.tokens.len()
+        } else {
+            batch.positions.len()
+        };
+        self.largest
+            .fetch_max(rows * 5 * size_of::<f32>(), Ordering::AcqRel);
+        self.network.log_score(batch, read)
+    }
+
+    fn output(&self) -> Output {
+        Output {
+            all_rows: self.all_rows,
+            ..Output::default()
+        }
+    }
+}
+
+#[test]
+fn passes_give_no_more_bytes_than_they_may() {
+    let sound = model(GraphKind::Absorbing);
+    let row = 5 * size_of::<f32>();
+    for (all_rows, rows) in [(false, 15), (true, 15), (false, 2), (true, 2)] {
+        let largest = Arc::new(AtomicUsize::new(0));
+        let (noise, seen) = (manifest(GraphKind::Absorbing).graph(), Arc::clone(&largest));
+        let measured = model_with(
+            GraphKind::Absorbing,
+            Box::new(move || {
+                Ok(Box::new(Measured {
+                    network: ClosedForm::new(noise, sentences()),
+                    all_rows,
+                    largest: Arc::clone(&seen),
+                }))
+            }),
+        );
+        let engine = Engine::start(EngineOptions {
+            output_bytes: rows * row,
+            ..options(1)
+        })
+        .unwrap();
+        // What a network gives is known from then on.
+        tokens(&mut engine.admit(request(&measured, 0)).unwrap());
+        let mut many: Vec<_> = (1..16)
+            .map(|n| engine.admit(request(&measured, n)).unwrap())
+            .collect();
+        for (number, generation) in (1..).zip(&mut many) {
+            let alone = tokens(
+                &mut Engine::start(options(1))
+                    .unwrap()
+                    .admit(request(&sound, number))
+                    .unwrap(),
+            );
+            assert_eq!(tokens(generation), alone);
+        }
+        let (most, one) = (largest.load(Ordering::Acquire) / row, LENGTH);
+        assert!(most <= rows.max(one), "{most} rows, {rows} allowed");
+        assert!(most >= one.min(rows), "the budget is used: {most} of {rows}");
+    }
+}
+
 #[test]
 fn clamped_positions_never_change() {
     let engine = Engine::start(options(1)).unwrap();
@@ -310,6 +386,78 @@ pub(super) fn idle(engine: &Engine) -> bool {
         .build()
         .unwrap()
         .block_on(engine.idle_within(Duration::from_secs(30)))
+}
+
+/// What the counters of `engine` say, as they are scraped.
+fn scraped(engine: &Engine) -> String {
+    let mut registry = prometheus_client::registry::Registry::default();
+    engine.counters().register(&mut registry);
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+    text
+}
+
+#[test]
+fn every_refusal_and_every_ending_is_counted() {
+    let engine = Engine::start(EngineOptions {
+        max_queue: Duration::from_millis(400),
+        caller_share: 0.5,
+        max_running_requests: 4,
+        ..options(1)
+    })
+    .unwrap();
+    let (gate, model) = gated();
+    let closed = gate.lock();
+    // 30 evaluations, each of 5 ms as long as nothing is measured.
+    let long = |number: u32, caller: &str, steps| Request {
+        plan: Plan {
+            grid: TimeGrid { steps },
+            ..request(&model, 0).plan
+        },
+        caller: Caller::new(caller),
+        ..request(&model, number)
+    };
+    let mut cancelled = engine.admit(long(0, "a", 29)).unwrap();
+    let refused = |request| drop(engine.admit(request).unwrap_err());
+    refused(long(4, "a", 99));
+    refused(long(4, "a", 29));
+    let mut abandoned = engine.admit(long(2, "b", 29)).unwrap();
+    refused(long(4, "c", 29));
+    refused(long(0, "c", 1));
+    assert!(engine.cancel("request-0"));
+    abandoned.canvases.clear();
+    // One of them may be in a pass.
+    drop(closed);
+    end(&mut cancelled.canvases[0]);
+    let mut done = engine.admit(long(6, "a", 3)).unwrap();
+    let steps = end(&mut done.canvases[0]).nfe;
+    assert!(idle(&engine));
+    engine.drain();
+    refused(long(8, "a", 1));
+    let text = scraped(&engine);
+    for line in [
+        "requests_refused_total{reason=\"too_much\"} 1",
+        "requests_refused_total{reason=\"caller_share\"} 1",
+        "requests_refused_total{reason=\"server_full\"} 1",
+        "requests_refused_total{reason=\"id_exists\"} 1",
+        "requests_refused_total{reason=\"draining\"} 1",
+        "canvases_ended_total{outcome=\"cancelled\"} 1",
+        "canvases_ended_total{outcome=\"abandoned\"} 1",
+        "canvases_ended_total{outcome=\"done\"} 1",
+        "streams_unread_total 0",
+    ] {
+        assert!(
+            text.lines().any(|other| other == line),
+            "{line} is not in\n{text}"
+        );
+    }
+    // Whatever was not spent was given back.
+    let number = |name: &str| -> u32 {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().parse().unwrap()
+    };
+    assert!(number("evaluations_total") >= steps);
+    assert!(number("evaluations_given_back_total") <= 4 - steps);
 }
 
 #[test]

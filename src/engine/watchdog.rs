@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-
 use super::work::{Ticket, Work};
-use super::{Failure, ServedModel, Shared, spawn_worker};
+use super::{Failure, Shared, spawn_worker};
+use crate::models::ServedModel;
 use crate::network::{ScoreNetwork, Stop};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// Watches over the passes that run.
 #[derive(Debug)]
@@ -135,7 +135,7 @@ impl Watchdog {
                 Some((number, _)) => {
                     let overdue = self.overdue(&mut watched, number);
                     // Foreign code, logging and ending work have no place under the lock.
-                    parking_lot::MutexGuard::unlocked(&mut watched, || match overdue {
+                    MutexGuard::unlocked(&mut watched, || match overdue {
                         Some(Overdue::Stop(stop, model)) => ask_to_stop(stop.as_deref(), &model, self.limit),
                         Some(Overdue::GiveUp(pass)) => give_up(&pass, shared),
                         None => {}

@@ -4,15 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
-use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::admission::Permit;
 use super::canvas::Canvas;
-use super::cost::address;
-use super::queue::{FlowDescription, FlowKey, Lane};
+use super::queue::{FlowDescription, FlowKey, Lane, Weight};
 use super::request::Caller;
-use super::{Failure, Phase, Publish, ServedModel, Shared, State, Timings};
+use super::{Counters, Failure, Phase, Publish, Shared, State, Timings};
+use crate::diffusion::sampler::Evaluation;
+use crate::models::{ServedModel, Waiting};
+use crate::sync::Mutex;
 
 /// What the canvases of a request share beside their course.
 #[derive(Debug)]
@@ -52,6 +53,9 @@ pub(super) struct Tally {
 impl Drop for Place {
     fn drop(&mut self) {
         self.shared.forget(&self.id, self.number);
+        if self.shared.loader.release(&self.model) {
+            self.shared.costs.forget(&self.model);
+        }
         let done = self.tally.done.load(Ordering::Acquire);
         // Requests that were refused after they had a place are told as refusals.
         if self.canvases > 0 {
@@ -88,8 +92,8 @@ impl Ticket {
 
     /// Ends the canvas with `failure`, unless it has ended before.
     pub(super) fn end(&self, failure: Failure) {
+        self.let_go(|counters| counters.count_failure(&failure));
         self.tell(|state| state.phase = Phase::Failed(failure));
-        self.let_go();
     }
 
     /// Changes the newest state of a canvas that has not ended.
@@ -111,18 +115,28 @@ impl Ticket {
                 .evaluations
                 .fetch_add(state.nfe.into(), Ordering::AcqRel);
         }
+        self.let_go(Counters::count_done);
         self.tell(|newest| *newest = state);
     }
 
-    fn keep(&self, evaluations: u64) {
-        if let Some((permit, _)) = &mut *self.held.lock() {
-            permit.keep(evaluations);
+    /// Gives room back after `spent` evaluations, of which `left` are left.
+    fn keep(&self, spent: u64, left: u64) {
+        if let Some((permit, place)) = &mut *self.held.lock() {
+            let back = permit.keep(left);
+            place
+                .shared
+                .counters
+                .count_evaluations(spent, back.saturating_sub(spent));
         }
     }
 
-    fn let_go(&self) {
+    /// Frees what the canvas holds, once; first, so that whoever is told finds it free.
+    fn let_go(&self, count: impl FnOnce(&Counters)) {
         // Giving room and place back takes locks of its own.
         let held = self.held.lock().take();
+        if let Some((_, place)) = &held {
+            count(&place.shared.counters);
+        }
         drop(held);
     }
 }
@@ -131,6 +145,8 @@ impl Ticket {
 #[derive(Debug)]
 pub(super) struct Work {
     pub(super) canvas: Canvas,
+    /// What is asked of the network next.
+    pub(super) evaluation: Evaluation,
     pub(super) origin: Arc<Origin>,
     /// Number of the canvas in its request.
     pub(super) index: u32,
@@ -140,6 +156,8 @@ pub(super) struct Work {
     /// Since when it has waited for its next step.
     pub(super) ready: Instant,
     pub(super) timings: Timings,
+    /// Evaluations that have been counted.
+    counted: u32,
     /// Passes that failed in a row with this canvas alone.
     pub(super) attempts: u32,
 }
@@ -160,6 +178,7 @@ impl Work {
             held: Mutex::new(Some((permit, Arc::clone(place)))),
         };
         let work = Self {
+            evaluation: canvas.evaluation(),
             canvas,
             origin: Arc::clone(origin),
             index,
@@ -167,10 +186,11 @@ impl Work {
             alone: false,
             ready: origin.admitted,
             timings: Timings::default(),
+            counted: 0,
             attempts: 0,
         };
         // The number of evaluations was an upper bound as long as hitting times were not drawn.
-        work.ticket.keep(work.canvas.evaluations_left());
+        work.ticket.keep(0, work.canvas.evaluations_left());
         work.join();
         (work, receiver)
     }
@@ -188,6 +208,23 @@ impl Work {
         }
     }
 
+    /// What the next step takes of a pass.
+    pub(super) fn weight(&self) -> Weight {
+        let model = self.canvas.model();
+        let output = model.output();
+        let rows = if output.all_rows {
+            self.canvas.tokens().len()
+        } else {
+            self.evaluation.positions.len()
+        };
+        let evaluations = self.canvas.evaluations(&self.evaluation) as usize;
+        Weight {
+            evaluations: evaluations as u64,
+            // Rows of a first evaluation are kept for the second.
+            output_bytes: evaluations * rows * model.manifest().vocab_size * output.entry_bytes,
+        }
+    }
+
     /// Runs alone from now on, or with others again.
     pub(super) fn set_alone(&mut self, alone: bool) {
         if self.alone != alone {
@@ -201,7 +238,7 @@ impl Work {
     fn join(&self) {
         let key = self.flow();
         let lane = Lane {
-            model: address(self.canvas.model()),
+            model: self.canvas.model().address(),
             length: self.canvas.tokens().len(),
             alone: key.alone.map(|_| key),
         };
@@ -227,6 +264,13 @@ impl Work {
     pub(super) fn publish(mut self) -> Option<Self> {
         self.attempts = 0;
         self.set_alone(false);
+        let left = if self.canvas.is_done() {
+            0
+        } else {
+            self.canvas.evaluations_left()
+        };
+        let spent = self.canvas.nfe() - std::mem::replace(&mut self.counted, self.canvas.nfe());
+        self.ticket.keep(spent.into(), left);
         if self.canvas.is_done() {
             self.timings.total = self.origin.admitted.elapsed();
             let done = State::done(&self.canvas, self.timings);
@@ -237,7 +281,7 @@ impl Work {
             self.end(failure);
             return None;
         }
-        self.ticket.keep(self.canvas.evaluations_left());
+        self.evaluation = self.canvas.evaluation();
         if self.origin.publish == Publish::Steps {
             let running = State::running(&self.canvas);
             self.ticket.tell(|state| *state = running);
@@ -249,6 +293,19 @@ impl Work {
     /// Ends the canvas.
     pub(super) fn end(self, failure: Failure) {
         self.ticket.end(failure);
+    }
+}
+
+impl Waiting for Work {
+    fn request(&self) -> u64 {
+        self.origin.number
+    }
+
+    fn fail(self, model: &ServedModel, reason: &str) {
+        self.end(Failure::Model {
+            model: model.to_string(),
+            reason: reason.to_owned(),
+        });
     }
 }
 

@@ -4,24 +4,26 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::pass::{Pass, Passed};
+use super::queue::Limits;
 use super::work::Work;
-use super::{Failure, Shared};
+use super::{Failure, Shared, put_into};
 use crate::network::NetworkError;
 
 /// Passes that may fail in a row with a canvas alone, before it is given up.
 const MAX_ATTEMPTS: u32 = 3;
 
 /// Takes work until the queue closes, or the watchdog has given up on a pass.
-pub(super) fn run(shared: &Shared, index: usize) {
+pub(super) fn run(shared: &Arc<Shared>, index: usize) {
     // What a panic takes with it is told by the work that it drops; the thread goes on.
     while catch_unwind(AssertUnwindSafe(|| work(shared, index))).is_err() {
         tracing::error!(worker = index, "a worker panicked outside of a pass");
     }
 }
 
-fn work(shared: &Shared, index: usize) {
+fn work(shared: &Arc<Shared>, index: usize) {
     let mut pass = Pass::default();
-    while let Some(taken) = shared.queue.take(shared.budget.tokens(), &shared.costs) {
+    let put = put_into(shared);
+    while let Some(taken) = shared.queue.take(limits(shared), &shared.costs) {
         let batch = those_who_go_on(taken);
         let Some(model) = batch.first().map(|work| Arc::clone(work.canvas.model())) else {
             continue;
@@ -30,10 +32,10 @@ fn work(shared: &Shared, index: usize) {
         let Some((mut session, mut batch)) = sessions.check_out(batch, &shared.loader) else {
             continue;
         };
-        let watch = shared.watchdog.watch(session.as_ref(), &model, &batch);
+        let watch = shared.watchdog.watch(session.network(), &model, &batch);
         // A panic leaves every canvas either before or after its step: tokens move at once.
         let result = catch_unwind(AssertUnwindSafe(|| {
-            pass.run(session.as_mut(), &mut batch, shared.options.threads)
+            pass.run(session.network(), &mut batch, shared.options.threads)
         }))
         .unwrap_or_else(|_| Err(NetworkError::Run("the pass panicked".to_owned())));
         if !watch.end() {
@@ -49,7 +51,7 @@ fn work(shared: &Shared, index: usize) {
                 let length = batch.first().map_or(0, |work| work.canvas.tokens().len());
                 shared.costs.measured(&model, length, batch.len(), per_evaluation);
                 shared.budget.went_well();
-                sessions.check_in(session, shared);
+                sessions.check_in(session, &shared.loader, &put);
                 let mut back = Vec::with_capacity(batch.len());
                 for (work, verdict) in batch.into_iter().zip(verdicts) {
                     match verdict {
@@ -77,7 +79,7 @@ fn work(shared: &Shared, index: usize) {
                 let tokens: usize = batch.iter().map(|work| work.canvas.tokens().len()).sum();
                 let lowered = shared.budget.lower(tokens);
                 tracing::error!(worker = index, %model, %error, tokens, lowered, "there is no memory for a pass; the next ones are smaller");
-                sessions.check_in(session, shared);
+                sessions.check_in(session, &shared.loader, &put);
                 let with_others = batch.len() > 1;
                 let again = |work| {
                     if with_others {
@@ -89,11 +91,23 @@ fn work(shared: &Shared, index: usize) {
                 shared.put(batch.into_iter().filter_map(again).collect());
             }
             // What cannot heal by trying again is the model's, not the canvases'.
-            Err(error @ (NetworkError::Runtime(_) | NetworkError::Load(_) | NetworkError::Contract(_))) => {
+            Err(
+                error @ (NetworkError::Runtime(_)
+                | NetworkError::Load(_)
+                | NetworkError::Room { .. }
+                | NetworkError::Contract(_)),
+            ) => {
                 sessions.fail(Some(session), &error, &shared.loader);
                 sessions.end(batch);
             }
         }
+    }
+}
+
+fn limits(shared: &Shared) -> Limits {
+    Limits {
+        tokens: shared.budget.tokens(),
+        output_bytes: shared.options.output_bytes,
     }
 }
 

@@ -6,7 +6,12 @@
 pub mod closed_form;
 pub mod onnx;
 
+use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 /// What one evaluation is asked: canvases of one length, and the rows that are wanted.
 #[derive(Clone, Copy, Debug)]
@@ -21,10 +26,17 @@ pub struct Batch<'a> {
     pub positions: &'a [i64],
 }
 
+/// Log-scores as the network gives them.
+#[derive(Clone, Copy, Debug)]
+enum Scores<'a> {
+    Single(&'a [f32]),
+    Half(&'a [f16]),
+}
+
 /// Rows of log-scores, in the order of [`Batch::positions`].
 #[derive(Clone, Copy, Debug)]
 pub struct ScoreRows<'a> {
-    data: &'a [f32],
+    data: Scores<'a>,
     vocab: usize,
     /// Where row i lies in `data`, when `data` holds every position; otherwise rows lie side by side.
     gather: Option<&'a [i64]>,
@@ -34,18 +46,27 @@ impl<'a> ScoreRows<'a> {
     /// `data` holds exactly the wanted rows: shape `[rows, vocab]`.
     pub fn packed(data: &'a [f32], vocab: usize) -> Self {
         Self {
-            data,
+            data: Scores::Single(data),
             vocab,
             gather: None,
         }
     }
 
-    /// `data` holds all positions, shape `[batch, length, vocab]`, of which `positions` are wanted.
-    pub fn gathered(data: &'a [f32], vocab: usize, positions: &'a [i64]) -> Self {
+    /// [`Self::packed`] in float16.
+    pub fn packed_half(data: &'a [f16], vocab: usize) -> Self {
         Self {
-            data,
+            data: Scores::Half(data),
             vocab,
+            gather: None,
+        }
+    }
+
+    /// The rows of `positions` alone, where these rows are of all positions, shape `[batch, length, vocab]`.
+    #[must_use]
+    pub fn gathered(self, positions: &'a [i64]) -> Self {
+        Self {
             gather: Some(positions),
+            ..self
         }
     }
 
@@ -55,9 +76,49 @@ impl<'a> ScoreRows<'a> {
     }
 
     /// Log-scores of wanted row `index` over target tokens, length V.
-    pub fn row(&self, index: usize) -> &'a [f32] {
+    pub fn row(&self, index: usize) -> Cow<'a, [f32]> {
+        match self.data {
+            Scores::Single(data) => Cow::Borrowed(&data[self.range(index)]),
+            Scores::Half(data) => Cow::Owned(data[self.range(index)].iter().map(|x| x.to_f32()).collect()),
+        }
+    }
+
+    /// [`Self::row`], converted into `buffer` where the network speaks float16.
+    pub fn row_in<'b>(&self, index: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        match self.data {
+            Scores::Single(data) => &data[self.range(index)],
+            Scores::Half(data) => {
+                buffer.resize(self.vocab, 0.0);
+                data[self.range(index)].convert_to_f32_slice(buffer);
+                buffer
+            }
+        }
+    }
+
+    fn range(&self, index: usize) -> Range<usize> {
         let at = self.gather.map_or(index, |positions| positions[index] as usize);
-        &self.data[at * self.vocab..(at + 1) * self.vocab]
+        at * self.vocab..(at + 1) * self.vocab
+    }
+}
+
+/// What an evaluation gives, whatever it is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// Whether rows are computed for all positions, not for the wanted ones alone.
+    pub all_rows: bool,
+    /// Bytes of a log-score.
+    pub entry_bytes: usize,
+}
+
+impl Default for Output {
+    fn default() -> Self {
+        Self {
+            all_rows: false,
+            entry_bytes: size_of::<f32>(),
+        }
     }
 }
 
@@ -73,6 +134,14 @@ pub enum NetworkError {
     /// The model does not keep to the contract between bundles and server.
     #[error("the network does not keep to the bundle's contract: {0}")]
     Contract(String),
+    /// It needs more memory than all networks together may have.
+    #[error("its network takes {} MB of memory, all together may take {} MB (models.memory_megabytes)", needed.div_ceil(1 << 20), budget >> 20)]
+    Room {
+        /// Bytes that it takes.
+        needed: u64,
+        /// Bytes that all may take.
+        budget: u64,
+    },
     /// An evaluation failed.
     #[error("evaluating the network failed: {0}")]
     Run(String),
@@ -97,6 +166,11 @@ pub trait ScoreNetwork: Send {
         batch: &Batch<'_>,
         read: &mut dyn FnMut(ScoreRows<'_>),
     ) -> Result<(), NetworkError>;
+
+    /// What evaluations give.
+    fn output(&self) -> Output {
+        Output::default()
+    }
 
     /// What ends evaluations of this network that take too long, where something can.
     fn stop_handle(&self) -> Option<Arc<dyn Stop>> {

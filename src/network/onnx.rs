@@ -13,7 +13,7 @@ use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{RunOptions, Session};
 use ort::value::{DynValue, TensorElementType, TensorRef, ValueType};
 
-use super::{Batch, NetworkError, ScoreNetwork, ScoreRows, Stop};
+use super::{Batch, NetworkError, Output, ScoreNetwork, ScoreRows, Stop};
 use crate::bundle::{Bundle, ModelBytes};
 
 /// Where an [`OnnxNetwork`] runs.
@@ -76,8 +76,6 @@ pub struct OnnxNetwork {
     takes_sigma: bool,
     takes_positions: bool,
     half: bool,
-    /// Converted output of networks that speak float16; reused between evaluations.
-    converted: Vec<f32>,
     run: Run,
 }
 
@@ -133,6 +131,7 @@ impl OnnxNetwork {
             error @ (NetworkError::Runtime(_)
             | NetworkError::Load(_)
             | NetworkError::Contract(_)
+            | NetworkError::Room { .. }
             | NetworkError::Memory(_)) => error,
         })?;
         Ok(network)
@@ -199,7 +198,6 @@ impl OnnxNetwork {
             takes_sigma,
             takes_positions,
             half,
-            converted: Vec::new(),
             run: Run(Arc::new(
                 RunOptions::new().map_err(|e| NetworkError::Load(e.to_string()))?,
             )),
@@ -237,20 +235,19 @@ impl ScoreNetwork for OnnxNetwork {
                 "the output \"log_score\" is missing".to_owned(),
             ));
         };
-        let data = if self.half {
-            let (_, data) = output.try_extract_tensor::<f16>().map_err(run)?;
-            self.converted.clear();
-            self.converted.extend(data.iter().map(|x| x.to_f32()));
-            &self.converted
+        let (given, entries) = if self.half {
+            let data = output.try_extract_tensor::<f16>().map_err(run)?.1;
+            (ScoreRows::packed_half(data, self.vocab), data.len())
         } else {
-            output.try_extract_tensor::<f32>().map_err(run)?.1
+            let data = output.try_extract_tensor::<f32>().map_err(run)?.1;
+            (ScoreRows::packed(data, self.vocab), data.len())
         };
         let rows = if self.takes_positions {
             batch.positions.len()
         } else {
             count * batch.length
         };
-        if data.len() != rows * self.vocab {
+        if entries != rows * self.vocab {
             let shape = shape_of(output);
             return Err(NetworkError::Contract(format!(
                 "\"log_score\" has shape {shape}, expected {rows} rows of {} (vocab_size)",
@@ -258,11 +255,22 @@ impl ScoreNetwork for OnnxNetwork {
             )));
         }
         read(if self.takes_positions {
-            ScoreRows::packed(data, self.vocab)
+            given
         } else {
-            ScoreRows::gathered(data, self.vocab, batch.positions)
+            given.gathered(batch.positions)
         });
         Ok(())
+    }
+
+    fn output(&self) -> Output {
+        Output {
+            all_rows: !self.takes_positions,
+            entry_bytes: if self.half {
+                size_of::<f16>()
+            } else {
+                size_of::<f32>()
+            },
+        }
     }
 
     fn stop_handle(&self) -> Option<Arc<dyn Stop>> {

@@ -12,7 +12,8 @@ use super::stream::{Event, View, deliver, events};
 use super::template::Template;
 use super::{Service, caller};
 use crate::config::LimitsConfig;
-use crate::engine::{Caller, Publish, ServedModel};
+use crate::engine::{Caller, Publish};
+use crate::models::ServedModel;
 use crate::proto::v1;
 use crate::proto::v1::diffusion_service_server::DiffusionService;
 
@@ -41,7 +42,12 @@ impl Service {
             let template = template(&asked.model, &service.limits)?;
             service.start(asked, template)
         };
-        Ok(deliver(self.text.run(start).await?, id, self.unread))
+        Ok(deliver(
+            self.text.run(start).await?,
+            id,
+            self.unread,
+            Arc::clone(&self.engine),
+        ))
     }
 
     /// Admits a request.
@@ -91,6 +97,7 @@ impl Service {
             template,
             frames,
             keep_after_end: asked.keep_after_end,
+            text: self.frame_text.clone(),
         };
         Ok(events(accepted, generation, view))
     }

@@ -7,6 +7,7 @@ mod caller;
 mod diffusion_service;
 mod model_service;
 pub mod models;
+mod pace;
 mod request;
 mod sampler;
 mod status;
@@ -29,7 +30,8 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use crate::config::{Config, LimitsConfig};
-use crate::engine::{Engine, EngineOptions, ModelState, Models, ServedModel};
+use crate::engine::{Engine, EngineOptions};
+use crate::models::{Catalogue, ModelState, Models, ServedModel};
 use crate::network::NetworkError;
 use crate::proto::v1::diffusion_service_server::DiffusionServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
@@ -74,9 +76,12 @@ const TOLD_MODELS: usize = 8;
 #[derive(Clone, Debug)]
 struct Service {
     engine: Arc<Engine>,
-    models: Arc<Models>,
+    models: Arc<Catalogue>,
     limits: LimitsConfig,
+    /// Threads that read what requests ask.
     text: text::TextThreads,
+    /// Threads that write what streams tell: who asks much must not hold up who listens.
+    frame_text: text::TextThreads,
     /// How long a stream may go unread.
     unread: Duration,
 }
@@ -90,19 +95,38 @@ impl Service {
             return Err(status::FieldError::new("model.name", "is empty, but a version is given").into());
         }
         let named = (!name.is_empty()).then_some(name.as_str());
-        let candidates = self.models.candidates(named, version);
-        // A new version that cannot be served leaves the one before it in place.
-        let sound = candidates.iter().find(|model| !self.has_failed(model));
-        sound.or(candidates.first()).cloned().ok_or_else(|| {
-            let name = version.map_or(name.clone(), |version| format!("{name}@{version}"));
-            let served: Vec<String> = self.models.iter().map(ToString::to_string).collect();
-            let hint = if served.len() <= TOLD_MODELS {
-                format!("there are {}", served.join(", "))
-            } else {
-                "ListModels tells what there is".to_owned()
-            };
-            status::not_found("model", &name, &hint)
-        })
+        let models = self.models.now();
+        let candidates = models.candidates(named, version);
+        self.choose(&candidates)
+            .or(candidates.first())
+            .cloned()
+            .ok_or_else(|| {
+                let name = version.map_or(name.clone(), |version| format!("{name}@{version}"));
+                let served: Vec<String> = models.iter().map(ToString::to_string).collect();
+                let hint = if served.len() <= TOLD_MODELS {
+                    format!("there are {}", served.join(", "))
+                } else {
+                    "ListModels tells what there is".to_owned()
+                };
+                status::not_found("model", &name, &hint)
+            })
+    }
+
+    /// Of versions, newest first, the one that is served: the newest that has not failed. As long as that has never
+    /// been ready, one that is ready stands in for it, so that a new version never makes requests wait.
+    fn choose<'a>(&self, candidates: &'a [Arc<ServedModel>]) -> Option<&'a Arc<ServedModel>> {
+        let newest = candidates.iter().find(|model| !self.has_failed(model))?;
+        if self.engine.was_ready(newest) {
+            return Some(newest);
+        }
+        let ready = |model: &&Arc<ServedModel>| self.engine.state(model) == ModelState::Ready;
+        match candidates.iter().find(ready) {
+            Some(ready) => {
+                self.engine.prepare(newest);
+                Some(ready)
+            }
+            None => Some(newest),
+        }
     }
 
     fn has_failed(&self, model: &Arc<ServedModel>) -> bool {
@@ -113,7 +137,7 @@ impl Service {
     async fn report_health(&self, health: HealthReporter) {
         let mut changes = self.engine.changes();
         loop {
-            let status = if self.models.iter().all(|model| self.has_failed(model)) {
+            let status = if self.models.now().iter().all(|model| self.has_failed(model)) {
                 ServingStatus::NotServing
             } else {
                 ServingStatus::Serving
@@ -136,9 +160,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// Loads the configured models, starts the workers and binds the socket.
+    /// Finds the configured models, starts the workers and binds the socket. Networks are loaded when it runs.
     pub async fn bind(config: &Config) -> Result<Self, StartError> {
-        // Loading reads and hashes whole models: not on the runtime's threads.
+        // Reads files: not on the runtime's threads.
         let wanted = config.clone();
         let models = tokio::task::spawn_blocking(move || models::load(&wanted))
             .await
@@ -160,8 +184,13 @@ impl Server {
             workers: config.engine.workers,
             threads: config.engine.threads(),
             batch_tokens: config.engine.batch_tokens,
+            output_bytes: config.engine.max_output_megabytes << 20,
             max_queue: Duration::from_secs(config.engine.max_queue_seconds),
             caller_share: config.engine.max_caller_share,
+            network_bytes: match config.models.memory_megabytes {
+                0 => u64::MAX,
+                megabytes => megabytes << 20,
+            },
             max_running_requests: config.limits.max_running_requests,
             max_pass: Duration::from_secs(config.engine.max_pass_seconds),
             last_chance: LAST_CHANCE,
@@ -169,9 +198,10 @@ impl Server {
         .map_err(system("cannot start the workers".to_owned()))?;
         let service = Service {
             engine: Arc::new(engine),
-            models: Arc::new(models),
+            models: Arc::new(Catalogue::new(models)),
             limits: config.limits.clone(),
             text: text::TextThreads::new(),
+            frame_text: text::TextThreads::new(),
             unread: Duration::from_secs(config.server.unread_seconds),
         };
         Ok(Self {
@@ -189,10 +219,9 @@ impl Server {
 
     /// Models, workers and device in one line.
     pub fn summary(&self) -> String {
-        let default = self.service.models.default_model();
-        let names: Vec<String> = self
-            .service
-            .models
+        let models = self.service.models.now();
+        let default = models.default_model();
+        let names: Vec<String> = models
             .iter()
             .map(|model| {
                 let mark = if default.as_ref().is_some_and(|d| Arc::ptr_eq(d, model)) {
@@ -217,7 +246,7 @@ impl Server {
     /// get the configured grace to finish.
     pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), ServeError> {
         let (health, health_service) = tonic_health::server::health_reporter();
-        if let Some(default) = self.service.models.default_model() {
+        if let Some(default) = self.service.models.now().default_model() {
             self.service.engine.prepare(&default);
         }
         let router = self.router().add_service(health_service);

@@ -6,12 +6,12 @@ use tonic::{Request, Response, Status};
 
 use super::{Service, sampler};
 use crate::diffusion::{GraphKind, Schedule};
-use crate::engine::{ModelState, ServedModel};
+use crate::models::{ModelState, Models, ServedModel};
 use crate::proto::v1;
 use crate::proto::v1::model_service_server::ModelService;
 
 impl Service {
-    fn describe(&self, model: &Arc<ServedModel>) -> v1::Model {
+    fn describe(&self, model: &Arc<ServedModel>, models: &Models) -> v1::Model {
         let manifest = model.manifest();
         let schedule = match manifest.schedule {
             Schedule::LogLinear { eps } => v1::schedule::Schedule::LogLinear(v1::LogLinear { eps }),
@@ -23,7 +23,7 @@ impl Service {
             GraphKind::Absorbing => v1::Graph::Absorbing,
             GraphKind::Uniform => v1::Graph::Uniform,
         };
-        let default = self.models.default_model();
+        let default = models.default_model();
         let (state, state_reason) = match self.engine.state(model) {
             ModelState::Unloaded => (v1::ModelState::Unloaded, String::new()),
             ModelState::Loading => (v1::ModelState::Loading, String::new()),
@@ -74,7 +74,8 @@ impl ModelService for Service {
         &self,
         _: Request<v1::ListModelsRequest>,
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
-        let models = self.models.iter().map(|model| self.describe(model)).collect();
+        let now = self.models.now();
+        let models = now.iter().map(|model| self.describe(model, &now)).collect();
         Ok(Response::new(v1::ListModelsResponse { models }))
     }
 
@@ -84,7 +85,7 @@ impl ModelService for Service {
     ) -> Result<Response<v1::GetModelResponse>, Status> {
         let model = self.model(request.into_inner().model)?;
         Ok(Response::new(v1::GetModelResponse {
-            model: Some(self.describe(&model)),
+            model: Some(self.describe(&model, &self.models.now())),
         }))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::StartError;
 use crate::bundle::{Bundle, BundleError, demo, repository};
 use crate::config::Config;
-use crate::engine::{Models, NetworkSource, ServedModel};
+use crate::models::{Models, NetworkSource, ServedModel};
 use crate::network::ScoreNetwork;
 use crate::network::onnx::{self, OnnxNetwork, OnnxOptions};
 
@@ -64,7 +64,7 @@ fn from_repository(models: &mut Models, root: &Path, options: OnnxOptions) -> Re
     let mut first = None;
     for entry in entries {
         let name = format!("{}@{}", entry.name, entry.version);
-        let opened = Bundle::open(&entry.path).and_then(|bundle| {
+        let opened = Bundle::look_at(&entry.path).and_then(|bundle| {
             if bundle.manifest().name == entry.name {
                 served(bundle, entry.version, options)
             } else {

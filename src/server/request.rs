@@ -7,8 +7,8 @@ use crate::config::LimitsConfig;
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::sampler::row::MAX_TEMPERATURE;
 use crate::diffusion::{GraphKind, Token, TokenChoice};
-use crate::engine::ServedModel;
 use crate::engine::course::Plan;
+use crate::models::ServedModel;
 use crate::proto::v1;
 
 use super::sampler;
@@ -324,8 +324,8 @@ pub(super) fn tokens(field: &str, ids: Vec<u32>, model: &ServedModel) -> Result<
 pub(super) struct Frames {
     /// When a frame is due.
     pub when: When,
-    /// Time between two frames, at least.
-    pub min_interval: std::time::Duration,
+    /// Time between two frames, at least, where one is asked for.
+    pub min_interval: Option<std::time::Duration>,
     /// Never send deltas.
     pub keyframes_only: bool,
     /// Leave text out.
@@ -361,9 +361,15 @@ pub(super) fn frames(policy: Option<v1::FramePolicy>) -> Result<Frames, FieldErr
             ));
         }
     };
+    if policy.every_steps.is_some() && !matches!(when, When::EverySteps(_)) {
+        let problem = "is for WHEN_EVERY_STEPS alone";
+        return Err(FieldError::new("frames.every_steps", problem));
+    }
     Ok(Frames {
         when,
-        min_interval: std::time::Duration::from_millis(policy.min_interval_ms.into()),
+        min_interval: policy
+            .min_interval_ms
+            .map(|ms| std::time::Duration::from_millis(ms.into())),
         keyframes_only: policy.keyframes_only,
         omit_text: policy.omit_text,
     })

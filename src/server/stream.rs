@@ -13,11 +13,14 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use crate::diffusion::Token;
-use crate::engine::{Generation, Outcome, Phase, ServedModel, State};
+use crate::engine::{Engine, Generation, Outcome, Phase, State};
+use crate::models::ServedModel;
 use crate::proto::v1;
 
+use super::pace::Pace;
 use super::request::{Frames, When};
-use super::template::Template;
+use super::template::{Template, Written};
+use super::text::TextThreads;
 
 /// An event of either call.
 #[derive(Clone, Debug)]
@@ -41,6 +44,8 @@ pub(super) struct View {
     pub frames: Frames,
     /// Whether text goes on after the end of a document.
     pub keep_after_end: bool,
+    /// Where text is made.
+    pub text: TextThreads,
 }
 
 /// The events of a request.
@@ -63,6 +68,8 @@ pub(super) fn events(
                 states,
                 view: Arc::clone(&view),
                 sent: None,
+                pace: Pace::new(view.frames.min_interval),
+                written: Written::default(),
             })
         })
         .collect();
@@ -93,6 +100,7 @@ pub(super) fn deliver(
     mut events: BoxStream<'static, Result<Event, Status>>,
     request: String,
     unread: Duration,
+    engine: Arc<Engine>,
 ) -> BoxStream<'static, Result<Event, Status>> {
     let (sender, receiver) = mpsc::channel::<Option<Result<Event, Status>>>(1);
     tokio::spawn(async move {
@@ -103,6 +111,7 @@ pub(super) fn deliver(
                 // The call is over.
                 Ok(Err(_)) => return,
                 Err(_) => {
+                    engine.counters().count_unread_stream();
                     tracing::warn!(%request, unread_seconds = unread.as_secs(), "nobody reads the stream; the request is ended");
                     return;
                 }
@@ -152,13 +161,14 @@ struct Follower {
     states: watch::Receiver<State>,
     view: Arc<View>,
     sent: Option<Sent>,
+    pace: Pace,
+    written: Written,
 }
 
 /// The last frame that went out.
 struct Sent {
     tokens: Arc<[Token]>,
     step: u32,
-    at: Instant,
     last: bool,
 }
 
@@ -169,7 +179,7 @@ impl Follower {
             .take()
             .filter(|_| self.view.frames.when != When::Never)
         {
-            return Ok(Event::Frame(self.frame(&initial, Last::No)?));
+            return Ok(Event::Frame(self.frame(&initial, Last::No).await?));
         }
         loop {
             let mut open = true;
@@ -182,12 +192,12 @@ impl Follower {
                 Phase::Done(outcome) => {
                     let last_frame_is_out = self.sent.as_ref().is_some_and(|sent| sent.last);
                     if last_frame_is_out || self.view.frames.when == When::Never {
-                        return Ok(Event::Result(self.result(&state, outcome)?));
+                        return Ok(Event::Result(self.result(&state, outcome).await?));
                     }
-                    return Ok(Event::Frame(self.frame(&state, Last::Yes)?));
+                    return Ok(Event::Frame(self.frame(&state, Last::Yes).await?));
                 }
                 Phase::Running if self.is_due(&state) => {
-                    return Ok(Event::Frame(self.frame(&state, Last::No)?));
+                    return Ok(Event::Frame(self.frame(&state, Last::No).await?));
                 }
                 Phase::Running if open => {}
                 Phase::Running => {
@@ -204,9 +214,7 @@ impl Follower {
     /// Whether another state can follow.
     async fn wait(&mut self) -> bool {
         let open = self.states.changed().await.is_ok();
-        let Some(sent) = &self.sent else { return open };
-        let due = sent.at + self.view.frames.min_interval;
-        if self.view.frames.min_interval > Duration::ZERO {
+        if let Some(due) = self.pace.due() {
             let ended = self
                 .states
                 .wait_for(|state| !matches!(state.phase, Phase::Running));
@@ -224,7 +232,7 @@ impl Follower {
         }
     }
 
-    fn frame(&mut self, state: &State, last: Last) -> Result<v1::Frame, Status> {
+    async fn frame(&mut self, state: &State, last: Last) -> Result<v1::Frame, Status> {
         let content = match &self.sent {
             Some(sent) if last == Last::No && !self.view.frames.keyframes_only => {
                 v1::frame::Content::Delta(delta(&sent.tokens, &state.tokens))
@@ -240,22 +248,15 @@ impl Follower {
                 clamped: bits(state.clamped.iter().copied()),
             }),
         };
-        let text = match self.view.model.tokenizer() {
-            Some(tokenizer) if !self.view.frames.omit_text => {
-                let mask = self.view.model.graph().mask();
-                Some(
-                    self.view
-                        .template
-                        .text(&state.tokens, tokenizer, mask, None)
-                        .map_err(decoding)?,
-                )
-            }
-            _ => None,
+        let text = if self.view.frames.omit_text {
+            None
+        } else {
+            self.text(state, self.view.model.graph().mask(), None).await?
         };
+        self.pace.sent(Instant::now());
         self.sent = Some(Sent {
             tokens: Arc::clone(&state.tokens),
             step: state.step,
-            at: Instant::now(),
             last: last == Last::Yes,
         });
         Ok(v1::Frame {
@@ -271,22 +272,38 @@ impl Follower {
         })
     }
 
-    fn result(&self, state: &State, outcome: &Outcome) -> Result<v1::Result, Status> {
+    /// The canvas as text, where the model has a tokenizer; made on a thread for it.
+    async fn text(
+        &mut self,
+        state: &State,
+        mask: Option<Token>,
+        end: Option<Token>,
+    ) -> Result<Option<String>, Status> {
+        if self.view.model.tokenizer().is_none() {
+            return Ok(None);
+        }
+        let (view, tokens) = (Arc::clone(&self.view), Arc::clone(&state.tokens));
+        let mut written = std::mem::take(&mut self.written);
+        let write = move || {
+            let text = view.model.tokenizer().map(|tokenizer| {
+                let text = view.template.text(&tokens, tokenizer, mask, end, &mut written);
+                text.map_err(decoding)
+            });
+            Ok((text.transpose()?, written))
+        };
+        let text;
+        (text, self.written) = self.view.text.run(write).await?;
+        Ok(text)
+    }
+
+    async fn result(&mut self, state: &State, outcome: &Outcome) -> Result<v1::Result, Status> {
         let end = self
             .view
             .model
             .manifest()
             .end_of_document
             .filter(|_| !self.view.keep_after_end);
-        let text = match self.view.model.tokenizer() {
-            Some(tokenizer) => Some(
-                self.view
-                    .template
-                    .text(&state.tokens, tokenizer, None, end)
-                    .map_err(decoding)?,
-            ),
-            None => None,
-        };
+        let text = self.text(state, None, end).await?;
         let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
         let timings = &outcome.timings;
         Ok(v1::Result {

@@ -1,5 +1,6 @@
 //! Templates: which positions are clamped, and how a canvas reads as text.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -96,7 +97,9 @@ impl Template {
         tokenizer: &TextTokenizer,
         mask: Option<Token>,
         end: Option<Token>,
+        written: &mut Written,
     ) -> Result<String, TokenizerError> {
+        written.next_text();
         let mut text = String::new();
         let mut space_is_there = false;
         for (piece, range) in &self.pieces {
@@ -125,9 +128,9 @@ impl Template {
                         Some(masked) => &before[masked + 1..],
                         None => before,
                     };
-                    let decoded = tokenizer.decode_after(before, run)?;
+                    let decoded = written.decode(before, run, tokenizer)?;
                     let rest = decoded.strip_prefix(' ').filter(|_| space_is_there);
-                    text.push_str(rest.unwrap_or(&decoded));
+                    text.push_str(rest.unwrap_or(decoded));
                 }
                 space_is_there = false;
                 at += run.len();
@@ -137,6 +140,37 @@ impl Template {
             }
         }
         Ok(text)
+    }
+}
+
+/// How the runs of tokens of a canvas's last text were written: from one frame to the next most of them stay.
+#[derive(Debug, Default)]
+pub(super) struct Written {
+    last: HashMap<Run, String>,
+    now: HashMap<Run, String>,
+}
+
+/// The tokens that decide how a run is written, and its own.
+type Run = (Box<[Token]>, Box<[Token]>);
+
+impl Written {
+    /// What the text before the last one held is forgotten.
+    fn next_text(&mut self) {
+        self.last = std::mem::take(&mut self.now);
+    }
+
+    fn decode(
+        &mut self,
+        before: &[Token],
+        run: &[Token],
+        tokenizer: &TextTokenizer,
+    ) -> Result<&str, TokenizerError> {
+        let key: Run = (TextTokenizer::context(before).into(), run.into());
+        let text = match self.last.remove(&key) {
+            Some(text) => text,
+            None => tokenizer.decode_after(before, run)?,
+        };
+        Ok(self.now.entry(key).or_insert(text))
     }
 }
 
@@ -157,7 +191,12 @@ mod tests {
             Piece::Tokens(vec![2]),
             Piece::Gap(1),
         ]);
-        let text = |tokens: &[Token], mask| template.text(tokens, &tokenizer, mask, None).unwrap();
+        // One after the other, as frames are.
+        let mut written = Written::default();
+        let mut text = |tokens: &[Token], mask| {
+            let text = template.text(tokens, &tokenizer, mask, None, &mut written);
+            text.unwrap()
+        };
         assert_eq!(text(&[0, 1, 2, 2, 1], None), "the sea was was sea");
         assert_eq!(
             text(&[0, MASK, 2, 2, MASK], Some(MASK)),
@@ -178,7 +217,10 @@ mod tests {
             Piece::OpenText(" was ".to_owned(), vec![2]),
             Piece::Gap(1),
         ]);
-        let text = |tokens: &[Token], mask| template.text(tokens, &tokenizer, mask, None).unwrap();
+        let text = |tokens: &[Token], mask| {
+            let text = template.text(tokens, &tokenizer, mask, None, &mut Written::default());
+            text.unwrap()
+        };
         assert_eq!(text(&[0, 1, 2, 2, 1], None), "the sea was was sea");
         assert_eq!(
             text(&[0, MASK, 1, 2, MASK], Some(MASK)),
@@ -195,7 +237,12 @@ mod tests {
             Piece::Text(" was".to_owned(), vec![2]),
         ]);
         // Token 2 ends documents here: clamped it is text like any other.
-        let text = |end| template.text(&[0, 2, 1, 2, 1, 2], &tokenizer, None, end).unwrap();
+        let text = |end| {
+            let written = &mut Written::default();
+            template
+                .text(&[0, 2, 1, 2, 1, 2], &tokenizer, None, end, written)
+                .unwrap()
+        };
         assert_eq!(text(None), "the was sea was sea was");
         assert_eq!(text(Some(2)), "the was sea");
         assert_eq!(text(Some(7)), text(None));

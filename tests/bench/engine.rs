@@ -9,7 +9,8 @@ use denoised::bundle::Bundle;
 use denoised::diffusion::sampler::TimeGrid;
 use denoised::diffusion::{SamplerKind, TokenChoice};
 use denoised::engine::course::Plan;
-use denoised::engine::{Caller, Engine, EngineOptions, Phase, Publish, Request, ServedModel};
+use denoised::engine::{Caller, Engine, EngineOptions, Phase, Publish, Request};
+use denoised::models::ServedModel;
 use denoised::network::onnx::{Device, OnnxNetwork, OnnxOptions};
 
 pub(crate) struct Subject {
@@ -39,8 +40,10 @@ impl Subject {
             workers: 1,
             threads,
             batch_tokens: 1024,
+            output_bytes: 1 << 30,
             max_queue: Duration::from_secs(86_400),
             caller_share: 1.0,
+            network_bytes: u64::MAX,
             max_running_requests: 8,
             max_pass: Duration::from_secs(300),
             last_chance: Duration::from_secs(5),

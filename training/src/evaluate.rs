@@ -232,7 +232,7 @@ impl Evaluator for Served {
         };
         self.network.log_score(&batch, &mut |rows| {
             for (index, &row) in noised.rows.iter().enumerate() {
-                losses[row / noised.length] += noised.terms.of_served(index, rows.row(index));
+                losses[row / noised.length] += noised.terms.of_served(index, &rows.row(index));
             }
         })?;
         Ok(losses)
@@ -258,7 +258,7 @@ impl HeadRows for Served {
             positions: &positions,
         };
         self.network.log_score(&batch, &mut |rows| {
-            (0..wanted.len()).for_each(|index| read(index, rows.row(index)));
+            (0..wanted.len()).for_each(|index| read(index, &rows.row(index)));
         })
     }
 }

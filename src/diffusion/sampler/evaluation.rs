@@ -121,6 +121,11 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
     /// What is asked of the network next, of a canvas that is not done.
     fn evaluation(&self, canvas: &CanvasView<'_>) -> Evaluation;
 
+    /// Evaluations of the step that begins with `first`, at most.
+    fn evaluations(&self, _first: &Evaluation) -> u32 {
+        1
+    }
+
     /// What is asked once more in the same step, given what the rows of the first evaluation gave.
     fn second(
         &self,

@@ -71,6 +71,10 @@ impl Sampler for ThetaTrapezoidal {
         self.at(step, 2 * step, t, law, positions)
     }
 
+    fn evaluations(&self, first: &Evaluation) -> u32 {
+        1 + u32::from(first.step < self.grid.steps)
+    }
+
     fn second(
         &self,
         canvas: &CanvasView<'_>,

@@ -2,12 +2,12 @@
 
 mod fair;
 
-use parking_lot::{Condvar, Mutex};
-
 use super::cost::Costs;
 use super::request::Caller;
 use super::work::Work;
-pub(super) use fair::{FlowDescription, FlowKey};
+use crate::sync::{Condvar, Mutex};
+use fair::Pass;
+pub(super) use fair::{FlowDescription, FlowKey, Weight};
 
 /// What shares a pass: canvases of one model and length, but for those that have to run alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,6 +18,15 @@ pub(super) struct Lane {
     pub(super) length: usize,
     /// The canvas that runs alone.
     pub(super) alone: Option<FlowKey>,
+}
+
+/// What one forward pass holds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Canvases times length.
+    pub(super) tokens: usize,
+    /// Bytes of log-scores that the network gives at once.
+    pub(super) output_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -79,20 +88,22 @@ impl Queue {
         refused
     }
 
-    /// Waits for work and takes what shares the next pass, at most `batch_tokens` of it but one canvas always;
-    /// each canvas is charged what it is known to cost. `None` when closed.
-    pub(super) fn take(&self, batch_tokens: usize, costs: &Costs) -> Option<Vec<Work>> {
+    /// Waits for work and takes what shares the next pass, within the limits but one canvas always; each canvas is
+    /// charged what it is known to cost. `None` when closed.
+    pub(super) fn take(&self, limits: Limits, costs: &Costs) -> Option<Vec<Work>> {
         let mut ready = self.ready.lock();
         loop {
             if ready.closed {
                 return None;
             }
             let sleepers = ready.sleepers;
-            let batch = ready.order.take(sleepers, |lane| {
-                let room = batch_tokens / lane.length.max(1);
+            let measure = |lane: &Lane| Pass {
+                items: limits.tokens / lane.length.max(1),
+                output_bytes: limits.output_bytes,
                 // A guess would weigh on flows long after costs are known.
-                (room, costs.known(lane.model, lane.length).unwrap_or(1))
-            });
+                cost: costs.known(lane.model, lane.length).unwrap_or(1),
+            };
+            let batch = ready.order.take(sleepers, measure, Work::weight);
             if !batch.is_empty() {
                 return Some(batch);
             }

@@ -144,7 +144,7 @@ impl Difference {
             candidate.log_score(&batch, &mut |scores| {
                 for (row, expected) in expected.iter().enumerate() {
                     let current = canvas.tokens[canvas.positions[row] as usize] as usize;
-                    let scores = scores.row(row);
+                    let scores = &scores.row(row);
                     for (_, [a, b]) in pairs(expected, scores, current) {
                         let difference = (a - b).abs();
                         largest = largest.max(difference);

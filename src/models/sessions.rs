@@ -4,50 +4,72 @@
 //! loaded or because sessions were lost, the work is parked with the model and goes back to the queue when there
 //! is one: loading is never waited for by a worker, nor by work of other models.
 
-use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-use tokio::sync::watch;
-
-use super::cost::address;
-use super::work::Work;
-use super::{Failure, ModelState, ServedModel, Shared};
+use super::loader::{Charge, Loader, Put, Room, Waiting};
+use super::memory::Stay;
+use super::{ModelState, ServedModel};
 use crate::network::{NetworkError, ScoreNetwork};
+use crate::sync::Mutex;
 
 /// Pause after a failed load or pass, doubled with every further one in a row.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE_OF_A_SESSION: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE_OF_A_MODEL: Duration = Duration::from_secs(60);
 
-/// A network that one pass runs on.
-pub(super) type Session = Box<dyn ScoreNetwork>;
-
-/// The sessions of one model.
-pub(super) struct Sessions {
-    pub(super) model: Arc<ServedModel>,
-    /// Guards what follows. Held for moves only, never while a session is loaded, run or dropped.
-    held: Mutex<Held>,
+/// A network that one pass runs on, and the memory that it takes.
+pub struct Session<W: Waiting> {
+    network: Box<dyn ScoreNetwork>,
+    // After the network: its memory is free when it is gone.
+    _charge: Charge<W>,
 }
 
-#[derive(Default)]
-struct Held {
-    idle: Vec<Session>,
+impl<W: Waiting> Session<W> {
+    /// The network.
+    pub fn network(&mut self) -> &mut dyn ScoreNetwork {
+        self.network.as_mut()
+    }
+}
+
+impl<W: Waiting> std::fmt::Debug for Session<W> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").finish_non_exhaustive()
+    }
+}
+
+/// The sessions of one model.
+pub struct Sessions<W: Waiting> {
+    pub(super) model: Arc<ServedModel>,
+    /// Guards what follows. Held for moves only, never while a session is loaded, run or dropped.
+    held: Mutex<Held<W>>,
+}
+
+struct Held<W: Waiting> {
+    idle: Vec<Session<W>>,
     /// Sessions that are idle or out for a pass.
     count: usize,
+    /// Sessions out for a pass that are given up when they come back, to make room.
+    leaving: usize,
     /// Whether the loader has been asked for more.
     loading: bool,
+    /// Since when there are sessions, and when one was last asked for.
+    since: Instant,
+    used: Instant,
+    /// Whether there has been a session at some time.
+    was_ready: bool,
+    /// Requests that use the model.
+    users: usize,
     /// Why the model has failed, and when it is tried again.
     failed: Option<(String, Instant)>,
     /// Failed loads or passes in a row.
     failures: u32,
-    /// Work that waits for a session.
-    parked: Vec<Work>,
+    /// What waits for a session.
+    parked: Vec<W>,
 }
 
-impl std::fmt::Debug for Sessions {
+impl<W: Waiting> std::fmt::Debug for Sessions<W> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Sessions")
             .field("model", &self.model)
@@ -55,11 +77,66 @@ impl std::fmt::Debug for Sessions {
     }
 }
 
-impl Sessions {
-    fn new(model: &Arc<ServedModel>) -> Self {
+impl<W: Waiting> Sessions<W> {
+    pub(super) fn new(model: &Arc<ServedModel>) -> Self {
+        let now = Instant::now();
         Self {
             model: Arc::clone(model),
-            held: Mutex::new(Held::default()),
+            held: Mutex::new(Held {
+                idle: Vec::new(),
+                count: 0,
+                leaving: 0,
+                loading: false,
+                since: now,
+                used: now,
+                was_ready: false,
+                users: 0,
+                failed: None,
+                failures: 0,
+                parked: Vec::new(),
+            }),
+        }
+    }
+
+    pub(super) fn join(&self) {
+        self.held.lock().users += 1;
+    }
+
+    /// Whether nobody uses the model any more.
+    pub(super) fn leave(&self) -> bool {
+        let mut held = self.held.lock();
+        held.users = held.users.saturating_sub(1);
+        held.users == 0
+    }
+
+    pub(super) fn is_used(&self) -> bool {
+        self.held.lock().users > 0
+    }
+
+    pub(super) fn was_ready(&self) -> bool {
+        self.held.lock().was_ready
+    }
+
+    /// What the sessions in memory say about making room; `None` where there are none.
+    pub(super) fn stay(&self) -> Option<Stay> {
+        let held = self.held.lock();
+        (held.count > 0).then_some(Stay {
+            since: held.since,
+            used: held.used,
+            leaving: held.leaving > 0,
+        })
+    }
+
+    /// Gives up all sessions; those that are out for a pass when they come back.
+    pub(super) fn unload(&self) {
+        let mut held = self.held.lock();
+        let idle = std::mem::take(&mut held.idle);
+        held.count -= idle.len();
+        held.leaving = held.count;
+        drop(held);
+        // Foreign code: whoever makes room must not fall with it.
+        if catch_unwind(AssertUnwindSafe(|| drop(idle))).is_err() {
+            tracing::error!(model = %self.model, "giving up sessions panicked");
         }
     }
 
@@ -71,14 +148,14 @@ impl Sessions {
                 reason: reason.clone(),
                 retry_at: *retry_at,
             },
-            None if held.count > 0 => ModelState::Ready,
+            None if held.count > held.leaving => ModelState::Ready,
             None if held.loading => ModelState::Loading,
             None => ModelState::Unloaded,
         }
     }
 
     /// Has the first session loaded before a request asks for it.
-    pub(super) fn prepare(self: &Arc<Self>, loader: &Loader) {
+    pub(super) fn prepare(self: &Arc<Self>, loader: &Loader<W>) {
         let mut held = self.held.lock();
         let ask = held.count == 0 && !std::mem::replace(&mut held.loading, true);
         drop(held);
@@ -88,12 +165,9 @@ impl Sessions {
     }
 
     /// A session for a pass of `batch`; without one the batch is parked, or ended where the model has failed.
-    pub(super) fn check_out(
-        self: &Arc<Self>,
-        batch: Vec<Work>,
-        loader: &Loader,
-    ) -> Option<(Session, Vec<Work>)> {
+    pub fn check_out(self: &Arc<Self>, batch: Vec<W>, loader: &Loader<W>) -> Option<(Session<W>, Vec<W>)> {
         let mut held = self.held.lock();
+        held.used = Instant::now();
         if let Some(session) = held.idle.pop() {
             return Some((session, batch));
         }
@@ -104,7 +178,7 @@ impl Sessions {
         }
         held.parked.extend(batch);
         // With a session out for a pass there will be one; without any there will be none unless it is loaded.
-        let ask = held.count == 0 && !std::mem::replace(&mut held.loading, true);
+        let ask = held.count == held.leaving && !std::mem::replace(&mut held.loading, true);
         drop(held);
         if ask {
             loader.ask(self, Duration::ZERO);
@@ -113,27 +187,40 @@ impl Sessions {
     }
 
     /// Takes a session back from a pass that went well.
-    pub(super) fn check_in(self: &Arc<Self>, session: Session, shared: &Shared) {
+    pub fn check_in(self: &Arc<Self>, session: Session<W>, loader: &Loader<W>, put: &Put<W>) {
         let mut held = self.held.lock();
-        held.idle.push(session);
         held.failures = 0;
         let healed = held.failed.take().is_some();
+        if held.leaving > 0 {
+            held.leaving -= 1;
+            held.count -= 1;
+            // What is parked waits for a session that is loaded again.
+            let ask =
+                held.count == 0 && !held.parked.is_empty() && !std::mem::replace(&mut held.loading, true);
+            drop(held);
+            drop(session);
+            if ask {
+                loader.ask(self, Duration::ZERO);
+            }
+            return;
+        }
+        held.idle.push(session);
         let parked = std::mem::take(&mut held.parked);
-        let ask = held.count < shared.options.workers && !std::mem::replace(&mut held.loading, true);
+        let ask = held.count < loader.per_model() && !std::mem::replace(&mut held.loading, true);
         drop(held);
         if healed {
-            shared.loader.changed.send_replace(());
+            loader.tell();
         }
         if ask {
-            shared.loader.ask(self, Duration::ZERO);
+            loader.ask(self, Duration::ZERO);
         }
-        shared.put(parked);
+        put(parked);
     }
 
     /// Gives up a session that a pass has failed on, and loads another in its place.
-    pub(super) fn lost(self: &Arc<Self>, session: Session, loader: &Loader) {
+    pub fn lost(self: &Arc<Self>, session: Session<W>, loader: &Loader<W>) {
         let mut held = self.held.lock();
-        held.count = held.count.saturating_sub(1);
+        held.lose(1);
         let pause = held.pause(LONGEST_PAUSE_OF_A_SESSION);
         let ask = !std::mem::replace(&mut held.loading, true);
         drop(held);
@@ -145,24 +232,26 @@ impl Sessions {
     }
 
     /// A session will not come back from its pass: another is loaded in its place.
-    pub(super) fn lost_for_good(self: &Arc<Self>, loader: &Loader) {
+    pub fn lost_for_good(self: &Arc<Self>, loader: &Loader<W>) {
         let mut held = self.held.lock();
-        held.count = held.count.saturating_sub(1);
+        held.lose(1);
         let ask = !std::mem::replace(&mut held.loading, true);
         drop(held);
         if ask {
             loader.ask(self, Duration::ZERO);
         }
+        // Its memory may never be free: whoever waits for it has to look for other room.
+        loader.look_again();
     }
 
     /// Gives up on the model: all its sessions, with the one it has failed on, and whatever waits for it. It is
     /// tried again after a while.
-    pub(super) fn fail(self: &Arc<Self>, session: Option<Session>, error: &NetworkError, loader: &Loader) {
+    pub fn fail(self: &Arc<Self>, session: Option<Session<W>>, error: &NetworkError, loader: &Loader<W>) {
         let mut held = self.held.lock();
         let mut sessions = std::mem::take(&mut held.idle);
         sessions.extend(session);
         // Sessions that are out come back one by one, and are used again if the model is.
-        held.count = held.count.saturating_sub(sessions.len());
+        held.lose(sessions.len());
         let pause = held.pause(LONGEST_PAUSE_OF_A_MODEL);
         held.failed = Some((told(error), Instant::now() + pause));
         let parked = std::mem::take(&mut held.parked);
@@ -170,41 +259,38 @@ impl Sessions {
         drop(held);
         tracing::error!(model = %self.model, %error, retry_in_ms = pause.as_millis() as u64, "a model has failed; what waits for it is ended");
         self.end(parked);
-        loader.changed.send_replace(());
+        loader.tell();
         if ask {
             loader.ask(self, pause);
         }
         drop(sessions);
     }
 
-    /// Ends `work`: it cannot be evaluated.
-    pub(super) fn end(&self, work: Vec<Work>) {
+    /// Ends what cannot be evaluated.
+    pub fn end(&self, work: Vec<W>) {
         let reason = match self.state() {
             ModelState::Failed { reason, .. } => reason,
             ModelState::Unloaded | ModelState::Loading | ModelState::Ready => String::new(),
         };
         for work in work {
-            work.end(Failure::Model {
-                model: self.model.to_string(),
-                reason: reason.clone(),
-            });
+            work.fail(&self.model, &reason);
         }
     }
 
     /// Takes out what waits for a session, of one request or of all.
-    fn withdraw(&self, request: Option<u64>) -> Vec<Work> {
+    pub(super) fn withdraw(&self, request: Option<u64>) -> Vec<W> {
         let mut held = self.held.lock();
         let (taken, left) = std::mem::take(&mut held.parked)
             .into_iter()
-            .partition(|work| request.is_none_or(|request| work.origin.number == request));
+            .partition(|work| request.is_none_or(|request| work.request() == request));
         held.parked = left;
         taken
     }
 
     /// Loads sessions until there are enough, or one cannot be loaded.
-    fn load(self: &Arc<Self>, shared: &Shared) {
+    pub(super) fn load(self: &Arc<Self>, loader: &Loader<W>, put: &Put<W>) {
         loop {
-            match catch_unwind(AssertUnwindSafe(|| self.load_one(shared))) {
+            match catch_unwind(AssertUnwindSafe(|| self.load_one(loader, put))) {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(_) => {
@@ -216,27 +302,64 @@ impl Sessions {
     }
 
     /// Loads one session. Whether more are wanted.
-    fn load_one(self: &Arc<Self>, shared: &Shared) -> bool {
+    fn load_one(self: &Arc<Self>, loader: &Loader<W>, put: &Put<W>) -> bool {
+        let mut held = self.held.lock();
+        if self.model.is_retired() && held.users == 0 {
+            held.loading = false;
+            return false;
+        }
+        let is_first = held.count == held.leaving;
+        drop(held);
+        let charge = match loader.room(self, is_first) {
+            Room::Taken(charge) => charge,
+            Room::Wait => return false,
+            Room::None => {
+                self.held.lock().loading = false;
+                return false;
+            }
+            Room::Never(error) => {
+                self.held.lock().loading = false;
+                self.fail(None, &error, loader);
+                return false;
+            }
+        };
         let loaded = catch_unwind(AssertUnwindSafe(|| self.model.network()))
             .unwrap_or_else(|_| Err(NetworkError::Load("loading it panicked".to_owned())));
         match loaded {
-            Ok(session) => {
-                let goes_on = !shared.loader.is_closed();
+            Ok(network) => {
+                let session = Session {
+                    network,
+                    _charge: charge,
+                };
+                let goes_on = !loader.is_closed();
                 let mut held = self.held.lock();
+                if self.model.is_retired() && held.users == 0 {
+                    held.loading = false;
+                    drop(held);
+                    drop(session);
+                    return false;
+                }
+                if held.count == held.leaving {
+                    held.since = Instant::now();
+                }
                 held.idle.push(session);
                 held.count += 1;
+                held.was_ready = true;
                 held.failed = None;
-                let more = held.count < shared.options.workers && goes_on;
+                let more = held.count < loader.per_model() && goes_on;
                 held.loading = more;
                 let parked = std::mem::take(&mut held.parked);
                 drop(held);
-                shared.loader.changed.send_replace(());
-                shared.put(parked);
+                loader.tell();
+                put(parked);
+                // Others may wait until this one has been there for long enough.
+                loader.look_again();
                 more
             }
             Err(error) => {
+                drop(charge);
                 self.held.lock().loading = false;
-                self.fail(None, &error, &shared.loader);
+                self.fail(None, &error, loader);
                 false
             }
         }
@@ -249,7 +372,7 @@ const MAX_REASON: usize = 300;
 /// The reason as callers are told it. What the runtime and the system say stays in the log: it can hold paths.
 fn told(error: &NetworkError) -> String {
     let reason = match error {
-        NetworkError::Contract(_) => error.to_string(),
+        NetworkError::Contract(_) | NetworkError::Room { .. } => error.to_string(),
         NetworkError::Runtime(_) | NetworkError::Load(_) | NetworkError::Run(_) | NetworkError::Memory(_) => {
             "its network cannot be loaded; the server's log has the details".to_owned()
         }
@@ -258,116 +381,15 @@ fn told(error: &NetworkError) -> String {
     line.join(" ").chars().take(MAX_REASON).collect()
 }
 
-impl Held {
+impl<W: Waiting> Held<W> {
+    /// Sessions are gone, first of all those that were to leave anyway.
+    fn lose(&mut self, sessions: usize) {
+        self.count = self.count.saturating_sub(sessions);
+        self.leaving = self.leaving.saturating_sub(sessions);
+    }
+
     fn pause(&mut self, longest: Duration) -> Duration {
         self.failures = (self.failures + 1).min(16);
         (FIRST_PAUSE * (1 << (self.failures - 1))).min(longest)
-    }
-}
-
-/// Has sessions loaded; knows those of all models.
-#[derive(Debug)]
-pub(super) struct Loader {
-    /// By address of the model, which the sessions keep alive.
-    models: Mutex<HashMap<usize, Arc<Sessions>>>,
-    /// Guards the wishes; the loader waits, whoever asks signals. At most one wish a model.
-    wishes: Mutex<Wishes>,
-    asked: Condvar,
-    /// Tells that some model is ready, or has failed.
-    pub(super) changed: watch::Sender<()>,
-}
-
-impl Default for Loader {
-    fn default() -> Self {
-        Self {
-            models: Mutex::default(),
-            wishes: Mutex::default(),
-            asked: Condvar::new(),
-            changed: watch::Sender::new(()),
-        }
-    }
-}
-
-#[derive(Debug, Default)]
-struct Wishes {
-    due: VecDeque<(Instant, Arc<Sessions>)>,
-    closed: bool,
-}
-
-impl Loader {
-    /// The sessions of a model.
-    pub(super) fn sessions(&self, model: &Arc<ServedModel>) -> Arc<Sessions> {
-        let mut models = self.models.lock();
-        let sessions = models
-            .entry(address(model))
-            .or_insert_with(|| Arc::new(Sessions::new(model)));
-        Arc::clone(sessions)
-    }
-
-    fn ask(&self, sessions: &Arc<Sessions>, after: Duration) {
-        let mut wishes = self.wishes.lock();
-        wishes
-            .due
-            .push_back((Instant::now() + after, Arc::clone(sessions)));
-        drop(wishes);
-        self.asked.notify_one();
-    }
-
-    /// Loads what is asked for, until closed. Every load has a thread of its own, and every model at most one
-    /// load, so that none waits for another that takes long or never ends.
-    pub(super) fn run(&self, shared: &Shared) {
-        std::thread::scope(|scope| {
-            while let Some(sessions) = self.next() {
-                let thread = std::thread::Builder::new().name(format!("load-{}", sessions.model));
-                let loading = Arc::clone(&sessions);
-                if let Err(error) = thread.spawn_scoped(scope, move || loading.load(shared)) {
-                    let error = NetworkError::Load(format!("there is no thread for it: {error}"));
-                    sessions.fail(None, &error, self);
-                }
-            }
-        });
-    }
-
-    fn is_closed(&self) -> bool {
-        self.wishes.lock().closed
-    }
-
-    /// Waits for the next wish that is due.
-    fn next(&self) -> Option<Arc<Sessions>> {
-        let mut wishes = self.wishes.lock();
-        loop {
-            if wishes.closed {
-                return None;
-            }
-            let now = Instant::now();
-            let first = wishes.due.iter().enumerate().min_by_key(|(_, (due, _))| *due);
-            match first.map(|(index, (due, _))| (index, *due)) {
-                Some((index, due)) if due <= now => {
-                    return wishes.due.remove(index).map(|(_, sessions)| sessions);
-                }
-                Some((_, due)) => {
-                    self.asked.wait_until(&mut wishes, due);
-                }
-                None => self.asked.wait(&mut wishes),
-            }
-        }
-    }
-
-    /// Takes out what waits for sessions, of one request or of all.
-    pub(super) fn withdraw(&self, request: Option<u64>) -> Vec<Work> {
-        let models: Vec<_> = self.models.lock().values().cloned().collect();
-        models
-            .iter()
-            .flat_map(|sessions| sessions.withdraw(request))
-            .collect()
-    }
-
-    /// Lets the loader's thread end after what it is loading.
-    pub(super) fn close(&self) {
-        let mut wishes = self.wishes.lock();
-        wishes.closed = true;
-        wishes.due.clear();
-        drop(wishes);
-        self.asked.notify_all();
     }
 }

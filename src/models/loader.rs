@@ -1,0 +1,317 @@
+//! Puts networks into memory: every load has a thread of its own, and all of them share a budget of bytes.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::memory::{Remedy, remedy};
+use super::sessions::Sessions;
+use super::{ModelState, ServedModel};
+use crate::network::NetworkError;
+use crate::sync::{self, Condvar, Mutex, Thread};
+
+/// Something that waits for a network.
+pub trait Waiting: Send + 'static {
+    /// The request that it belongs to.
+    fn request(&self) -> u64;
+
+    /// Ends it: the network it waits for cannot be had.
+    fn fail(self, model: &ServedModel, reason: &str);
+}
+
+/// Takes back what waited for a network, when there is one.
+pub type Put<W> = Arc<dyn Fn(Vec<W>) + Send + Sync>;
+
+/// Has networks loaded; knows those of all models that are in use.
+#[derive(Debug)]
+pub struct Loader<W: Waiting> {
+    own: Weak<Self>,
+    /// Networks of one model that are wanted at once.
+    per_model: usize,
+    /// By address of the model, which its sessions keep alive.
+    models: Mutex<HashMap<usize, Arc<Sessions<W>>>>,
+    /// Guards the wishes; the loader waits, whoever asks signals. At most one wish a model.
+    wishes: Mutex<Wishes<W>>,
+    asked: Condvar,
+    /// Guards what is taken of the budget. Locked before `models`, never while one's networks are.
+    memory: Mutex<Memory<W>>,
+    /// Tells that some model is ready, or has failed.
+    changed: watch::Sender<()>,
+}
+
+#[derive(Debug)]
+struct Wishes<W: Waiting> {
+    due: VecDeque<(Instant, Arc<Sessions<W>>)>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Memory<W: Waiting> {
+    budget: u64,
+    taken: u64,
+    /// Models that wait for room, the first that asked first.
+    waiting: VecDeque<Arc<Sessions<W>>>,
+}
+
+/// Whether a network finds room.
+pub(super) enum Room<W: Waiting> {
+    /// It has it.
+    Taken(Charge<W>),
+    /// Not now; it is asked for again when there is.
+    Wait,
+    /// Not now, and nobody makes room for it.
+    None,
+    /// Never.
+    Never(NetworkError),
+}
+
+/// Memory that a network takes; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Charge<W: Waiting> {
+    loader: Weak<Loader<W>>,
+    bytes: u64,
+}
+
+impl<W: Waiting> Drop for Charge<W> {
+    fn drop(&mut self) {
+        if let Some(loader) = self.loader.upgrade() {
+            loader.memory.lock().taken -= self.bytes;
+            loader.look_again();
+        }
+    }
+}
+
+impl<W: Waiting> Loader<W> {
+    /// Loads up to `per_model` networks of every model, all together at most `budget` bytes.
+    pub fn new(per_model: usize, budget: u64) -> Arc<Self> {
+        Arc::new_cyclic(|own| Self {
+            own: Weak::clone(own),
+            per_model: per_model.max(1),
+            models: Mutex::default(),
+            wishes: Mutex::new(Wishes {
+                due: VecDeque::new(),
+                closed: false,
+            }),
+            asked: Condvar::new(),
+            memory: Mutex::new(Memory {
+                budget,
+                taken: 0,
+                waiting: VecDeque::new(),
+            }),
+            changed: watch::Sender::new(()),
+        })
+    }
+
+    /// The networks of a model.
+    pub fn sessions(&self, model: &Arc<ServedModel>) -> Arc<Sessions<W>> {
+        let mut models = self.models.lock();
+        let sessions = models
+            .entry(model.address())
+            .or_insert_with(|| Arc::new(Sessions::new(model)));
+        Arc::clone(sessions)
+    }
+
+    fn find(&self, model: &ServedModel) -> Option<Arc<Sessions<W>>> {
+        self.models.lock().get(&model.address()).cloned()
+    }
+
+    /// Where a model is on its way to being served.
+    pub fn state(&self, model: &ServedModel) -> ModelState {
+        self.find(model)
+            .map_or(ModelState::Unloaded, |sessions| sessions.state())
+    }
+
+    /// Whether a model has been ready at some time.
+    pub fn was_ready(&self, model: &ServedModel) -> bool {
+        self.find(model).is_some_and(|sessions| sessions.was_ready())
+    }
+
+    /// Has a model loaded before a request asks for it.
+    pub fn prepare(&self, model: &Arc<ServedModel>) {
+        if !model.is_retired() {
+            self.sessions(model).prepare(self);
+        }
+    }
+
+    /// A request uses a model from now on, until it calls [`Self::release`].
+    pub fn acquire(&self, model: &Arc<ServedModel>) {
+        let mut models = self.models.lock();
+        // Under the lock, so that a model that is being retired is not forgotten meanwhile.
+        models
+            .entry(model.address())
+            .or_insert_with(|| Arc::new(Sessions::new(model)))
+            .join();
+    }
+
+    /// A request does not use a model any more. Whether nothing is left of it here.
+    pub fn release(&self, model: &Arc<ServedModel>) -> bool {
+        let sessions = self.find(model);
+        sessions.is_some_and(|sessions| sessions.leave() && self.forget(&sessions))
+    }
+
+    /// Serves a model to nobody new: its networks leave memory as soon as no request uses it. Whether nothing is left
+    /// of it here.
+    pub fn retire(&self, model: &Arc<ServedModel>) -> bool {
+        model.retire();
+        self.find(model).is_none_or(|sessions| self.forget(&sessions))
+    }
+
+    /// Forgets a retired model that nobody uses. Whether it did.
+    fn forget(&self, sessions: &Arc<Sessions<W>>) -> bool {
+        let mut models = self.models.lock();
+        if !sessions.model.is_retired() || sessions.is_used() {
+            return false;
+        }
+        models.remove(&sessions.model.address());
+        drop(models);
+        self.memory
+            .lock()
+            .waiting
+            .retain(|other| !Arc::ptr_eq(other, sessions));
+        sessions.unload();
+        tracing::info!(model = %sessions.model, "a model is retired");
+        true
+    }
+
+    /// Tells when the state of some model has changed.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    pub(super) fn tell(&self) {
+        self.changed.send_replace(());
+    }
+
+    pub(super) fn per_model(&self) -> usize {
+        self.per_model
+    }
+
+    pub(super) fn ask(&self, sessions: &Arc<Sessions<W>>, after: Duration) {
+        let mut wishes = self.wishes.lock();
+        if wishes.closed {
+            return;
+        }
+        wishes
+            .due
+            .push_back((Instant::now() + after, Arc::clone(sessions)));
+        drop(wishes);
+        self.asked.notify_one();
+    }
+
+    /// Room for one more network of a model, its first or another.
+    pub(super) fn room(&self, sessions: &Arc<Sessions<W>>, is_first: bool) -> Room<W> {
+        let bytes = sessions.model.bytes();
+        let mut memory = self.memory.lock();
+        if bytes > memory.budget {
+            return Room::Never(NetworkError::Room {
+                needed: bytes,
+                budget: memory.budget,
+            });
+        }
+        if bytes <= memory.budget - memory.taken.min(memory.budget) {
+            memory.taken += bytes;
+            return Room::Taken(Charge {
+                loader: Weak::clone(&self.own),
+                bytes,
+            });
+        }
+        if !is_first {
+            return Room::None;
+        }
+        let others: Vec<_> = self.models.lock().values().cloned().collect();
+        let stays = others
+            .iter()
+            .filter(|other| !Arc::ptr_eq(other, sessions))
+            .filter_map(|other| Some((other, other.stay()?)));
+        match remedy(stays, Instant::now()) {
+            Remedy::Unload(victim) => {
+                memory.waiting.push_back(Arc::clone(sessions));
+                drop(memory);
+                tracing::info!(model = %victim.model, for_model = %sessions.model, "a model is unloaded to make room");
+                victim.unload();
+            }
+            Remedy::At(then) => {
+                drop(memory);
+                self.ask(sessions, then.saturating_duration_since(Instant::now()));
+            }
+            Remedy::Wait => memory.waiting.push_back(Arc::clone(sessions)),
+        }
+        Room::Wait
+    }
+
+    /// There may be room by now for those that wait for it.
+    pub(super) fn look_again(&self) {
+        let waiting = std::mem::take(&mut self.memory.lock().waiting);
+        waiting
+            .iter()
+            .for_each(|sessions| self.ask(sessions, Duration::ZERO));
+    }
+
+    /// Loads what is asked for, until closed. Every load has a thread of its own, and every model at most one
+    /// load, so that none waits for another that takes long or never ends.
+    pub fn run(self: &Arc<Self>, put: &Put<W>) {
+        let mut loads: Vec<Thread> = Vec::new();
+        while let Some(sessions) = self.next() {
+            loads.retain(|load| !load.is_finished());
+            let (loader, loading, put) = (Arc::clone(self), Arc::clone(&sessions), Arc::clone(put));
+            let load = move || loading.load(&loader, &put);
+            match sync::spawn(format!("load-{}", sessions.model), load) {
+                Ok(load) => loads.push(load),
+                Err(error) => {
+                    let error = NetworkError::Load(format!("there is no thread for it: {error}"));
+                    sessions.fail(None, &error, self);
+                }
+            }
+        }
+        for load in loads {
+            if load.join().is_err() {
+                tracing::error!("a thread that loads models panicked");
+            }
+        }
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.wishes.lock().closed
+    }
+
+    /// Waits for the next wish that is due.
+    fn next(&self) -> Option<Arc<Sessions<W>>> {
+        let mut wishes = self.wishes.lock();
+        loop {
+            if wishes.closed {
+                return None;
+            }
+            let now = Instant::now();
+            let first = wishes.due.iter().enumerate().min_by_key(|(_, (due, _))| *due);
+            match first.map(|(index, (due, _))| (index, *due)) {
+                Some((index, due)) if due <= now => {
+                    return wishes.due.remove(index).map(|(_, sessions)| sessions);
+                }
+                Some((_, due)) => {
+                    self.asked.wait_until(&mut wishes, due);
+                }
+                None => self.asked.wait(&mut wishes),
+            }
+        }
+    }
+
+    /// Takes out what waits for networks, of one request or of all.
+    pub fn withdraw(&self, request: Option<u64>) -> Vec<W> {
+        let models: Vec<_> = self.models.lock().values().cloned().collect();
+        models
+            .iter()
+            .flat_map(|sessions| sessions.withdraw(request))
+            .collect()
+    }
+
+    /// Lets the loader's thread end after what it is loading.
+    pub fn close(&self) {
+        let mut wishes = self.wishes.lock();
+        wishes.closed = true;
+        wishes.due.clear();
+        drop(wishes);
+        self.asked.notify_all();
+    }
+}

@@ -1,0 +1,131 @@
+//! One version of a model, as it is served.
+
+use std::fmt;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::bundle::{Bundle, BundleError, Manifest, TextTokenizer};
+use crate::diffusion::Graph;
+use crate::network::{NetworkError, Output, ScoreNetwork};
+
+/// Makes a worker's own copy of a network.
+pub type NetworkSource = Box<dyn Fn() -> Result<Box<dyn ScoreNetwork>, NetworkError> + Send + Sync>;
+
+/// A model as the engine and the server see it.
+pub struct ServedModel {
+    version: u64,
+    manifest: Manifest,
+    tokenizer: Option<TextTokenizer>,
+    network: NetworkSource,
+    /// Bytes that a network takes in memory, about.
+    bytes: u64,
+    /// What evaluations give; known when a network has been loaded.
+    output: OnceLock<Output>,
+    /// Whether it is served to nobody new any more.
+    retired: AtomicBool,
+}
+
+impl ServedModel {
+    /// Serves `bundle` as `version`, with networks from `network`.
+    pub fn new(bundle: &Bundle, version: u64, network: NetworkSource) -> Result<Self, BundleError> {
+        let tokenizer = bundle.tokenizer()?;
+        Ok(Self {
+            version,
+            manifest: bundle.manifest().clone(),
+            tokenizer,
+            network,
+            bytes: bundle.weight_bytes(),
+            output: OnceLock::new(),
+            retired: AtomicBool::new(false),
+        })
+    }
+
+    /// Serves a network that has no bundle, for tests of everything around it.
+    pub fn without_bundle(manifest: Manifest, version: u64, network: NetworkSource) -> Self {
+        Self {
+            version,
+            manifest,
+            tokenizer: None,
+            network,
+            bytes: 0,
+            output: OnceLock::new(),
+            retired: AtomicBool::new(false),
+        }
+    }
+
+    /// The same with networks that take `bytes` of memory.
+    #[must_use]
+    pub fn with_bytes(self, bytes: u64) -> Self {
+        Self { bytes, ..self }
+    }
+
+    /// Name of the model.
+    pub fn name(&self) -> &str {
+        &self.manifest.name
+    }
+
+    /// Version, from 1.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// What the bundle says of the network.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The noise process.
+    pub fn graph(&self) -> Graph {
+        self.manifest.graph()
+    }
+
+    /// The tokenizer, if the bundle has one.
+    pub fn tokenizer(&self) -> Option<&TextTokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// Bytes that a network takes in memory, about.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub(super) fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
+    /// Names the model as long as it lives.
+    pub fn address(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
+    /// A network for one worker.
+    pub fn network(&self) -> Result<Box<dyn ScoreNetwork>, NetworkError> {
+        let network = (self.network)()?;
+        self.output.get_or_init(|| network.output());
+        Ok(network)
+    }
+
+    /// What evaluations give; until a network has been loaded what most give.
+    pub fn output(&self) -> Output {
+        self.output.get().copied().unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for ServedModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServedModel")
+            .field("name", &self.name())
+            .field("version", &self.version)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Display for ServedModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.name(), self.version)
+    }
+}

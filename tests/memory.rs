@@ -1,0 +1,185 @@
+//! Memory, as the kernel counts it, in a process of its own: other tests would disturb it.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use denoised::bundle::{Bundle, EXTERNAL_DATA, MODEL};
+use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
+use denoised::network::{Batch, ScoreNetwork};
+use denoised::proto::v1::{GenerateRequest, ListModelsRequest, ModelReference, ModelState, Sampling};
+
+use crate::support::{TestServer, config, generate, publish_files};
+
+const TABLE: &[u8] = include_bytes!("fixtures/networks/table.onnx");
+/// Bytes of the table, by the fixture's making.
+const TABLE_BYTES: usize = 5 * 1_310_720 * size_of::<f32>();
+const MEGABYTE: f64 = (1 << 20) as f64;
+const TABLE_MEGABYTES: f64 = TABLE_BYTES as f64 / MEGABYTE;
+
+/// Set in the process that a test runs itself in.
+const ALONE: &str = "DENOISED_TEST_ALONE";
+
+/// Whether this is the process to measure; otherwise runs `test` of this file in one.
+fn is_alone(test: &str) -> bool {
+    if !cfg!(target_os = "linux") {
+        eprintln!("SKIPPED: memory::{test}: there is no /proc");
+        return false;
+    }
+    if std::env::var_os(ALONE).is_some() {
+        denoised::allocator::give_large_blocks_back();
+        return true;
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args([
+            &format!("memory::{test}"),
+            "--exact",
+            "--nocapture",
+            "--test-threads=1",
+        ])
+        .env(ALONE, "1")
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    false
+}
+
+/// Megabytes that this process has in memory, at present and at most.
+fn megabytes() -> (f64, f64) {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let field = |name: &str| -> f64 {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().trim_end_matches(" kB").trim().parse::<f64>().unwrap() / 1024.0
+    };
+    (field("VmRSS:"), field("VmHWM:"))
+}
+
+fn publish_table(repository: &Path, name: &str) {
+    // Numbers of its own, so that no two models could share memory.
+    let seed = name.bytes().map(f32::from).sum::<f32>();
+    let table: Vec<u8> = (0..TABLE_BYTES / size_of::<f32>())
+        .flat_map(|i| ((i % 5) as f32 * 0.1 + seed * 1e-3).to_le_bytes())
+        .collect();
+    publish_files(
+        repository,
+        (name, 1),
+        &[(MODEL, TABLE), (EXTERNAL_DATA, &table)],
+        false,
+    );
+}
+
+/// Three models of 25 MB, room for two, traffic that alternates: no request fails, and the resident set stays within
+/// the budget, but for the files of those that are being loaded.
+#[test]
+fn the_resident_set_stays_within_the_budget_of_models() {
+    if !is_alone("the_resident_set_stays_within_the_budget_of_models") {
+        return;
+    }
+    let repository = tempfile::tempdir().unwrap();
+    let names = ["a", "b", "c"];
+    names
+        .iter()
+        .for_each(|name| publish_table(repository.path(), name));
+    let budget = 60.0;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let mut config = config();
+        config.models.repository = Some(repository.path().to_owned());
+        config.models.demo = false;
+        config.models.memory_megabytes = budget as u64;
+        let server = TestServer::demo_with(&config).await;
+        let ask = async |name: &str| {
+            let request = GenerateRequest {
+                model: Some(ModelReference {
+                    name: name.to_owned(),
+                    version: 0,
+                }),
+                length: Some(8),
+                sampling: Some(Sampling {
+                    steps: Some(4),
+                    ..Sampling::default()
+                }),
+                ..GenerateRequest::default()
+            };
+            generate(&mut server.client(), request).await.unwrap();
+        };
+        ask("a").await;
+        let without = megabytes().0 - TABLE_MEGABYTES;
+        let clients = names.map(|name| {
+            let ask = &ask;
+            async move {
+                for _ in 0..4 {
+                    ask(name).await;
+                }
+            }
+        });
+        futures_util::future::join_all(clients).await;
+        let models = server.models().list_models(ListModelsRequest {}).await.unwrap();
+        let models = models.into_inner().models;
+        let ready = models.iter().filter(|model| model.state() == ModelState::Ready);
+        assert!((1..=2).contains(&ready.count()), "one of them had to go");
+        let (now, most) = megabytes();
+        println!("without {without:.1} MB, now {now:.1} MB, at most {most:.1} MB");
+        assert!(now - without < budget + 5.0, "{without} MB, then {now} MB");
+        let files = 2.0 * TABLE_MEGABYTES;
+        assert!(
+            most - without < budget + files + 5.0,
+            "{without} MB, at most {most} MB"
+        );
+        server.stop().await;
+    });
+}
+
+/// A network that is loaded and dropped leaves nothing behind, and takes about what its weights are counted as.
+#[test]
+fn a_network_takes_what_it_is_counted_as_and_gives_it_back() {
+    if !is_alone("a_network_takes_what_it_is_counted_as_and_gives_it_back") {
+        return;
+    }
+    let repository = tempfile::tempdir().unwrap();
+    ["first", "second"]
+        .iter()
+        .for_each(|name| publish_table(repository.path(), name));
+    let load = |name: &str| {
+        let bundle = Bundle::look_at(&repository.path().join(name).join("1")).unwrap();
+        let network = OnnxNetwork::load(&bundle, &OnnxOptions::default()).unwrap();
+        (bundle, network)
+    };
+    // The runtime's own memory.
+    drop(load("first"));
+    let (before, _) = megabytes();
+    let (bundle, mut network) = load("second");
+    let batch = Batch {
+        tokens: &[0; 8],
+        length: 8,
+        sigma: &[0.5],
+        positions: &[0],
+    };
+    network.log_score(&batch, &mut |_| {}).unwrap();
+    let (with, _) = megabytes();
+    drop(network);
+    let mut after = megabytes().0;
+    for _ in 0..100 {
+        if after <= 1.05 * before {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+        after = megabytes().0;
+    }
+    let counted = bundle.weight_bytes() as f64 / MEGABYTE;
+    println!("counted {counted:.1} MB; before {before:.1} MB, with {with:.1} MB, after {after:.1} MB");
+    assert!(
+        (with - before - counted).abs() < 0.2 * counted,
+        "{counted} MB counted, {} MB taken",
+        with - before
+    );
+    assert!(after <= 1.05 * before, "{before} MB, then {after} MB");
+}
