@@ -8,11 +8,11 @@ use std::collections::BTreeSet;
 use std::io::{BufRead, Seek};
 
 /// Longest name or path that is read.
-const MOST_NAME: u64 = 4096;
+const MAX_NAME: u64 = 4096;
 /// Deepest nesting of messages, as protobuf itself has it.
-const MOST_DEPTH: usize = 100;
+const MAX_DEPTH: usize = 100;
 /// Most files that one model may name.
-const MOST_FILES: usize = 64;
+const MAX_FILES: usize = 64;
 
 /// The messages of `onnx.proto` below which tensors lie.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -111,8 +111,8 @@ pub(super) fn contents(model: impl BufRead + Seek, length: u64) -> Result<Conten
                 weight_bytes = weight_bytes.saturating_add(current.bytes());
             }
             open.pop();
-            if files.len() > MOST_FILES {
-                return Err(format!("it names more than {MOST_FILES} files of external data"));
+            if files.len() > MAX_FILES {
+                return Err(format!("it names more than {MAX_FILES} files of external data"));
             }
             continue;
         }
@@ -155,8 +155,8 @@ pub(super) fn contents(model: impl BufRead + Seek, length: u64) -> Result<Conten
                 }
             }
             (2, number, message) if let Some(inner) = message.field(number) => {
-                if open.len() == MOST_DEPTH {
-                    return Err(format!("it nests deeper than {MOST_DEPTH} messages"));
+                if open.len() == MAX_DEPTH {
+                    return Err(format!("it nests deeper than {MAX_DEPTH} messages"));
                 }
                 open.push(Open::new(inner, end));
             }
@@ -195,9 +195,9 @@ impl<R: BufRead + Seek> Reader<R> {
     }
 
     fn text(&mut self, length: u64) -> Result<Vec<u8>, String> {
-        if length > MOST_NAME {
+        if length > MAX_NAME {
             return Err(format!(
-                "a property of external data has {length} bytes, allowed are {MOST_NAME}"
+                "a property of external data has {length} bytes, allowed are {MAX_NAME}"
             ));
         }
         let mut text = vec![0; length as usize];

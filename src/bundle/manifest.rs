@@ -10,8 +10,8 @@ use crate::diffusion::{Graph, GraphKind, Parameterization, Process, SamplerKind,
 /// The format this program writes and reads.
 pub const FORMAT: u32 = 1;
 /// Bounds that keep a malformed manifest from asking for absurd allocations.
-const MOST_STATES: usize = 1 << 22;
-const MOST_LENGTH: usize = 1 << 20;
+const MAX_STATES: usize = 1 << 22;
+const MAX_LENGTH: usize = 1 << 20;
 
 /// How a model is sampled where a request does not say; whatever is absent here is the server's to choose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -130,15 +130,15 @@ impl Manifest {
             ));
         }
         self.schedule.check()?;
-        if !(2..=MOST_STATES).contains(&self.vocab_size) {
+        if !(2..=MAX_STATES).contains(&self.vocab_size) {
             return wrong(format!(
-                "vocab_size is {}, allowed are 2 to {MOST_STATES}",
+                "vocab_size is {}, allowed are 2 to {MAX_STATES}",
                 self.vocab_size
             ));
         }
-        if !(1..=MOST_LENGTH).contains(&self.max_length) {
+        if !(1..=MAX_LENGTH).contains(&self.max_length) {
             return wrong(format!(
-                "max_length is {}, allowed are 1 to {MOST_LENGTH}",
+                "max_length is {}, allowed are 1 to {MAX_LENGTH}",
                 self.max_length
             ));
         }

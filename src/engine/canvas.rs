@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::course::Course;
+use super::plan::Plan;
 use crate::diffusion::sampler::row::{self, BadScores, Scratch};
 use crate::diffusion::sampler::{Candidate, CanvasView, Commit, Evaluation, HittingTimes, Second};
 use crate::diffusion::{Draws, Token};
@@ -13,7 +13,7 @@ use crate::models::ServedModel;
 /// A row of tokens on its way from noise to text.
 #[derive(Clone, Debug)]
 pub struct Canvas {
-    course: Arc<Course>,
+    plan: Arc<Plan>,
     seed: u64,
     draws: Draws,
     tokens: Vec<Token>,
@@ -29,9 +29,9 @@ pub struct Canvas {
 
 impl Canvas {
     /// The initial canvas: clamped tokens from the template, the limit law everywhere else.
-    pub fn new(course: &Arc<Course>, template: &[Option<Token>], seed: u64, index: u64) -> Self {
+    pub fn new(plan: &Arc<Plan>, template: &[Option<Token>], seed: u64, index: u64) -> Self {
         let mut draws = Draws::new(seed, index);
-        let graph = course.model.graph();
+        let graph = plan.model.graph();
         let tokens = template
             .iter()
             .enumerate()
@@ -40,11 +40,11 @@ impl Canvas {
         let clamped: Arc<[bool]> = template.iter().map(Option::is_some).collect();
         let mut canvas = Self {
             tokens,
-            hitting_times: course.sampler.hitting_times(&clamped, &mut draws),
+            hitting_times: plan.sampler.hitting_times(&clamped, &mut draws),
             gaps: clamped.iter().filter(|clamped| !**clamped).count(),
             clamped,
             committed_at: vec![0; template.len()],
-            course: Arc::clone(course),
+            plan: Arc::clone(plan),
             seed,
             draws,
             step: 0,
@@ -56,7 +56,7 @@ impl Canvas {
 
     /// The model that denoises this canvas.
     pub fn model(&self) -> &Arc<ServedModel> {
-        &self.course.model
+        &self.plan.model
     }
 
     /// The tokens as they are now.
@@ -91,12 +91,12 @@ impl Canvas {
 
     /// Steps until done, final denoising included.
     pub fn total(&self) -> u32 {
-        self.course.sampler.steps(self.gaps)
+        self.plan.sampler.steps(self.gaps)
     }
 
     /// Evaluations that are left, at most; at least 1.
     pub fn evaluations_left(&self) -> u64 {
-        self.course.sampler.evaluations_left(&self.view()).max(1)
+        self.plan.sampler.evaluations_left(&self.view()).max(1)
     }
 
     /// Whether every step is taken.
@@ -109,7 +109,7 @@ impl Canvas {
         if self.is_done() {
             0.0
         } else {
-            self.course.sampler.time(&self.view())
+            self.plan.sampler.time(&self.view())
         }
     }
 
@@ -132,25 +132,25 @@ impl Canvas {
 
     /// What is asked of the network next, of a canvas that is not done.
     pub fn evaluation(&self) -> Evaluation {
-        self.course.sampler.evaluation(&self.view())
+        self.plan.sampler.evaluation(&self.view())
     }
 
     /// Evaluations of the step that begins with `first`, at most.
     pub fn evaluations(&self, first: &Evaluation) -> u32 {
-        self.course.sampler.evaluations(first)
+        self.plan.sampler.evaluations(first)
     }
 
     /// What is asked once more in the same step, where the sampler does, given what `first` gave.
     pub fn second(&self, first: &Evaluation, candidates: &[Candidate]) -> Option<Second> {
-        self.course.sampler.second(&self.view(), first, candidates)
+        self.plan.sampler.second(&self.view(), first, candidates)
     }
 
     /// Rows of `evaluation` to tokens, for threads to share.
     pub fn rows<'a>(&'a self, evaluation: &'a Evaluation) -> Rows<'a> {
         Rows {
             evaluation,
-            offset: self.course.offset(evaluation),
-            course: &self.course,
+            offset: self.plan.offset(evaluation),
+            plan: &self.plan,
             tokens: &self.tokens,
             draws: self.draws.clone(),
         }
@@ -159,7 +159,7 @@ impl Canvas {
     /// Ends the step of `evaluation`, its last, with what its rows and those of an evaluation before it gave, in
     /// this order; `evaluations` were spent.
     pub fn commit(&mut self, evaluation: &Evaluation, candidates: Vec<Candidate>, evaluations: u32) {
-        let commit = self.course.sampler.commit(&self.view(), evaluation, candidates);
+        let commit = self.plan.sampler.commit(&self.view(), evaluation, candidates);
         self.nfe += evaluations;
         // What is set in a step carries its number, also where the canvas is done early.
         self.apply(&commit, evaluation.step + 1);
@@ -181,7 +181,7 @@ impl Canvas {
     }
 
     fn pass_over_steps_without_evaluation(&mut self) {
-        while let Some(commit) = self.course.sampler.pass_over(&self.view()) {
+        while let Some(commit) = self.plan.sampler.pass_over(&self.view()) {
             self.apply(&commit, commit.step);
         }
     }
@@ -203,7 +203,7 @@ impl Canvas {
 #[derive(Debug)]
 pub struct Rows<'a> {
     evaluation: &'a Evaluation,
-    course: &'a Course,
+    plan: &'a Plan,
     offset: f64,
     tokens: &'a [Token],
     draws: Draws,
@@ -232,7 +232,7 @@ impl<'a> Rows<'a> {
             ..
         } = self.evaluation;
         let u = self.draws.at(*draw, position);
-        let (x, choice) = (self.tokens[position], &self.course.choice);
+        let (x, choice) = (self.tokens[position], &self.plan.choice);
         let token = row::draw_by(law, choice, x, log_score, self.offset, kept, u, scratch)?;
         let candidate = |token| -> Result<Candidate, BadScores> {
             Ok(Candidate {

@@ -18,7 +18,7 @@ const ENTRIES_PER_THREAD: usize = 1 << 20;
 
 /// A canvas and what was asked about it.
 #[derive(Debug)]
-pub(super) struct Asked<'a> {
+pub(super) struct Task<'a> {
     pub(super) canvas: &'a Canvas,
     pub(super) evaluation: &'a Evaluation,
     /// Where this is the second evaluation of a step.
@@ -39,7 +39,7 @@ pub(super) struct Between<'a> {
 ///
 /// Which thread draws a row makes no difference to what is drawn.
 pub(super) fn draw(
-    asked: &[Asked<'_>],
+    asked: &[Task<'_>],
     scores: &ScoreRows<'_>,
     threads: usize,
 ) -> Vec<Result<Moves, BadScores>> {
@@ -81,7 +81,7 @@ pub(super) fn add(outcome: &mut Result<Moves, BadScores>, more: Result<Moves, Ba
 
 /// Draws rows `range` of the batch; for every canvas that has some of them, its number and its moves.
 fn draw_rows(
-    asked: &[Asked<'_>],
+    asked: &[Task<'_>],
     scores: &ScoreRows<'_>,
     range: &Range<usize>,
 ) -> Vec<(usize, Result<Moves, BadScores>)> {
@@ -89,7 +89,7 @@ fn draw_rows(
     let (mut first, vocab) = (0, scores.vocab());
     for (
         index,
-        Asked {
+        Task {
             canvas,
             evaluation,
             between,

@@ -23,9 +23,9 @@ mod budget;
 pub mod canvas;
 mod cost;
 mod counters;
-pub mod course;
 mod drawing;
 mod pass;
+pub mod plan;
 mod progress;
 mod queue;
 mod request;
@@ -47,7 +47,7 @@ use budget::Budget;
 use canvas::Canvas;
 use cost::Costs;
 pub use counters::Counters;
-use course::Course;
+use plan::Plan;
 pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::Queue;
 pub use request::{AdmitError, Caller, Generation, Publish, Request};
@@ -237,7 +237,7 @@ impl Engine {
             return Err(AdmitError::Running { running });
         }
         let gaps = request.template.iter().filter(|token| token.is_none()).count();
-        let evaluations = request.plan.most_evaluations(gaps, &request.model);
+        let evaluations = request.sampling.most_evaluations(gaps, &request.model);
         let cost = shared.costs.predicted(&request.model, request.template.len());
         let (origin, mut place) = self.register(&request)?;
         let permits = shared
@@ -245,12 +245,12 @@ impl Engine {
             .admit(&request.caller, request.canvases, evaluations, cost)?;
         place.canvases = request.canvases;
         let place = Arc::new(place);
-        let course = Arc::new(Course::new(&request.model, request.plan));
+        let plan = Arc::new(Plan::new(&request.model, request.sampling));
         let (canvases, work): (Vec<_>, Vec<_>) = permits
             .into_iter()
             .zip(0u32..)
             .map(|(permit, index)| {
-                let canvas = Canvas::new(&course, &request.template, request.seed, index.into());
+                let canvas = Canvas::new(&plan, &request.template, request.seed, index.into());
                 let (work, receiver) = Work::new(canvas, &origin, index, permit, &place);
                 (receiver, work)
             })

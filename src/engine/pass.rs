@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::drawing::{self, Asked, Between, Moves};
+use super::drawing::{self, Between, Moves, Task};
 use super::work::Work;
 use crate::diffusion::Token;
 use crate::diffusion::sampler::Second;
@@ -47,9 +47,9 @@ impl Pass {
         threads: usize,
     ) -> Result<Passed, NetworkError> {
         let started = Instant::now();
-        let asked: Vec<Asked<'_>> = batch
+        let asked: Vec<Task<'_>> = batch
             .iter()
-            .map(|work| Asked {
+            .map(|work| Task {
                 canvas: &work.canvas,
                 evaluation: &work.evaluation,
                 between: None,
@@ -76,7 +76,7 @@ impl Pass {
                 .sum();
             let vocab = self.kept.len() / rows.max(1);
             let mut first = 0;
-            let asked: Vec<Asked<'_>> = again
+            let asked: Vec<Task<'_>> = again
                 .iter()
                 .map(|&(index, second)| {
                     let end = first + second.evaluation.positions.len() * vocab;
@@ -86,7 +86,7 @@ impl Pass {
                         offset: asked[index].canvas.rows(asked[index].evaluation).offset(),
                     };
                     first = end;
-                    Asked {
+                    Task {
                         canvas: asked[index].canvas,
                         evaluation: &second.evaluation,
                         between: Some(between),
@@ -134,7 +134,7 @@ impl Inputs {
     fn evaluate(
         &mut self,
         network: &mut dyn ScoreNetwork,
-        asked: &[Asked<'_>],
+        asked: &[Task<'_>],
         threads: usize,
         clock: &mut Clock,
         mut also: impl FnMut(&ScoreRows<'_>, &[Result<Moves, BadScores>]),
@@ -162,11 +162,11 @@ impl Inputs {
         Ok(outcomes)
     }
 
-    fn gather(&mut self, asked: &[Asked<'_>]) {
+    fn gather(&mut self, asked: &[Task<'_>]) {
         self.tokens.clear();
         self.sigma.clear();
         self.positions.clear();
-        for Asked {
+        for Task {
             canvas,
             evaluation,
             between,
@@ -184,13 +184,13 @@ impl Inputs {
 
 /// What is asked once more of every canvas, with the rows that this needs copied to `kept`.
 fn keep(
-    asked: &[Asked<'_>],
+    asked: &[Task<'_>],
     drawn: &[Result<Moves, BadScores>],
     rows: &ScoreRows<'_>,
     kept: &mut Vec<f32>,
 ) -> Vec<Option<Second>> {
     let mut first = 0;
-    let second = |(asked, drawn): (&Asked<'_>, &Result<Moves, BadScores>)| {
+    let second = |(asked, drawn): (&Task<'_>, &Result<Moves, BadScores>)| {
         let (canvas, evaluation) = (asked.canvas, asked.evaluation);
         let second = drawn
             .as_ref()

@@ -9,7 +9,7 @@ use std::fmt::Write;
 
 use sha2::{Digest, Sha256};
 
-use super::course::Plan;
+use super::plan::Sampling;
 use super::tests::{end, manifest, options, sentences};
 use super::*;
 use crate::bundle::Manifest;
@@ -61,7 +61,7 @@ fn request(models: &[Arc<ServedModel>; 3], number: u32) -> Request {
         template: (0..LENGTH)
             .map(|position| clamped(position).then_some(position as Token % 4))
             .collect(),
-        plan: Plan {
+        sampling: Sampling {
             grid: TimeGrid {
                 steps: 1 + number * 7 % 23,
             },

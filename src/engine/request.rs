@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::admission::NoRoom;
-use super::course::Plan;
+use super::plan::Sampling;
 use super::{Shared, State};
 use crate::diffusion::Token;
 use crate::models::ServedModel;
@@ -40,7 +40,7 @@ pub struct Request {
     /// The canvas: tokens where clamped, `None` where to fill.
     pub template: Arc<[Option<Token>]>,
     /// How to denoise.
-    pub plan: Plan,
+    pub sampling: Sampling,
     /// Seed of all random choices.
     pub seed: u64,
     /// Independent canvases; at least 1.

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::canvas::Canvas;
-use super::course::{Course, Plan};
+use super::plan::{Plan, Sampling};
 use super::tests::{end, manifest, model_of, options, request};
 use super::{Engine, Phase, Request, ServedModel};
 use crate::bundle::Manifest;
@@ -21,8 +21,8 @@ use crate::diffusion::{GraphKind, SamplerKind, Token, TokenChoice};
 use crate::models::NetworkSource;
 use crate::network::closed_form::ClosedForm;
 
-fn plan(sampler: SamplerKind, steps: u32) -> Plan {
-    Plan {
+fn sampling(sampler: SamplerKind, steps: u32) -> Sampling {
+    Sampling {
         grid: TimeGrid { steps },
         sampler,
         choice: TokenChoice::default(),
@@ -31,7 +31,7 @@ fn plan(sampler: SamplerKind, steps: u32) -> Plan {
 }
 
 /// Canvases of a model of `parameterization` that was never asked to be normalised, or of one that was.
-fn course(chain: &Chain, parameterization: Parameterization, plan: Plan) -> Arc<Course> {
+fn plan(chain: &Chain, parameterization: Parameterization, sampling: Sampling) -> Arc<Plan> {
     let states = chain.graph.states();
     let model = model_of(Manifest {
         schedule: chain.schedule,
@@ -41,7 +41,7 @@ fn course(chain: &Chain, parameterization: Parameterization, plan: Plan) -> Arc<
         max_length: 2,
         ..manifest(GraphKind::Absorbing)
     });
-    Arc::new(Course::new(&model, plan))
+    Arc::new(Plan::new(&model, sampling))
 }
 
 /// Runs a canvas to its end with the rows that `scores` gives at a total noise; returns its evaluations.
@@ -61,11 +61,11 @@ fn run(canvas: &mut Canvas, mut scores: impl FnMut(&[Token], usize, f64) -> Vec<
     canvas.nfe()
 }
 
-fn counts(chain: &Chain, course: &Arc<Course>) -> Vec<f64> {
+fn counts(chain: &Chain, plan: &Arc<Plan>) -> Vec<f64> {
     let canvases = chain.canvases();
     let mut counts = vec![0.0; canvases.len()];
     for seed in 20_000..60_000 {
-        let mut canvas = Canvas::new(course, &[None, None], seed, 0);
+        let mut canvas = Canvas::new(plan, &[None, None], seed, 0);
         run(&mut canvas, |tokens, position, sigma| {
             let tokens = [tokens[0], tokens[1]];
             let mut row = chain.log_scores(tokens, position, sigma);
@@ -90,21 +90,21 @@ fn hit_times_on_a_grid_draw_the_law_of_the_plain_sampler() {
         (SamplerKind::Euler, 16),
     ] {
         let chain = Chain::new(GraphKind::Absorbing, sampler, steps);
-        let course = course(&chain, Parameterization::Score, plan(sampler, steps));
+        let plan = plan(&chain, Parameterization::Score, sampling(sampler, steps));
         let what = format!("{sampler:?} {steps} steps");
-        assert_follows(&chain.exact(), &counts(&chain, &course), &what);
+        assert_follows(&chain.exact(), &counts(&chain, &plan), &what);
     }
 }
 
 #[test]
 fn first_hitting_draws_the_data_law() {
     let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
-    let course = course(
+    let plan = plan(
         &chain,
         Parameterization::Score,
-        plan(SamplerKind::FirstHitting, 1),
+        sampling(SamplerKind::FirstHitting, 1),
     );
-    assert_follows(&chain.data(), &counts(&chain, &course), "first hitting");
+    assert_follows(&chain.data(), &counts(&chain, &plan), "first hitting");
 }
 
 #[test]
@@ -117,15 +117,15 @@ fn evaluations_are_the_distinct_hit_steps() {
         (SamplerKind::Euler, 1024, 40),
         (SamplerKind::FirstHitting, 8, 57),
     ] {
-        let asked = Plan {
+        let asked = Sampling {
             normalize: false,
-            ..plan(sampler, steps)
+            ..sampling(sampler, steps)
         };
-        let course = course(&chain, Parameterization::Mean, asked);
+        let plan = plan(&chain, Parameterization::Mean, asked);
         let mut template = vec![None; 60];
         template[7..10].fill(Some(1));
         for seed in 0..20 {
-            let mut canvas = Canvas::new(&course, &template, seed, 0);
+            let mut canvas = Canvas::new(&plan, &template, seed, 0);
             let admitted = canvas.evaluations_left();
             let nfe = run(&mut canvas, flat);
             let steps: HashSet<u32> = canvas
@@ -163,14 +163,14 @@ fn theta_trapezoidal_follows_its_chain() {
         let engine = Engine::start(options(2)).unwrap();
         let mut counts = vec![0.0; canvases.len()];
         for number in 0..400 {
-            let plan = Plan {
+            let sampling = Sampling {
                 normalize: false,
-                ..plan(SamplerKind::ThetaTrapezoidal, steps)
+                ..sampling(SamplerKind::ThetaTrapezoidal, steps)
             };
             let request = Request {
                 id: format!("theta-{number}"),
                 template: vec![None; 2].into(),
-                plan,
+                sampling,
                 seed: 70_000 + number,
                 canvases: 64,
                 ..request(&model, 0)
@@ -194,8 +194,8 @@ fn theta_trapezoidal_follows_its_chain() {
 fn times_fall_from_one_to_zero() {
     let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
     for sampler in [SamplerKind::Tweedie, SamplerKind::FirstHitting] {
-        let course = course(&chain, Parameterization::Score, plan(sampler, 30));
-        let mut canvas = Canvas::new(&course, &[None; 12], 3, 0);
+        let plan = plan(&chain, Parameterization::Score, sampling(sampler, 30));
+        let mut canvas = Canvas::new(&plan, &[None; 12], 3, 0);
         assert_eq!((canvas.time(), canvas.step()), (1.0, 0));
         let (mut scratch, row) = (Scratch::default(), vec![0.0; chain.graph.states()]);
         let mut before = 1.1;
@@ -258,12 +258,12 @@ fn remasked(chain: &Chain, steps: u32, rate: f64) -> Vec<f64> {
 fn remasking_follows_its_chain_and_without_a_rate_the_plain_one() {
     for (rate, steps) in [(0.0, 5), (0.3, 3), (1.0, 6)] {
         let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, steps);
-        let course = course(
+        let plan = plan(
             &chain,
             Parameterization::Score,
-            plan(SamplerKind::Remask { rate }, steps),
+            sampling(SamplerKind::Remask { rate }, steps),
         );
-        let counts = counts(&chain, &course);
+        let counts = counts(&chain, &plan);
         assert_follows(&remasked(&chain, steps, rate), &counts, &format!("rate {rate}"));
         if rate == 0.0 {
             assert_follows(&chain.exact(), &counts, "rate 0");
@@ -276,8 +276,8 @@ fn remasking_follows_its_chain_and_without_a_rate_the_plain_one() {
 fn no_entropy_at_all_draws_the_data_law() {
     let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
     let sampler = SamplerKind::EntropyBounded { bound: 0.0 };
-    let course = course(&chain, Parameterization::Score, plan(sampler, 2));
-    assert_follows(&chain.data(), &counts(&chain, &course), "bound 0");
+    let plan = plan(&chain, Parameterization::Score, sampling(sampler, 2));
+    assert_follows(&chain.data(), &counts(&chain, &plan), "bound 0");
 }
 
 /// The surer, the further right: rows whose first token is likelier by `position` nats.
@@ -287,10 +287,10 @@ fn surer_to_the_right(_: &[Token], position: usize, _: f64) -> Vec<f32> {
 
 fn committed(sampler: SamplerKind, steps: u32) -> (Vec<u32>, u32) {
     let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
-    let mut plan = plan(sampler, steps);
-    plan.choice.temperature = 0.0;
-    let course = course(&chain, Parameterization::Mean, plan);
-    let mut canvas = Canvas::new(&course, &[None; 10], 1, 0);
+    let mut sampling = sampling(sampler, steps);
+    sampling.choice.temperature = 0.0;
+    let plan = plan(&chain, Parameterization::Mean, sampling);
+    let mut canvas = Canvas::new(&plan, &[None; 10], 1, 0);
     let nfe = run(&mut canvas, surer_to_the_right);
     (canvas.committed_at().to_vec(), nfe)
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicUsize;
 
 use tokio::sync::watch;
 
-use super::course::Plan;
+use super::plan::Sampling;
 use super::*;
 use crate::bundle::{FORMAT, MODEL, Manifest};
 use crate::diffusion::Parameterization;
@@ -92,7 +92,7 @@ pub(super) fn request(model: &Arc<ServedModel>, number: u32) -> Request {
         caller: Caller::new("test"),
         model: Arc::clone(model),
         template: vec![None; LENGTH].into(),
-        plan: Plan {
+        sampling: Sampling {
             grid: TimeGrid {
                 steps: 5 + 3 * (number % 7),
             },
@@ -346,18 +346,18 @@ fn admission_is_bounded_and_room_comes_back() {
     .unwrap();
     let (gate, model) = gated();
     let closed = gate.lock();
-    let plan = Plan {
+    let sampling = Sampling {
         grid: TimeGrid { steps: 29 },
-        ..request(&model, 0).plan
+        ..request(&model, 0).sampling
     };
     let mut first = engine
         .admit(Request {
-            plan,
+            sampling,
             ..request(&model, 0)
         })
         .unwrap();
     let refused = engine.admit(Request {
-        plan,
+        sampling,
         ..request(&model, 2)
     });
     assert!(
@@ -373,7 +373,7 @@ fn admission_is_bounded_and_room_comes_back() {
     assert!(
         engine
             .admit(Request {
-                plan,
+                sampling,
                 ..request(&model, 2)
             })
             .is_ok()
@@ -410,9 +410,9 @@ fn every_refusal_and_every_ending_is_counted() {
     let closed = gate.lock();
     // 30 evaluations, each of 5 ms as long as nothing is measured.
     let long = |number: u32, caller: &str, steps| Request {
-        plan: Plan {
+        sampling: Sampling {
             grid: TimeGrid { steps },
-            ..request(&model, 0).plan
+            ..request(&model, 0).sampling
         },
         caller: Caller::new(caller),
         ..request(&model, number)
@@ -601,15 +601,15 @@ fn a_short_request_is_not_held_up_by_long_ones() {
             }),
         );
         let engine = Engine::start(options(1)).unwrap();
-        let long = Plan {
+        let long = Sampling {
             grid: TimeGrid { steps: 4000 },
-            ..request(&model, 0).plan
+            ..request(&model, 0).sampling
         };
         let long: Vec<_> = (0..32)
             .map(|number| {
                 engine
                     .admit(Request {
-                        plan: long,
+                        sampling: long,
                         ..request(&model, 2 * number)
                     })
                     .unwrap()
@@ -625,9 +625,9 @@ fn a_short_request_is_not_held_up_by_long_ones() {
                 id: "short".to_owned(),
                 caller: Caller::new(caller),
                 template: vec![None; 2].into(),
-                plan: Plan {
+                sampling: Sampling {
                     grid: TimeGrid { steps: 3 },
-                    ..request(&model, 0).plan
+                    ..request(&model, 0).sampling
                 },
                 ..request(&model, 0)
             })
@@ -646,7 +646,7 @@ fn a_short_request_is_not_held_up_by_long_ones() {
 fn outputs_follow_the_data_law() {
     let engine = Engine::start(options(1)).unwrap();
     let model = model(GraphKind::Absorbing);
-    let plan = Plan {
+    let sampling = Sampling {
         grid: TimeGrid { steps: 64 },
         sampler: SamplerKind::Tweedie,
         choice: TokenChoice::default(),
@@ -654,7 +654,7 @@ fn outputs_follow_the_data_law() {
     };
     let mut generation = engine
         .admit(Request {
-            plan,
+            sampling,
             canvases: 900,
             ..request(&model, 0)
         })

@@ -15,7 +15,7 @@ use crate::diffusion::sampler::Evaluation;
 use crate::models::{ServedModel, Waiting};
 use crate::sync::Mutex;
 
-/// What the canvases of a request share beside their course.
+/// What the canvases of a request share beside their plan.
 #[derive(Debug)]
 pub(super) struct Origin {
     /// The request's id, for the log.

@@ -18,7 +18,7 @@ use crate::proto::v1;
 use crate::proto::v1::diffusion_service_server::DiffusionService;
 
 /// What `Generate` and `Infill` have in common.
-struct Asked {
+struct Call {
     id: String,
     caller: Caller,
     model: Arc<ServedModel>,
@@ -32,7 +32,7 @@ type Events = BoxStream<'static, Result<Event, Status>>;
 
 impl Service {
     /// One path for both calls: a prompt is a template with one gap at its end, which `template` makes.
-    async fn stream<F>(&self, asked: Asked, template: F) -> Result<Events, Status>
+    async fn stream<F>(&self, asked: Call, template: F) -> Result<Events, Status>
     where
         F: FnOnce(&ServedModel, &LimitsConfig) -> Result<Template, Status> + Send + 'static,
     {
@@ -51,29 +51,29 @@ impl Service {
     }
 
     /// Admits a request.
-    fn start(&self, asked: Asked, template: Template) -> Result<Events, Status> {
-        let sampling = request::sampling(asked.sampling, &template, &asked.model, &self.limits)?;
+    fn start(&self, asked: Call, template: Template) -> Result<Events, Status> {
+        let resolved = request::sampling(asked.sampling, &template, &asked.model, &self.limits)?;
         let frames = request::frames(asked.frames)?;
-        let told = sampler::told(sampling.plan.sampler);
+        let told = sampler::told(resolved.sampling.sampler);
         let accepted = v1::Accepted {
             request_id: asked.id.clone(),
             model: Some(v1::ModelReference {
                 name: asked.model.name().to_owned(),
                 version: asked.model.version(),
             }),
-            seed: sampling.seed,
+            seed: resolved.seed,
             sampler: told.sampler.into(),
-            steps: if sampling.plan.sampler.has_steps() {
-                sampling.plan.grid.steps
+            steps: if resolved.sampling.sampler.has_steps() {
+                resolved.sampling.grid.steps
             } else {
                 template.gaps() as u32
             },
             length: template.length() as u32,
-            num_samples: sampling.samples,
-            normalize: sampling.plan.is_normalized(&asked.model),
-            temperature: sampling.plan.choice.temperature,
-            top_k: sampling.plan.choice.top_k,
-            top_p: sampling.plan.choice.top_p,
+            num_samples: resolved.samples,
+            normalize: resolved.sampling.is_normalized(&asked.model),
+            temperature: resolved.sampling.choice.temperature,
+            top_k: resolved.sampling.choice.top_k,
+            top_p: resolved.sampling.choice.top_p,
             entropy_bound: told.entropy_bound,
             remask_rate: told.remask_rate,
         };
@@ -82,9 +82,9 @@ impl Service {
             caller: asked.caller,
             model: Arc::clone(&asked.model),
             template: template.canvas(),
-            plan: sampling.plan,
-            seed: sampling.seed,
-            canvases: sampling.samples,
+            sampling: resolved.sampling,
+            seed: resolved.seed,
+            canvases: resolved.samples,
             publish: if frames.when == request::When::Never {
                 Publish::End
             } else {
@@ -116,7 +116,7 @@ impl DiffusionService for Service {
         let caller = caller::of(&request);
         let asked = request.into_inner();
         let (prompt, length) = (asked.prompt, asked.length);
-        let asked = Asked {
+        let asked = Call {
             model: self.model(asked.model)?,
             id: request::id(asked.request_id)?,
             caller,
@@ -144,7 +144,7 @@ impl DiffusionService for Service {
         let caller = caller::of(&request);
         let asked = request.into_inner();
         let parts = asked.template;
-        let asked = Asked {
+        let asked = Call {
             model: self.model(asked.model)?,
             id: request::id(asked.request_id)?,
             caller,

@@ -7,7 +7,7 @@ use crate::config::LimitsConfig;
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::sampler::row::MAX_TEMPERATURE;
 use crate::diffusion::{GraphKind, Token, TokenChoice};
-use crate::engine::course::Plan;
+use crate::engine::plan::Sampling;
 use crate::models::ServedModel;
 use crate::proto::v1;
 
@@ -23,9 +23,9 @@ const MAX_ID: usize = 128;
 
 /// How to denoise, with every default resolved.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Sampling {
+pub(super) struct Resolved {
     /// Steps, sampler and choice of tokens.
-    pub plan: Plan,
+    pub sampling: Sampling,
     /// Given, or drawn.
     pub seed: u64,
     /// Independent canvases.
@@ -38,7 +38,7 @@ pub(super) fn sampling(
     template: &Template,
     model: &ServedModel,
     limits: &LimitsConfig,
-) -> Result<Sampling, FieldError> {
+) -> Result<Resolved, FieldError> {
     let asked = sampling.unwrap_or_default();
     let (gaps, defaults) = (template.gaps(), model.manifest().defaults.unwrap_or_default());
     let steps = within(
@@ -77,7 +77,7 @@ pub(super) fn sampling(
         top_k: asked.top_k,
         top_p: asked.top_p.or(defaults.top_p),
     };
-    let plan = Plan {
+    let resolved = Sampling {
         grid: TimeGrid { steps },
         sampler,
         choice,
@@ -88,12 +88,12 @@ pub(super) fn sampling(
             let problem = "is for absorbing graphs; this model's is uniform";
             return Err(FieldError::new("sampling.sampler", problem));
         }
-        if plan.normalize {
+        if resolved.normalize {
             let problem = "is for absorbing graphs; this model's is uniform";
             return Err(FieldError::new("sampling.normalize", problem));
         }
     }
-    if plan.normalize && !sampler.may_normalize() {
+    if resolved.normalize && !sampler.may_normalize() {
         let problem = "is not for this sampler, which takes scores as they are";
         return Err(FieldError::new("sampling.normalize", problem));
     }
@@ -104,8 +104,8 @@ pub(super) fn sampling(
         );
         return Err(FieldError::new("sampling.num_samples", problem));
     }
-    Ok(Sampling {
-        plan,
+    Ok(Resolved {
+        sampling: resolved,
         seed: asked.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0),
         samples,
     })

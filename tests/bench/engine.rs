@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use denoised::bundle::Bundle;
 use denoised::diffusion::sampler::TimeGrid;
 use denoised::diffusion::{SamplerKind, TokenChoice};
-use denoised::engine::course::Plan;
+use denoised::engine::plan::Sampling;
 use denoised::engine::{Caller, Engine, EngineOptions, Phase, Publish, Request};
 use denoised::models::ServedModel;
 use denoised::network::onnx::{Device, OnnxNetwork, OnnxOptions};
@@ -60,7 +60,7 @@ impl Subject {
             caller: Caller::new("bench"),
             model: Arc::clone(&self.model),
             template: vec![None; length].into(),
-            plan: Plan {
+            sampling: Sampling {
                 grid: TimeGrid { steps },
                 sampler: SamplerKind::Tweedie,
                 choice: TokenChoice::default(),

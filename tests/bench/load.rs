@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use denoised::config::Config;
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
-use denoised::proto::v1::{GenerateRequest, Sampling, generate_response};
+use denoised::proto::v1::{FramePolicy, GenerateRequest, Sampling, generate_response};
 use denoised::server::Server;
 use futures_util::future::try_join_all;
 use serde_json::{Value, json};
@@ -93,6 +93,11 @@ async fn stream(url: &str, number: u64, generations: usize) -> Result<Vec<Latenc
                 steps: Some(STEPS),
                 seed: Some(1000 * number + generation),
                 ..Sampling::default()
+            }),
+            // Every state that the connection takes, with its text.
+            frames: Some(FramePolicy {
+                min_interval_ms: Some(0),
+                ..FramePolicy::default()
             }),
             ..GenerateRequest::default()
         };

@@ -11,6 +11,7 @@
 )]
 
 mod engine;
+mod fair;
 mod load;
 mod memory;
 mod pytorch;
@@ -19,9 +20,20 @@ mod rows;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use engine::Times;
 use serde_json::{Value, json};
+
+/// What can be measured alone.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// The drawing of tokens.
+    Rows,
+    /// Neighbours and a long queue.
+    Fair,
+    /// The server under load.
+    Load,
+}
 
 #[derive(Parser)]
 struct Arguments {
@@ -37,9 +49,9 @@ struct Arguments {
     /// Turns of each.
     #[arg(long, default_value_t = 5)]
     turns: usize,
-    /// Time the drawing of tokens alone.
-    #[arg(long)]
-    rows_only: bool,
+    /// One part alone.
+    #[arg(long, value_enum)]
+    only: Option<Part>,
     /// Leave the server under load out.
     #[arg(long)]
     no_load: bool,
@@ -74,8 +86,20 @@ fn main() -> Result<()> {
     if arguments.python.is_none() {
         eprintln!("SKIPPED: the comparison with PyTorch (--python names no python with torch)");
     }
+    match arguments.only {
+        Some(Part::Fair) => {
+            fair::waiting(arguments.turns)?;
+            fair::neighbours(arguments.threads, arguments.turns)?;
+            return Ok(());
+        }
+        Some(Part::Load) => {
+            load::run(arguments.threads)?;
+            return Ok(());
+        }
+        Some(Part::Rows) | None => {}
+    }
     let rows = rows::run(arguments.turns);
-    if arguments.rows_only {
+    if arguments.only == Some(Part::Rows) {
         return Ok(());
     }
     let mut subjects = Vec::new();
@@ -92,7 +116,13 @@ fn main() -> Result<()> {
     } else {
         load::run(arguments.threads)?
     };
-    let numbers = json!({"threads": arguments.threads, "rows": rows, "generation": subjects, "load": load});
+    let fair = json!({
+        "waiting": fair::waiting(arguments.turns)?,
+        "neighbours": fair::neighbours(arguments.threads, arguments.turns)?,
+    });
+    let numbers = json!({
+        "threads": arguments.threads, "rows": rows, "generation": subjects, "load": load, "fair": fair,
+    });
     std::fs::write(&arguments.out, serde_json::to_vec_pretty(&numbers)?)?;
     println!("\nnumbers: {}", arguments.out.display());
     Ok(())

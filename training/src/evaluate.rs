@@ -21,7 +21,7 @@ use crate::trainer::{Purpose, generator};
 /// Sequences per run of the network, at most.
 const BATCH: usize = 16;
 /// Numbers per run that the network gives, at most, but for one sequence: bounds memory.
-const MOST_OUTPUTS: usize = 1 << 25;
+const MAX_OUTPUTS: usize = 1 << 25;
 
 /// An upper bound on the average -ln p of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -144,7 +144,7 @@ impl Estimate {
         sequences: &[Vec<Token>],
     ) -> Result<Bound, E::Error> {
         let length = sequences.first().map_or(1, Vec::len);
-        let size = (MOST_OUTPUTS / (length * self.objective.graph.states())).clamp(1, BATCH);
+        let size = (MAX_OUTPUTS / (length * self.objective.graph.states())).clamp(1, BATCH);
         let batches: Vec<&[Vec<Token>]> = sequences.chunks(size).collect();
         let losses = parallel::map(batches.len(), self.threads, evaluator, &|evaluator, index| {
             self.losses(evaluator, batches[index], index)

@@ -57,14 +57,14 @@ pub enum StateDictError {
 pub struct Misfits(pub Vec<StateDictError>);
 
 /// How many reasons are printed: weights of another network fail in every tensor.
-const MOST_PRINTED: usize = 20;
+const MAX_PRINTED: usize = 20;
 
 impl fmt::Display for Misfits {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for misfit in self.0.iter().take(MOST_PRINTED) {
+        for misfit in self.0.iter().take(MAX_PRINTED) {
             write!(formatter, "\n  {misfit}")?;
         }
-        match self.0.len().saturating_sub(MOST_PRINTED) {
+        match self.0.len().saturating_sub(MAX_PRINTED) {
             0 => Ok(()),
             more => write!(formatter, "\n  and {more} more"),
         }

@@ -27,8 +27,8 @@ use super::evaluate::{encode, tokenizer_of};
 use super::run::Run;
 
 /// Samples at most, and steps of one: what is drawn and measured is held in memory.
-const MOST_SAMPLES: usize = 10_000;
-const MOST_STEPS: u32 = 100_000;
+const MAX_SAMPLES: usize = 10_000;
+const MAX_STEPS: u32 = 100_000;
 
 /// How samples are drawn and who reads them.
 #[derive(Debug, Args)]
@@ -204,10 +204,10 @@ fn finished(file: &Path) -> Result<Vec<Finished>> {
         let result = result.with_context(|| format!("{}, line {number}", file.display()));
         result.transpose()
     });
-    let results: Vec<Finished> = results.take(MOST_SAMPLES + 1).collect::<Result<_>>()?;
+    let results: Vec<Finished> = results.take(MAX_SAMPLES + 1).collect::<Result<_>>()?;
     ensure!(
-        (1..=MOST_SAMPLES).contains(&results.len()),
-        "{} holds {} results, must be 1 to {MOST_SAMPLES}",
+        (1..=MAX_SAMPLES).contains(&results.len()),
+        "{} holds {} results, must be 1 to {MAX_SAMPLES}",
         file.display(),
         results.len()
     );
@@ -266,8 +266,8 @@ fn print(samples: &Quality, held_out: Option<&Quality>, settings: Value, json: b
 
 pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) -> Result<()> {
     ensure!(
-        (1..=MOST_SAMPLES).contains(&count),
-        "--samples is {count}, must be 1 to {MOST_SAMPLES}"
+        (1..=MAX_SAMPLES).contains(&count),
+        "--samples is {count}, must be 1 to {MAX_SAMPLES}"
     );
     let SampleArguments {
         steps,
@@ -276,8 +276,8 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) 
         ..
     } = *arguments;
     ensure!(
-        steps.get() <= MOST_STEPS,
-        "--steps is {steps}, must be at most {MOST_STEPS}"
+        steps.get() <= MAX_STEPS,
+        "--steps is {steps}, must be at most {MAX_STEPS}"
     );
     ensure!(
         temperature.is_finite() && temperature >= 0.0,

@@ -15,9 +15,9 @@ const TIMES: [f64; 6] = [0.05, 0.2, 0.4, 0.6, 0.8, 0.95];
 /// Sequences that are noised at each time.
 const SEQUENCES: usize = 4;
 /// Longest part of a sequence that is used.
-const MOST_LENGTH: usize = 256;
+const MAX_LENGTH: usize = 256;
 /// Most positions of a sequence that are compared, so that large vocabularies fit into memory.
-const MOST_POSITIONS: usize = 64;
+const MAX_POSITIONS: usize = 64;
 /// Where the noise and, without text, the tokens come from: the same for every export.
 const SEED: u64 = 1;
 
@@ -51,7 +51,7 @@ impl Probe {
     pub fn new(manifest: &Manifest, text: &[Vec<Token>]) -> Self {
         let graph = manifest.graph();
         let random = &mut ChaCha8Rng::seed_from_u64(SEED);
-        let length = manifest.max_length.min(MOST_LENGTH);
+        let length = manifest.max_length.min(MAX_LENGTH);
         let clean: Vec<Vec<Token>> = if text.is_empty() {
             let tokens = manifest.vocab_size - usize::from(graph.mask().is_some());
             let token = |random: &mut ChaCha8Rng| (random.next_u64() % tokens as u64) as Token;
@@ -77,7 +77,7 @@ impl Probe {
                     .filter(|&at| graph.mask().is_none_or(|mask| noised[at] == mask))
                     .map(|at| at as i64)
                     .collect();
-                let every = asked.len().div_ceil(MOST_POSITIONS).max(1);
+                let every = asked.len().div_ceil(MAX_POSITIONS).max(1);
                 let positions: Vec<i64> = asked.into_iter().step_by(every).collect();
                 if !positions.is_empty() {
                     canvases.push(Canvas {

@@ -27,7 +27,7 @@ const ALIGNMENT: u64 = 4096;
 /// Bytes that are converted at a time on their way to a file.
 const CHUNK: usize = 1 << 16;
 /// Largest magnitude of a symmetric int8.
-const MOST_INT8: f32 = 127.0;
+const MAX_INT8: f32 = 127.0;
 /// The zero of a uint8 that is used as a signed number.
 const ZERO_UINT8: u8 = 128;
 /// Smallest step between quantised numbers, so that a row of zeros can be divided by it.
@@ -180,7 +180,7 @@ impl<'a> Builder<'a> {
         let mut steps = vec![0.0_f32; outputs];
         for row in data.chunks_exact(outputs) {
             for (step, x) in steps.iter_mut().zip(row) {
-                *step = step.max(x.abs() / MOST_INT8);
+                *step = step.max(x.abs() / MAX_INT8);
             }
         }
         steps.iter_mut().for_each(|step| *step = step.max(LEAST_STEP));
@@ -195,7 +195,7 @@ impl<'a> Builder<'a> {
         let magnitude = self.node("Abs", &[x], vec![]);
         let last = self.ints(&[-1]);
         let largest = self.node("ReduceMax", &[&magnitude, &last], vec![]); // [.., 1]
-        let part = self.float(1.0 / MOST_INT8);
+        let part = self.float(1.0 / MAX_INT8);
         let step = self.node("Mul", &[&largest, &part], vec![]);
         let least = self.float(LEAST_STEP);
         let step = self.node("Max", &[&step, &least], vec![]);

@@ -50,7 +50,7 @@ const CONTRIBUTED_OPERATORS: i64 = 1;
 /// Version of the file format that came with them.
 const FILE_FORMAT: i64 = 9;
 /// No protobuf message may be larger.
-const MOST_BYTES: usize = i32::MAX as usize;
+const MAX_BYTES: usize = i32::MAX as usize;
 
 /// A buffer of published checkpoints, which the graph holds as tables of its own.
 const ROTARY_BUFFER: &str = "rotary_emb.inv_freq";
@@ -102,7 +102,7 @@ pub enum ExportError {
         entry: f32,
     },
     /// More than one file can hold.
-    #[error("the graph takes {0} bytes, an ONNX file may have {MOST_BYTES} without external data")]
+    #[error("the graph takes {0} bytes, an ONNX file may have {MAX_BYTES} without external data")]
     Size(usize),
     /// Weights cannot be written beside the graph.
     #[error("{file}: {0}", file = bundle::EXTERNAL_DATA)]
@@ -150,7 +150,7 @@ fn encoded(
         ..schema::ModelProto::default()
     };
     match model.encoded_len() {
-        0..=MOST_BYTES => Ok(model.encode_to_vec()),
+        0..=MAX_BYTES => Ok(model.encode_to_vec()),
         bytes => Err(ExportError::Size(bytes)),
     }
 }

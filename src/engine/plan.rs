@@ -8,7 +8,7 @@ use crate::models::ServedModel;
 
 /// How a canvas is denoised.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Plan {
+pub struct Sampling {
     /// The times of the evaluations, where the sampler does not choose its own.
     pub grid: TimeGrid,
     /// How a step is taken.
@@ -20,7 +20,7 @@ pub struct Plan {
     pub normalize: bool,
 }
 
-impl Plan {
+impl Sampling {
     /// Evaluations of a canvas with `gaps` positions to fill, at most.
     pub fn most_evaluations(&self, gaps: usize, model: &ServedModel) -> u64 {
         self.sampler
@@ -41,20 +41,22 @@ impl Plan {
 
 /// What the canvases of a request share.
 #[derive(Debug)]
-pub struct Course {
+pub struct Plan {
     pub(super) model: Arc<ServedModel>,
     pub(super) sampler: Box<dyn Sampler>,
     pub(super) choice: TokenChoice,
 }
 
-impl Course {
-    /// The course of `plan` for canvases of `model`.
-    pub fn new(model: &Arc<ServedModel>, plan: Plan) -> Self {
+impl Plan {
+    /// The plan of `sampling` for canvases of `model`.
+    pub fn new(model: &Arc<ServedModel>, sampling: Sampling) -> Self {
         let process = model.manifest().process();
         Self {
-            sampler: plan.sampler.build(process, plan.grid, plan.is_normalized(model)),
+            sampler: sampling
+                .sampler
+                .build(process, sampling.grid, sampling.is_normalized(model)),
             model: Arc::clone(model),
-            choice: plan.choice,
+            choice: sampling.choice,
         }
     }
 
