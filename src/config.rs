@@ -89,13 +89,13 @@ impl Default for ModelsConfig {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EngineConfig {
-    /// Worker threads, each with a network of its own.
+    /// Worker threads of each device, each with a network of its own.
     pub workers: usize,
     /// Threads of one forward pass; 0 shares all cores between the workers.
     pub threads_per_worker: usize,
-    /// `cpu` or `cuda:N`.
-    #[serde(deserialize_with = "device")]
-    pub device: Device,
+    /// `cpu` or `cuda:N`, one or several; the same one twice is as good as twice as many workers.
+    #[serde(alias = "device", deserialize_with = "devices")]
+    pub devices: Vec<Device>,
     /// Tokens of one forward pass: canvases times length.
     pub batch_tokens: usize,
     /// Megabytes of log-scores that one forward pass gives. One canvas always fits.
@@ -113,7 +113,7 @@ impl Default for EngineConfig {
         Self {
             workers: 1,
             threads_per_worker: 0,
-            device: Device::Cpu,
+            devices: vec![Device::Cpu],
             batch_tokens: 512,
             max_output_megabytes: 1024,
             max_queue_seconds: 3600,
@@ -130,7 +130,7 @@ impl EngineConfig {
             return self.threads_per_worker;
         }
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        (cores / self.workers.max(1)).max(1)
+        (cores / (self.workers * self.devices.len()).max(1)).max(1)
     }
 }
 
@@ -195,6 +195,8 @@ pub enum LogFormat {
     Json,
 }
 
+/// Most devices of one server.
+const MAX_DEVICES: usize = 64;
 /// Longest time that can be set: a day, in seconds.
 const MAX_SECONDS: u64 = 86_400;
 
@@ -308,6 +310,13 @@ impl Config {
                 });
             }
         }
+        if !(1..=MAX_DEVICES).contains(&self.engine.devices.len()) {
+            return Err(ConfigError::Range {
+                key: "engine.devices",
+                value: format!("a list of {}", self.engine.devices.len()),
+                wanted: "a list of 1 to 64",
+            });
+        }
         if self.models.memory_megabytes > 1 << 20 {
             return Err(ConfigError::Range {
                 key: "models.memory_megabytes",
@@ -391,9 +400,21 @@ where
     Ok((!text.is_empty()).then(|| text.into()))
 }
 
-fn device<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Device, D::Error> {
-    String::deserialize(deserializer)?
-        .parse()
+/// A list, or the same in one line with commas, as variables and flags have it.
+fn devices<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Device>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Devices {
+        Line(String),
+        List(Vec<String>),
+    }
+    let names = match Devices::deserialize(deserializer)? {
+        Devices::Line(line) => line.split(',').map(|name| name.trim().to_owned()).collect(),
+        Devices::List(names) => names,
+    };
+    let devices = names.iter().map(|name| name.parse());
+    devices
+        .collect::<Result<_, _>>()
         .map_err(serde::de::Error::custom)
 }
 

@@ -29,13 +29,14 @@ pub(super) struct Serve {
     /// Worker threads, each with a network of its own.
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
-    /// Where networks run: cpu or cuda:N.
+    /// Where networks run: cpu or cuda:N; several for several devices.
     #[arg(long, value_name = "DEVICE")]
-    device: Option<Device>,
+    device: Vec<Device>,
 }
 
 impl Serve {
     pub(super) async fn run(self) -> Result<(), Failed> {
+        let devices: Vec<String> = self.device.iter().map(ToString::to_string).collect();
         let flags = [
             (
                 "models.repository",
@@ -43,7 +44,7 @@ impl Serve {
             ),
             ("server.listen", self.listen.map(|address| address.to_string())),
             ("engine.workers", self.workers.map(|workers| workers.to_string())),
-            ("engine.device", self.device.map(|device| device.to_string())),
+            ("engine.devices", (!devices.is_empty()).then(|| devices.join(","))),
         ];
         let flags: Vec<(&str, String)> = flags.into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
         let config = Config::load(self.config.as_deref(), &flags).map_err(Failed::usage)?;

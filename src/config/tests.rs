@@ -81,7 +81,29 @@ fn variables_keep_their_text_and_others_are_left_alone() {
     let config = load("", &environment, &[]).unwrap();
     assert_eq!(config.models.default.as_deref(), Some("007"));
     assert!(!config.models.demo);
-    assert_eq!(config.engine.device, Device::Cuda(1));
+    assert_eq!(config.engine.devices, [Device::Cuda(1)]);
+}
+
+#[test]
+fn devices_are_a_list_or_a_line_and_never_none() {
+    let devices = |file: &str| load(file, &[], &[]).map(|config| config.engine.devices);
+    let two = [Device::Cuda(0), Device::Cuda(1)];
+    assert_eq!(
+        devices("[engine]\ndevices = [\"cuda:0\", \"cuda:1\"]").unwrap(),
+        two
+    );
+    assert_eq!(devices("[engine]\ndevices = \"cuda:0, cuda:1\"").unwrap(), two);
+    assert_eq!(devices("[engine]\ndevice = \"cpu\"").unwrap(), [Device::Cpu]);
+    for (bad, why) in [
+        ("[]", "1 to 64"),
+        ("\"\"", "must be"),
+        ("[\"cpu\", \"tpu\"]", "tpu"),
+    ] {
+        let refused = devices(&format!("[engine]\ndevices = {bad}"))
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains(why), "{refused}");
+    }
 }
 
 const EXAMPLE: &str = include_str!("../../deploy/denoised.example.toml");

@@ -60,7 +60,9 @@ use crate::sync::{self, Mutex, Thread};
 /// How the engine is laid out.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
-    /// Worker threads, each with networks of its own; at least 1.
+    /// Devices that networks are on; at least 1.
+    pub devices: usize,
+    /// Worker threads of each device, each with networks of its own; at least 1.
     pub workers: usize,
     /// Threads that share the drawing of tokens, where there is much to draw; at least 1.
     pub threads: usize,
@@ -72,7 +74,7 @@ pub struct EngineOptions {
     pub max_queue: Duration,
     /// Share of it that one caller may have, in (0, 1].
     pub caller_share: f64,
-    /// Bytes of memory that all networks together may take; a model that needs more room has others unloaded.
+    /// Bytes of memory that all networks of a device together may take; a model that needs more room has others unloaded.
     pub network_bytes: u64,
     /// Requests that may run.
     pub max_running_requests: usize,
@@ -173,7 +175,8 @@ impl Engine {
     /// When the system gives no thread.
     pub fn start(options: EngineOptions) -> std::io::Result<Self> {
         let options = EngineOptions {
-            workers: options.workers.max(1),
+            // Whoever is free takes the next pass to whichever device has the least to do.
+            workers: options.workers.max(1) * options.devices.max(1),
             ..options
         };
         let shared = Arc::new(Shared {
@@ -188,7 +191,11 @@ impl Engine {
             counters: Counters::default(),
             budget: Budget::new(options.batch_tokens),
             watchdog: Watchdog::new(options.max_pass, options.last_chance),
-            loader: Loader::new(options.workers, options.network_bytes),
+            loader: Loader::new(
+                options.devices,
+                options.workers / options.devices.max(1),
+                options.network_bytes,
+            ),
             threads: Mutex::new(Vec::new()),
             workers: AtomicU64::new(0),
             running: DashMap::new(),

@@ -191,3 +191,67 @@ fn a_retired_model_that_is_asked_for_once_more_leaves_again() {
     engine.prepare(&old);
     assert_eq!(engine.state(&old), ModelState::Unloaded);
 }
+
+/// A network that says which device it is on.
+struct OnDevice {
+    network: Counted,
+    passes: Arc<[AtomicUsize; 2]>,
+    device: usize,
+}
+
+impl ScoreNetwork for OnDevice {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
+        self.passes[self.device].fetch_add(1, Ordering::AcqRel);
+        // Long enough for the other worker to take its share.
+        std::thread::sleep(Duration::from_millis(1));
+        self.network.log_score(batch, read)
+    }
+}
+
+/// Two devices share the work of a model; when it cannot be loaded on one of them, the other does it all, and nobody
+/// is told of it.
+#[test]
+fn devices_share_the_work_and_one_that_fails_leaves_it_to_the_other() {
+    for broken in [false, true] {
+        let alive = Arc::new(Alive::default());
+        let passes: Arc<[AtomicUsize; 2]> = Arc::default();
+        let on = |device: usize| -> NetworkSource {
+            let (alive, passes) = (Arc::clone(&alive), Arc::clone(&passes));
+            Box::new(move || {
+                if broken && device == 0 {
+                    return Err(NetworkError::Load("injected".to_owned()));
+                }
+                Ok(Box::new(OnDevice {
+                    network: Counted::new(&alive),
+                    passes: Arc::clone(&passes),
+                    device,
+                }))
+            })
+        };
+        let model = ServedModel::without_bundle(manifest(GraphKind::Absorbing), 1, on(0));
+        let model = Arc::new(model.with_devices([on(1)]));
+        let engine = Engine::start(EngineOptions {
+            devices: 2,
+            ..options(1)
+        })
+        .unwrap();
+        let sound = super::tests::model(GraphKind::Absorbing);
+        let calm = Engine::start(options(1)).unwrap();
+        let mut generations: Vec<_> = (0..24)
+            .map(|n| engine.admit(request(&model, n)).unwrap())
+            .collect();
+        for (generation, n) in generations.iter_mut().zip(0..) {
+            let alone = tokens(&mut calm.admit(request(&sound, n)).unwrap());
+            assert_eq!(tokens(generation), alone);
+        }
+        let [first, second] = [0, 1].map(|device| passes[device].load(Ordering::Acquire));
+        assert_eq!(first == 0, broken, "{first} passes on the first device");
+        assert!(second > 0, "no pass on the second device");
+        assert_eq!(engine.state(&model), ModelState::Ready);
+        assert!(alive.most.load(Ordering::Acquire) <= 2 && idle(&engine));
+    }
+}

@@ -19,6 +19,7 @@ const LENGTH: usize = 6;
 
 pub(super) fn options(workers: usize) -> EngineOptions {
     EngineOptions {
+        devices: 1,
         workers,
         threads: 2,
         batch_tokens: 8 * LENGTH,

@@ -1,6 +1,7 @@
 //! Puts networks into memory: every load has a thread of its own, and all of them share a budget of bytes.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -28,8 +29,10 @@ pub type Put<W> = Arc<dyn Fn(Vec<W>) + Send + Sync>;
 #[derive(Debug)]
 pub struct Loader<W: Waiting> {
     own: Weak<Self>,
-    /// Networks of one model that are wanted at once.
-    per_model: usize,
+    /// Networks of one model that are wanted for each device.
+    per_device: usize,
+    /// Passes that run on each device.
+    running: Arc<[AtomicUsize]>,
     /// By address of the model, which its sessions keep alive.
     models: Mutex<HashMap<usize, Arc<Sessions<W>>>>,
     /// Guards the wishes; the loader waits, whoever asks signals. At most one wish a model.
@@ -49,8 +52,9 @@ struct Wishes<W: Waiting> {
 
 #[derive(Debug)]
 struct Memory<W: Waiting> {
+    /// Bytes of each device.
     budget: u64,
-    taken: u64,
+    taken: Vec<u64>,
     /// Models that wait for room, the first that asked first.
     waiting: VecDeque<Arc<Sessions<W>>>,
 }
@@ -67,28 +71,34 @@ pub(super) enum Room<W: Waiting> {
     Never(NetworkError),
 }
 
-/// Memory that a network takes; given back when dropped.
+/// Memory that a network takes on a device; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Charge<W: Waiting> {
     loader: Weak<Loader<W>>,
+    pub(super) device: usize,
     bytes: u64,
+    /// How many networks its model has on each device.
+    placed: Arc<[AtomicUsize]>,
 }
 
 impl<W: Waiting> Drop for Charge<W> {
     fn drop(&mut self) {
+        self.placed[self.device].fetch_sub(1, Ordering::AcqRel);
         if let Some(loader) = self.loader.upgrade() {
-            loader.memory.lock().taken -= self.bytes;
+            loader.memory.lock().taken[self.device] -= self.bytes;
             loader.look_again();
         }
     }
 }
 
 impl<W: Waiting> Loader<W> {
-    /// Loads up to `per_model` networks of every model, all together at most `budget` bytes.
-    pub fn new(per_model: usize, budget: u64) -> Arc<Self> {
+    /// Loads up to `per_device` networks of every model for each of `devices` devices, at most `budget` bytes on each.
+    pub fn new(devices: usize, per_device: usize, budget: u64) -> Arc<Self> {
+        let devices = devices.max(1);
         Arc::new_cyclic(|own| Self {
             own: Weak::clone(own),
-            per_model: per_model.max(1),
+            per_device: per_device.max(1),
+            running: (0..devices).map(|_| AtomicUsize::new(0)).collect(),
             models: Mutex::default(),
             wishes: Mutex::new(Wishes {
                 due: VecDeque::new(),
@@ -97,7 +107,7 @@ impl<W: Waiting> Loader<W> {
             asked: Condvar::new(),
             memory: Mutex::new(Memory {
                 budget,
-                taken: 0,
+                taken: vec![0; devices],
                 waiting: VecDeque::new(),
             }),
             changed: watch::Sender::new(()),
@@ -109,7 +119,7 @@ impl<W: Waiting> Loader<W> {
         let mut models = self.models.lock();
         let sessions = models
             .entry(model.address())
-            .or_insert_with(|| Arc::new(Sessions::new(model)));
+            .or_insert_with(|| Arc::new(Sessions::new(model, self.devices())));
         Arc::clone(sessions)
     }
 
@@ -141,7 +151,7 @@ impl<W: Waiting> Loader<W> {
         // Under the lock, so that a model that is being retired is not forgotten meanwhile.
         models
             .entry(model.address())
-            .or_insert_with(|| Arc::new(Sessions::new(model)))
+            .or_insert_with(|| Arc::new(Sessions::new(model, self.devices())))
             .join();
     }
 
@@ -184,8 +194,18 @@ impl<W: Waiting> Loader<W> {
         self.changed.send_replace(());
     }
 
+    pub(super) fn devices(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Networks of one model that are wanted at once.
     pub(super) fn per_model(&self) -> usize {
-        self.per_model
+        self.per_device * self.devices()
+    }
+
+    /// Passes that run on each device.
+    pub(super) fn running(&self) -> &Arc<[AtomicUsize]> {
+        &self.running
     }
 
     pub(super) fn ask(&self, sessions: &Arc<Sessions<W>>, after: Duration) {
@@ -200,8 +220,14 @@ impl<W: Waiting> Loader<W> {
         self.asked.notify_one();
     }
 
-    /// Room for one more network of a model, its first or another.
-    pub(super) fn room(&self, sessions: &Arc<Sessions<W>>, is_first: bool) -> Room<W> {
+    /// Room for one more network of a model, its first or another, on the device of `devices` that has the fewest of
+    /// them.
+    pub(super) fn room(
+        &self,
+        sessions: &Arc<Sessions<W>>,
+        is_first: bool,
+        devices: impl Iterator<Item = usize>,
+    ) -> Room<W> {
         let bytes = sessions.model.bytes();
         let mut memory = self.memory.lock();
         if bytes > memory.budget {
@@ -210,11 +236,19 @@ impl<W: Waiting> Loader<W> {
                 budget: memory.budget,
             });
         }
-        if bytes <= memory.budget - memory.taken.min(memory.budget) {
-            memory.taken += bytes;
+        let placed = |device: usize| sessions.placed[device].load(Ordering::Acquire);
+        let fits = |device: &usize| bytes <= memory.budget.saturating_sub(memory.taken[*device]);
+        let device = devices
+            .filter(fits)
+            .min_by_key(|&device| (placed(device), memory.taken[device]));
+        if let Some(device) = device {
+            memory.taken[device] += bytes;
+            sessions.placed[device].fetch_add(1, Ordering::AcqRel);
             return Room::Taken(Charge {
                 loader: Weak::clone(&self.own),
+                device,
                 bytes,
+                placed: Arc::clone(&sessions.placed),
             });
         }
         if !is_first {

@@ -16,7 +16,8 @@ pub struct ServedModel {
     version: u64,
     manifest: Manifest,
     tokenizer: Option<TextTokenizer>,
-    network: NetworkSource,
+    /// One for every device, the first for those that have none.
+    networks: Vec<NetworkSource>,
     /// Bytes that a network takes in memory, about.
     bytes: u64,
     /// What evaluations give; known when a network has been loaded.
@@ -26,14 +27,14 @@ pub struct ServedModel {
 }
 
 impl ServedModel {
-    /// Serves `bundle` as `version`, with networks from `network`.
+    /// Serves `bundle` as `version`, with networks from `network`, of the first device.
     pub fn new(bundle: &Bundle, version: u64, network: NetworkSource) -> Result<Self, BundleError> {
         let tokenizer = bundle.tokenizer()?;
         Ok(Self {
             version,
             manifest: bundle.manifest().clone(),
             tokenizer,
-            network,
+            networks: vec![network],
             bytes: bundle.weight_bytes(),
             output: OnceLock::new(),
             retired: AtomicBool::new(false),
@@ -46,11 +47,18 @@ impl ServedModel {
             version,
             manifest,
             tokenizer: None,
-            network,
+            networks: vec![network],
             bytes: 0,
             output: OnceLock::new(),
             retired: AtomicBool::new(false),
         }
+    }
+
+    /// The same with networks of more devices.
+    #[must_use]
+    pub fn with_devices(mut self, networks: impl IntoIterator<Item = NetworkSource>) -> Self {
+        self.networks.extend(networks);
+        self
     }
 
     /// The same with networks that take `bytes` of memory.
@@ -102,9 +110,12 @@ impl ServedModel {
         std::ptr::from_ref(self).addr()
     }
 
-    /// A network for one worker.
-    pub fn network(&self) -> Result<Box<dyn ScoreNetwork>, NetworkError> {
-        let network = (self.network)()?;
+    /// A network on device number `device`.
+    pub fn network(&self, device: usize) -> Result<Box<dyn ScoreNetwork>, NetworkError> {
+        let Some(source) = self.networks.get(device).or(self.networks.first()) else {
+            return Err(NetworkError::Load("it is on no device".to_owned()));
+        };
+        let network = source()?;
         self.output.get_or_init(|| network.output());
         Ok(network)
     }

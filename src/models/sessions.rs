@@ -6,6 +6,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::loader::{Charge, Loader, Put, Room, Waiting};
@@ -23,13 +24,42 @@ const LONGEST_PAUSE_OF_A_MODEL: Duration = Duration::from_secs(60);
 pub struct Session<W: Waiting> {
     network: Box<dyn ScoreNetwork>,
     // After the network: its memory is free when it is gone.
-    _charge: Charge<W>,
+    charge: Charge<W>,
+    /// While it is out for a pass.
+    busy: Option<Busy>,
+}
+
+/// A pass that runs on a device, until this is dropped.
+struct Busy {
+    running: Arc<[AtomicUsize]>,
+    device: usize,
+}
+
+impl Busy {
+    fn new(running: &Arc<[AtomicUsize]>, device: usize) -> Self {
+        running[device].fetch_add(1, Ordering::AcqRel);
+        Self {
+            running: Arc::clone(running),
+            device,
+        }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.running[self.device].fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl<W: Waiting> Session<W> {
     /// The network.
     pub fn network(&mut self) -> &mut dyn ScoreNetwork {
         self.network.as_mut()
+    }
+
+    /// The number of its device.
+    pub fn device(&self) -> usize {
+        self.charge.device
     }
 }
 
@@ -42,6 +72,8 @@ impl<W: Waiting> std::fmt::Debug for Session<W> {
 /// The sessions of one model.
 pub struct Sessions<W: Waiting> {
     pub(super) model: Arc<ServedModel>,
+    /// How many there are on each device.
+    pub(super) placed: Arc<[AtomicUsize]>,
     /// Guards what follows. Held for moves only, never while a session is loaded, run or dropped.
     held: Mutex<Held<W>>,
 }
@@ -65,6 +97,8 @@ struct Held<W: Waiting> {
     failed: Option<(String, Instant)>,
     /// Failed loads or passes in a row.
     failures: u32,
+    /// Until when nothing is loaded on a device, since that has failed.
+    barred: Vec<Option<Instant>>,
     /// What waits for a session.
     parked: Vec<W>,
 }
@@ -78,10 +112,11 @@ impl<W: Waiting> std::fmt::Debug for Sessions<W> {
 }
 
 impl<W: Waiting> Sessions<W> {
-    pub(super) fn new(model: &Arc<ServedModel>) -> Self {
+    pub(super) fn new(model: &Arc<ServedModel>, devices: usize) -> Self {
         let now = Instant::now();
         Self {
             model: Arc::clone(model),
+            placed: (0..devices).map(|_| AtomicUsize::new(0)).collect(),
             held: Mutex::new(Held {
                 idle: Vec::new(),
                 count: 0,
@@ -93,6 +128,7 @@ impl<W: Waiting> Sessions<W> {
                 users: 0,
                 failed: None,
                 failures: 0,
+                barred: vec![None; devices],
                 parked: Vec::new(),
             }),
         }
@@ -168,7 +204,16 @@ impl<W: Waiting> Sessions<W> {
     pub fn check_out(self: &Arc<Self>, batch: Vec<W>, loader: &Loader<W>) -> Option<(Session<W>, Vec<W>)> {
         let mut held = self.held.lock();
         held.used = Instant::now();
-        if let Some(session) = held.idle.pop() {
+        // Of the device with the least to do.
+        let running = |session: &Session<W>| loader.running()[session.device()].load(Ordering::Acquire);
+        let least = held
+            .idle
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, session)| running(session));
+        if let Some(index) = least.map(|(index, _)| index) {
+            let mut session = held.idle.swap_remove(index);
+            session.busy = Some(Busy::new(loader.running(), session.device()));
             return Some((session, batch));
         }
         if held.failed.is_some() {
@@ -187,7 +232,8 @@ impl<W: Waiting> Sessions<W> {
     }
 
     /// Takes a session back from a pass that went well.
-    pub fn check_in(self: &Arc<Self>, session: Session<W>, loader: &Loader<W>, put: &Put<W>) {
+    pub fn check_in(self: &Arc<Self>, mut session: Session<W>, loader: &Loader<W>, put: &Put<W>) {
+        session.busy = None;
         let mut held = self.held.lock();
         held.failures = 0;
         let healed = held.failed.take().is_some();
@@ -309,8 +355,12 @@ impl<W: Waiting> Sessions<W> {
             return false;
         }
         let is_first = held.count == held.leaving;
+        let now = Instant::now();
+        let free: Vec<usize> = (0..loader.devices())
+            .filter(|&device| held.barred[device].is_none_or(|until| until <= now))
+            .collect();
         drop(held);
-        let charge = match loader.room(self, is_first) {
+        let charge = match loader.room(self, is_first, free.iter().copied()) {
             Room::Taken(charge) => charge,
             Room::Wait => return false,
             Room::None => {
@@ -323,13 +373,14 @@ impl<W: Waiting> Sessions<W> {
                 return false;
             }
         };
-        let loaded = catch_unwind(AssertUnwindSafe(|| self.model.network()))
+        let loaded = catch_unwind(AssertUnwindSafe(|| self.model.network(charge.device)))
             .unwrap_or_else(|_| Err(NetworkError::Load("loading it panicked".to_owned())));
         match loaded {
             Ok(network) => {
                 let session = Session {
                     network,
-                    _charge: charge,
+                    charge,
+                    busy: None,
                 };
                 let goes_on = !loader.is_closed();
                 let mut held = self.held.lock();
@@ -357,8 +408,22 @@ impl<W: Waiting> Sessions<W> {
                 more
             }
             Err(error) => {
+                let device = charge.device;
                 drop(charge);
-                self.held.lock().loading = false;
+                let mut held = self.held.lock();
+                // Another device may do.
+                let others = free.len() > 1;
+                if others || held.count > held.leaving {
+                    let pause = held.pause(LONGEST_PAUSE_OF_A_MODEL);
+                    held.barred[device] = Some(Instant::now() + pause);
+                    held.loading = others;
+                    drop(held);
+                    tracing::error!(model = %self.model, device, %error, retry_in_ms = pause.as_millis() as u64, "a model cannot be loaded on a device");
+                    return others;
+                }
+                held.barred.fill(None);
+                held.loading = false;
+                drop(held);
                 self.fail(None, &error, loader);
                 false
             }

@@ -181,6 +181,7 @@ impl Server {
             .local_addr()
             .map_err(system("the socket has no address".to_owned()))?;
         let engine = Engine::start(EngineOptions {
+            devices: config.engine.devices.len(),
             workers: config.engine.workers,
             threads: config.engine.threads(),
             batch_tokens: config.engine.batch_tokens,
@@ -233,12 +234,13 @@ impl Server {
             })
             .collect();
         let engine = &self.config.engine;
+        let devices: Vec<String> = engine.devices.iter().map(ToString::to_string).collect();
         format!(
             "models {}; {} worker(s) of {} thread(s) on {}",
             names.join(", "),
-            engine.workers,
+            engine.workers * engine.devices.len(),
             engine.threads(),
-            engine.device
+            devices.join(", ")
         )
     }
 

@@ -17,13 +17,18 @@ const DEMO_VERSION: u64 = 1;
 pub fn load(config: &Config) -> Result<Models, StartError> {
     // First, so that a missing runtime is told before anything is hashed.
     onnx::runtime()?;
-    let options = OnnxOptions {
-        device: config.engine.device,
-        threads: config.engine.threads(),
-    };
+    let engine = &config.engine;
+    let devices: Vec<OnnxOptions> = engine
+        .devices
+        .iter()
+        .map(|&device| OnnxOptions {
+            device,
+            threads: engine.threads(),
+        })
+        .collect();
     let mut models = Models::default();
     if let Some(root) = &config.models.repository {
-        from_repository(&mut models, root, options)?;
+        from_repository(&mut models, root, &devices)?;
     }
     if let Some(bundle) = demo().filter(|_| config.models.demo) {
         let failed = |source| StartError::Bundle {
@@ -33,7 +38,7 @@ pub fn load(config: &Config) -> Result<Models, StartError> {
         let bundle = bundle.map_err(failed)?;
         // A repository may hold a version of its own.
         if models.find(&bundle.manifest().name, Some(DEMO_VERSION)).is_none() {
-            models.insert(served(bundle, DEMO_VERSION, options).map_err(failed)?);
+            models.insert(served(bundle, DEMO_VERSION, &devices).map_err(failed)?);
         }
     }
     if let Some(wanted) = &config.models.default {
@@ -56,7 +61,7 @@ pub fn load(config: &Config) -> Result<Models, StartError> {
     Ok(models)
 }
 
-fn from_repository(models: &mut Models, root: &Path, options: OnnxOptions) -> Result<(), StartError> {
+fn from_repository(models: &mut Models, root: &Path, devices: &[OnnxOptions]) -> Result<(), StartError> {
     let entries = repository::scan(root).map_err(|source| StartError::Bundle {
         model: root.display().to_string(),
         source,
@@ -66,7 +71,7 @@ fn from_repository(models: &mut Models, root: &Path, options: OnnxOptions) -> Re
         let name = format!("{}@{}", entry.name, entry.version);
         let opened = Bundle::look_at(&entry.path).and_then(|bundle| {
             if bundle.manifest().name == entry.name {
-                served(bundle, entry.version, options)
+                served(bundle, entry.version, devices)
             } else {
                 Err(BundleError::Manifest(format!(
                     "name is {:?}, its folder says {:?}",
@@ -92,12 +97,15 @@ fn from_repository(models: &mut Models, root: &Path, options: OnnxOptions) -> Re
     Ok(())
 }
 
-fn served(bundle: Bundle, version: u64, options: OnnxOptions) -> Result<ServedModel, BundleError> {
+fn served(bundle: Bundle, version: u64, devices: &[OnnxOptions]) -> Result<ServedModel, BundleError> {
     let bundle = Arc::new(bundle);
-    let source = Arc::clone(&bundle);
-    let network: NetworkSource =
-        Box::new(move || Ok(Box::new(OnnxNetwork::load(&source, &options)?) as Box<dyn ScoreNetwork>));
-    ServedModel::new(&bundle, version, network)
+    let on = |options: OnnxOptions| -> NetworkSource {
+        let source = Arc::clone(&bundle);
+        Box::new(move || Ok(Box::new(OnnxNetwork::load(&source, &options)?) as Box<dyn ScoreNetwork>))
+    };
+    let first = on(devices.first().copied().unwrap_or_default());
+    let model = ServedModel::new(&bundle, version, first)?;
+    Ok(model.with_devices(devices.iter().skip(1).map(|options| on(*options))))
 }
 
 /// Splits `name` or `name@version`.

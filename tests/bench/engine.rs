@@ -37,6 +37,7 @@ impl Subject {
         let network = Box::new(move || Ok(Box::new(OnnxNetwork::load(&source, &options)?) as Box<_>));
         let model = ServedModel::new(&bundle, 1, network)?;
         let engine = Engine::start(EngineOptions {
+            devices: 1,
             workers: 1,
             threads,
             batch_tokens: 1024,

@@ -25,6 +25,7 @@ const SHORT_STEPS: u32 = 4;
 
 fn options(threads: usize, batch_tokens: usize) -> EngineOptions {
     EngineOptions {
+        devices: 1,
         workers: 1,
         threads,
         batch_tokens,
