@@ -185,9 +185,28 @@ fn report(failed: &Failed) -> ExitCode {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
     use clap::CommandFactory;
+
+    /// The help states the defaults that the server has.
+    #[test]
+    fn the_help_states_the_servers_defaults() {
+        use crate::server::request::DEFAULT_STEPS;
+        use crate::server::sampler::{DEFAULT_ENTROPY_BOUND, DEFAULT_REMASK_RATE};
+        let command = Arguments::command();
+        let generate = command.find_subcommand("generate").unwrap();
+        for (option, stated) in [
+            ("steps", format!("at most {DEFAULT_STEPS}")),
+            ("entropy_bound", format!("{DEFAULT_ENTROPY_BOUND} by default")),
+            ("remask_rate", format!("{DEFAULT_REMASK_RATE} by default")),
+        ] {
+            let option = generate.get_arguments().find(|a| a.get_id() == option).unwrap();
+            let help = option.get_help().unwrap().to_string();
+            assert!(help.contains(&stated), "{help:?} does not say {stated:?}");
+        }
+    }
     use tonic::Code;
     use tonic_types::ErrorDetails;
 

@@ -1,14 +1,14 @@
 //! The forward noise process: a continuous-time Markov chain on single tokens.
 //!
 //! The chain has the rate matrix `Q` and runs in total noise sigma, so its transition law is
-//! `exp(sigma Q)` (SEDD section 3.3, eqs. 15-16). Two structures make that cheap enough for real
+//! `exp(sigma Q)` (eqs. 15 and 16 of arXiv 2310.16834). Two structures make that cheap enough for real
 //! vocabularies:
 //!
 //! - **uniform**: `Q = 1 1^T / V - I`: every token moves to every other at rate `1/V`;
 //! - **absorbing**: every token moves to the mask at rate 1, the mask stays.
 //!
 //! All functions work on one row (a vector over target tokens of length `V`), never on a V x V
-//! matrix. A row is named by the current token `x`; "transposed" rows hold `Q(y, x)` resp.
+//! matrix. A row is named by the current token `x`; "transposed" rows hold `Q[x, y]` resp.
 //! `p(x | y)` over `y`, which is what the reverse process needs.
 
 use serde::{Deserialize, Serialize};
@@ -63,7 +63,7 @@ impl Graph {
         self.mask() == Some(x)
     }
 
-    /// Row `x` of the transposed rate: `out[y] = Q(y, x)`, the rate at which `y` turns into `x`.
+    /// Row `x` of the transposed rate: `out[y] = Q[x, y]`, the rate at which `y` turns into `x`.
     pub fn transp_rate(&self, x: Token, out: &mut [f64]) {
         let v = self.states as f64;
         match self.kind {
@@ -78,7 +78,7 @@ impl Graph {
         }
     }
 
-    /// Row `x` of the reverse rate (SEDD eq. 3): `out[y] = Q(y, x) s_y`, diagonal minus the row sum.
+    /// Row `x` of the reverse rate (eq. 3 of arXiv 2310.16834): `out[y] = Q[x, y] s_y`, diagonal minus the row sum.
     ///
     /// `score[y]` is `p(y) / p(x)`; the entry at `x` is not read.
     pub fn reverse_rate(&self, x: Token, score: &[f64], out: &mut [f64]) {
@@ -115,7 +115,7 @@ impl Graph {
         out[x as usize] += (-sigma).exp();
     }
 
-    /// The staggered score `exp(-dsigma Q) s` (SEDD eq. 19): scores of the law `dsigma` less noisy.
+    /// The staggered score `exp(-dsigma Q) s` (eq. 19 of arXiv 2310.16834): scores of the law `dsigma` less noisy.
     ///
     /// `score` holds 1 at the current token. In place of `V x V` work: both inverses are affine in
     /// the score and its sum.
@@ -133,7 +133,7 @@ impl Graph {
         }
     }
 
-    /// The ratio `p(y | x0) / p(x | x0)` after noise `sigma > 0`, for a `y != x` (SEDD eq. 7).
+    /// The ratio `p(y | x0) / p(x | x0)` after noise `sigma > 0`, for a `y != x` (eq. 7 of arXiv 2310.16834).
     ///
     /// Zero where `y` cannot be reached from `x0`.
     pub fn ratio(&self, y: Token, x: Token, x0: Token, sigma: f64) -> f64 {

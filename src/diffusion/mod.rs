@@ -4,6 +4,10 @@
 //! [`graph`] (what noise does) and [`schedule`] (how much of it at time t), together a [`process`], to [`sampler`]
 //! (what the reverse steps do), whose random choices come from [`draw`]. [`score_entropy`] holds
 //! the losses; its scalar versions are the oracle for the tensor versions of the training crate.
+//!
+//! Matrices have the column convention of the paper and its authors' code: `Q[y, x]` is the rate from `x` to `y`, and
+//! `exp(sigma Q)[y, x]` the probability `p(y | x)` of being at `y` after noise sigma. Equations are cited as eq. 9 of
+//! arXiv 2310.16834; where a module names one paper, as eq. 9.
 
 pub mod draw;
 pub mod graph;

@@ -1,6 +1,6 @@
 //! Noise schedules: how much noise a canvas carries at time t in `[0, 1]`.
 //!
-//! Total noise is sigma-bar(t), its derivative the rate sigma(t) (SEDD section 3.3, appendix C.1).
+//! Total noise is sigma-bar(t), its derivative the rate sigma(t) (section 3.3 and appendix C.1 of arXiv 2310.16834).
 
 use serde::{Deserialize, Serialize};
 

@@ -1,8 +1,8 @@
-//! Score entropy, the loss of SEDD, one position at a time.
+//! Score entropy, the loss of SEDD (arXiv 2310.16834), one position at a time.
 //!
 //! With `K(a) = a (ln a - 1)`, scores `s_y` and ratios `r_y = p(y) / p(x)`:
 //!
-//! - score entropy (eq. 5): `sum_{y != x} Q(y, x) (s_y - r_y ln s_y + K(r_y))`, at least 0, and 0 at `s = r`;
+//! - score entropy (eq. 5): `sum_{y != x} Q[x, y] (s_y - r_y ln s_y + K(r_y))`, at least 0, and 0 at `s = r`;
 //! - implicit score entropy (eq. 6): the same up to a constant, without the ratios;
 //! - denoising score entropy (eq. 7): the ratios are those of the noised `x0`, known in closed form;
 //! - diffusion-weighted denoising score entropy (eq. 9): times the noise rate. Its integral over t,
@@ -23,16 +23,16 @@ fn term(log_score: f64, ratio: f64) -> f64 {
 
 /// Score entropy at `x` with known ratios.
 ///
-/// `rate[y] = Q(y, x)`, `log_score[y]` and `ratio[y]` over tokens y (length V); entries at `x` are not read.
+/// `rate[y] = Q[x, y]`, `log_score[y]` and `ratio[y]` over tokens y (length V); entries at `x` are not read.
 pub fn explicit(x: Token, rate: &[f64], log_score: &[f64], ratio: &[f64]) -> f64 {
     others(x, rate.len())
         .map(|y| rate[y] * term(log_score[y], ratio[y]))
         .sum()
 }
 
-/// Implicit score entropy at `x`: `sum_{y != x} Q(y, x) s(x)_y - Q(x, y) ln s(y)_x`.
+/// Implicit score entropy at `x`: `sum_{y != x} Q[x, y] s(x)_y - Q[y, x] ln s(y)_x`.
 ///
-/// `rate_in[y] = Q(y, x)`, `rate_out[y] = Q(x, y)`, `log_score[y] = ln s(x)_y`, and
+/// `rate_in[y] = Q[x, y]`, `rate_out[y] = Q[y, x]`, `log_score[y] = ln s(x)_y`, and
 /// `log_score_back[y] = ln s(y)_x`, over tokens y (length V). Its mean over x drawn from the data
 /// differs from the mean of [`explicit`] by a constant.
 pub fn implicit(

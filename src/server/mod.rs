@@ -5,11 +5,13 @@
 
 mod caller;
 mod diffusion_service;
+#[cfg(test)]
+mod documented_test;
 mod model_service;
 pub mod models;
 mod pace;
-mod request;
-mod sampler;
+pub(crate) mod request;
+pub(crate) mod sampler;
 mod status;
 mod stream;
 mod template;

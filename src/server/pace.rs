@@ -10,8 +10,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// What clients get that ask for no interval: the first frames as fast as they come.
-const BURST: u32 = 8;
-const INTERVAL: Duration = Duration::from_millis(100);
+pub(super) const BURST: u32 = 8;
+pub(super) const INTERVAL: Duration = Duration::from_millis(100);
 
 /// When the next frame may go out.
 #[derive(Clone, Copy, Debug)]

@@ -17,9 +17,9 @@ use super::template::{Piece, Template};
 use tonic::Status;
 
 /// Steps taken when none are asked for, at most.
-const DEFAULT_STEPS: u32 = 64;
+pub(crate) const DEFAULT_STEPS: u32 = 64;
 /// Longest request id.
-const MAX_ID: usize = 128;
+pub(super) const MAX_ID: usize = 128;
 
 /// How to denoise, with every default resolved.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -5,9 +5,9 @@ use crate::diffusion::SamplerKind;
 use crate::proto::v1;
 
 /// Entropies of the positions filled at once, in nats.
-const DEFAULT_ENTROPY_BOUND: f64 = 0.5;
+pub(crate) const DEFAULT_ENTROPY_BOUND: f64 = 0.5;
 /// Chance of a token to be masked again in a step.
-const DEFAULT_REMASK_RATE: f64 = 0.02;
+pub(crate) const DEFAULT_REMASK_RATE: f64 = 0.02;
 
 /// The sampler of a request: the one asked for with its options, or else the model's `default`.
 pub(super) fn asked(

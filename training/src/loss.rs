@@ -1,8 +1,8 @@
-//! The objective: denoising score entropy, weighted by the rate (SEDD, arXiv 2310.16834, eq. 10-11), or
+//! The objective: denoising score entropy, weighted by the rate (SEDD, eqs. 10 and 11 of arXiv 2310.16834), or
 //! for networks that give probabilities of the clean token what it then comes to, a weighted
-//! cross-entropy (MDLM, arXiv 2406.07524, eq. 10; RADD, arXiv 2406.03736, lambda-DCE).
+//! cross-entropy (MDLM, eq. 10 of arXiv 2406.07524; RADD, arXiv 2406.03736, lambda-DCE).
 //!
-//! Score entropy: `loss = rate(t) * sum over positions of sum_{y != x} Q(x, y) (s_y - r_y ln s_y + K(r_y))`,
+//! Score entropy: `loss = rate(t) * sum over positions of sum_{y != x} Q[x, y] (s_y - r_y ln s_y + K(r_y))`,
 //! `r_y = p(y | x0) / p(x | x0)`, `K(a) = a (ln a - 1)`, mean over the batch. Ratios are taken on the
 //! host in f64; a tensor sees `exp` of the head's output only, with the noise offset folded into
 //! the weight of the row (`e^offset` is 1e6 and more at little noise).

@@ -74,7 +74,7 @@ impl OptimizerSection {
 }
 
 impl MuonSection {
-    /// Muon (K. Jordan 2024) with updates as large as AdamW's (arXiv 2502.16982, section 2.2), so that learning
+    /// Muon (K. Jordan 2024) with updates as large as AdamW's (section 2.2 of arXiv 2502.16982), so that learning
     /// rate and weight decay mean the same for both.
     fn config(&self, weight_decay: f64) -> MuonConfig {
         let momentum = MomentumConfig {

@@ -44,7 +44,7 @@ impl Sampler for EntropyBounded {
 }
 
 /// Indices into `entropies` of as many of the surest positions as keep `sum - maximum` of their entropies within
-/// `bound` nats, and of `least` at least (entropy-bounded sampler, arXiv 2505.24857, algorithm 1).
+/// `bound` nats, and of `least` at least (entropy-bounded sampler, algorithm 1 of arXiv 2505.24857).
 ///
 /// The sum less the maximum bounds what is lost by taking the positions for independent.
 fn within_entropy(entropies: &[f64], bound: f64, least: usize) -> Vec<usize> {

@@ -1,4 +1,4 @@
-//! The Euler sampler, or tau-leaping (SEDD section 4.2, eq. 17).
+//! The Euler sampler, or tau-leaping (eq. 17 of arXiv 2310.16834).
 //!
 //! One explicit Euler step of the reverse process: identity plus `dt * rate(t) * reverse rate`.
 

@@ -50,7 +50,7 @@ impl MaskSurvival {
 /// The time at which a position leaves the mask in continuous time, for a uniform `u` in `[0, 1)`.
 ///
 /// All are masked at time 1; of those, `(1 - e^-sigma(t)) / (1 - e^-sigma(1))` still are at `t` (first-hitting
-/// sampler, arXiv 2409.02908, section 3.1).
+/// sampler, section 3.1 of arXiv 2409.02908).
 pub fn hitting_time(schedule: &Schedule, u: f64) -> f64 {
     let masked = u * -(-schedule.total_noise(1.0)).exp_m1();
     schedule.time(-(-masked).ln_1p()).clamp(FINAL_TIME, 1.0)

@@ -1,4 +1,4 @@
-//! The theta-trapezoidal sampler (arXiv 2502.00234, algorithm 2): two evaluations a step, second order in its length.
+//! The theta-trapezoidal sampler (algorithm 2 of arXiv 2502.00234): two evaluations a step, second order in its length.
 //!
 //! A step from `t` to `t - dt` first leaps to the time in between, `t - theta dt`, by the rates at `t`; the
 //! canvas that comes of it is evaluated there, and leaps the rest of the way by `a1` times its rates less

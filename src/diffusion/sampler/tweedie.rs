@@ -1,7 +1,7 @@
-//! The Tweedie sampler (SEDD section 4.2, eq. 19), called "analytic" in the authors' code.
+//! The Tweedie sampler (eq. 19 of arXiv 2310.16834), called "analytic" in the authors' code.
 //!
 //! With `dsigma = sigma(t) - sigma(t - dt)`, token `x` moves to `y` with weight
-//! `(exp(-dsigma Q) s)_y * exp(dsigma Q)(x, y)`: optimal among samplers that denoise positions
+//! `(exp(-dsigma Q) s)_y * exp(dsigma Q)[x, y]`: optimal among samplers that denoise positions
 //! independently, given exact scores.
 
 use super::{Discretization, RowLaw};
