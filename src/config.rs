@@ -17,13 +17,13 @@ use crate::network::onnx::Device;
 pub struct Config {
     /// The socket and what it accepts.
     pub server: ServerConfig,
-    /// What is served.
+    /// Models that are served.
     pub models: ModelsConfig,
     /// Workers and their batches.
     pub engine: EngineConfig,
-    /// What one request may ask for.
+    /// Limits of one request.
     pub limits: LimitsConfig,
-    /// What is logged, and how.
+    /// The log.
     pub log: LogConfig,
 }
 
@@ -58,7 +58,7 @@ impl Default for ServerConfig {
     }
 }
 
-/// What is served.
+/// Models that are served.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelsConfig {
@@ -134,7 +134,7 @@ impl EngineConfig {
     }
 }
 
-/// What one request may ask for.
+/// Limits of one request.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsConfig {
@@ -165,7 +165,7 @@ impl Default for LimitsConfig {
     }
 }
 
-/// What is logged, and how.
+/// The log.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
@@ -208,7 +208,7 @@ pub enum ConfigError {
     Unreadable {
         /// The file.
         file: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
     /// The file is not TOML, has an unknown key or a value of the wrong type.
@@ -229,7 +229,7 @@ pub enum ConfigError {
         key: &'static str,
         /// Its value.
         value: String,
-        /// What would be right.
+        /// Values that are allowed.
         wanted: &'static str,
     },
 }

@@ -194,8 +194,8 @@ mod simulated {
 pub(crate) use simulated::*;
 
 #[cfg(not(feature = "shuttle"))]
-/// What [`spawn`] gives.
+/// A thread of [`spawn`].
 pub(crate) type Thread = std::thread::JoinHandle<()>;
 #[cfg(feature = "shuttle")]
-/// What [`spawn`] gives.
+/// A thread of [`spawn`].
 pub(crate) type Thread = JoinHandle;

@@ -30,7 +30,7 @@ enum Message {
 }
 
 impl Message {
-    /// What lies in the field of this number, if it matters here.
+    /// Returns the message in the field of this number, if tensors can lie below it.
     fn field(self, number: u64) -> Option<Self> {
         Some(match (self, number) {
             (Self::Model, 7) | (Self::Attribute, 6 | 11) | (Self::Training, 1 | 2) => Self::Graph,
@@ -46,7 +46,7 @@ impl Message {
     }
 }
 
-/// What is read of a model.
+/// The files and the weights of a model.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Contents {
     /// Names of all files that its tensors want to read.
@@ -91,10 +91,10 @@ impl Open {
     }
 }
 
-/// What the tensors of `model`, of `length` bytes, take and want to read.
+/// Reads the files and the weights of `model`, of `length` bytes.
 ///
 /// # Errors
-/// What of the file is not in the format, or goes over a limit.
+/// When the file is not in the format, or goes over a limit.
 pub(super) fn contents(model: impl BufRead + Seek, length: u64) -> Result<Contents, String> {
     let mut reader = Reader { model, at: 0 };
     let Contents {

@@ -79,7 +79,7 @@ pub struct Manifest {
     pub graph: GraphKind,
     /// The noise schedule the network was trained with.
     pub schedule: Schedule,
-    /// What the network's output means.
+    /// Meaning of the network's output.
     pub parameterization: Parameterization,
     /// Whether `-ln(e^sigma - 1) - ln(vocab_size - 1)` is to be added to the network's output.
     #[serde(default)]
@@ -104,7 +104,7 @@ pub struct Manifest {
     pub defaults: Option<Defaults>,
     /// sha256 of every file of the bundle but this one, in lower-case hexadecimal.
     pub sha256: BTreeMap<String, String>,
-    /// What trained the network, on what, and how well: for people.
+    /// Origin of the network: training, text and quality, for people.
     #[serde(default)]
     pub provenance: serde_json::Value,
 }

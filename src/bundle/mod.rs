@@ -50,7 +50,7 @@ pub enum BundleError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// `manifest.json` is not what this program reads.
@@ -71,7 +71,7 @@ pub enum BundleError {
     File {
         /// The file's name.
         file: String,
-        /// What is wrong with it.
+        /// The problem.
         problem: &'static str,
     },
     /// The network is not an ONNX file.
@@ -191,7 +191,7 @@ impl Bundle {
         })
     }
 
-    /// What the manifest says.
+    /// Returns the manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }

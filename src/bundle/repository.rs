@@ -19,7 +19,7 @@ pub struct Entry {
 
 /// All `<model>/<version>` directories below `root`, by name and then version.
 ///
-/// What does not look like one (other files, hidden folders, versions that are not positive integers,
+/// Anything else (other files, hidden folders, versions that are not positive integers,
 /// versions without manifest, which are still being written) is passed over; bundles are not opened here.
 pub fn scan(root: &Path) -> Result<Vec<Entry>, BundleError> {
     let mut entries = Vec::new();

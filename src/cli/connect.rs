@@ -13,7 +13,7 @@ use crate::config::{Config, LogConfig};
 use crate::server::{ServeError, Server};
 use crate::telemetry::{self, Log};
 
-/// What a server that lives for one command logs: not that it is ended, for that is how it should be.
+/// Log filter of a server that lives for one command: not that it is ended, for that is how it should be.
 const QUIET: &str = "warn,denoised::server=error,denoised::server::models=warn";
 
 /// How long a server may take to answer at all.

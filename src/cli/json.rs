@@ -190,7 +190,7 @@ pub(super) fn state(model: &v1::Model) -> String {
     plain(model.state().as_str_name(), "MODEL_STATE_")
 }
 
-/// What trained the model; null when the server tells no JSON.
+/// Origin of the model; null when the server tells no JSON.
 pub(super) fn provenance(model: &v1::Model) -> Value {
     serde_json::from_str(&model.provenance_json).unwrap_or_default()
 }

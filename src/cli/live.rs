@@ -16,7 +16,7 @@ const FALLBACK: (u16, u16) = (80, 24);
 /// Narrower terminals are drawn as if they were this wide.
 const LEAST_COLUMNS: u16 = 8;
 
-/// What is drawn, and what has to be gone over to draw it again.
+/// A drawing, and what has to be gone over to draw it again.
 #[derive(Debug)]
 pub(super) struct Live {
     colour: bool,

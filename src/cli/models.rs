@@ -81,7 +81,7 @@ fn table(models: &[Model], out: &mut impl Write) -> io::Result<()> {
     Ok(())
 }
 
-/// What is known of a model's origin in a few words: corpus, steps and bound where they are told, as
+/// Tells a model's origin in a few words: corpus, steps and bound where they are told, as
 /// this project's `training` does, or else the beginning of whatever is told.
 fn summary(provenance: &Value) -> String {
     let known = [

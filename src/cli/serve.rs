@@ -14,7 +14,7 @@ use crate::network::onnx::Device;
 use crate::server::Server;
 use crate::telemetry;
 
-/// What a server is made of; flags win over variables, variables over the file.
+/// Options of a server; flags win over variables, variables over the file.
 #[derive(Debug, Args)]
 pub(super) struct Serve {
     /// TOML file with settings; deploy/denoised.example.toml documents them all.

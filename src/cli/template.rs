@@ -134,7 +134,7 @@ mod tests {
         }
     }
 
-    /// What [`parse`] can answer: no empty text, and no two texts side by side.
+    /// Any answer of [`parse`]: no empty text, and no two texts side by side.
     fn parts() -> impl Strategy<Value = Vec<TemplatePart>> {
         let piece = ("[\\[\\]\\\\a0 \n\u{e9}]{0,6}", prop::option::of(1..=u32::MAX));
         prop::collection::vec(piece, 0..6).prop_map(|pieces| {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Graph, GraphKind, Schedule, sigma_offset};
 
-/// What noise does to a token, and how much of it there is at which time.
+/// A noise process: a graph and its schedule.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Process {
     /// Where tokens go.
@@ -13,7 +13,7 @@ pub struct Process {
     pub schedule: Schedule,
 }
 
-/// What the network's output means.
+/// Meaning of a network's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Parameterization {
@@ -24,7 +24,7 @@ pub enum Parameterization {
 }
 
 impl Parameterization {
-    /// What is added to the network's output to make it log-scores at total noise `sigma`, over `states`
+    /// Returns what makes log-scores of the network's output when added to it, at total noise `sigma`, over `states`
     /// states; `scale_by_sigma` says that a network of scores leaves [`sigma_offset`] out.
     pub fn log_score_offset(self, scale_by_sigma: bool, sigma: f64, states: usize) -> f64 {
         match self {

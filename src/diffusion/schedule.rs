@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub enum Schedule {
     /// `sigma(t) = -ln(1 - (1 - eps) t)`: a fraction `(1 - eps) t` of the tokens has moved at time t.
     LogLinear {
-        /// What stays unmoved at t = 1; keeps the total noise finite. In `(0, 1)`.
+        /// Share that stays unmoved at t = 1; keeps the total noise finite. In `(0, 1)`.
         eps: f64,
     },
     /// `sigma(t) = sigma_min^(1 - t) sigma_max^t`.
@@ -65,7 +65,7 @@ impl Schedule {
     }
 }
 
-/// What published absorbing models add to their log-scores: `-ln(e^sigma - 1) - ln(V - 1)`.
+/// Offset that published absorbing models add to their log-scores: `-ln(e^sigma - 1) - ln(V - 1)`.
 ///
 /// Exported graphs leave it out, because `ln(expm1(sigma))` in f32 is off by 1e-3 near sigma 1e-5.
 /// `sigma > 0`; `states` counts the mask.

@@ -29,7 +29,7 @@ pub enum NoRoom {
 pub struct Room {
     /// Predicted time of what waits, or is asked for.
     pub waiting: Duration,
-    /// What may wait.
+    /// Predicted time that may wait.
     pub limit: Duration,
     /// When there will be room, as predicted.
     pub retry_after: Duration,

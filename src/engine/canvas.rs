@@ -130,7 +130,7 @@ impl Canvas {
             .map_or(0, |mask| self.tokens.iter().filter(|t| **t == mask).count())
     }
 
-    /// What is asked of the network next, of a canvas that is not done.
+    /// Returns the next evaluation of a canvas that is not done.
     pub fn evaluation(&self) -> Evaluation {
         self.plan.sampler.evaluation(&self.view())
     }
@@ -140,7 +140,7 @@ impl Canvas {
         self.plan.sampler.evaluations(first)
     }
 
-    /// What is asked once more in the same step, where the sampler does, given what `first` gave.
+    /// Returns the second evaluation of the step, where the sampler has one, given the candidates of `first`.
     pub fn second(&self, first: &Evaluation, candidates: &[Candidate]) -> Option<Second> {
         self.plan.sampler.second(&self.view(), first, candidates)
     }
@@ -216,7 +216,7 @@ impl<'a> Rows<'a> {
         Self { tokens, ..self }
     }
 
-    /// What becomes of `position`, given the network's row for it, and where the evaluation is a second one also
+    /// Draws what becomes of `position`, given the network's row for it, and where the evaluation is a second one also
     /// the first one's, with its offset; `None` when it stays.
     pub fn draw(
         &mut self,
@@ -244,7 +244,7 @@ impl<'a> Rows<'a> {
         token.map(candidate).transpose()
     }
 
-    /// What makes log-scores of this evaluation's rows.
+    /// Returns the offset that makes log-scores of this evaluation's rows.
     pub fn offset(&self) -> f64 {
         self.offset
     }

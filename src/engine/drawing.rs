@@ -9,7 +9,7 @@ use crate::diffusion::sampler::row::{BadScores, Scratch};
 use crate::diffusion::sampler::{Candidate, Evaluation};
 use crate::network::ScoreRows;
 
-/// What the rows of one canvas gave.
+/// Candidates of one canvas.
 pub(super) type Moves = Vec<Candidate>;
 
 /// Log-scores that are worth a thread: about a millisecond of reading, and starting a thread takes a
@@ -25,13 +25,13 @@ pub(super) struct Task<'a> {
     pub(super) between: Option<Between<'a>>,
 }
 
-/// What a second evaluation is about, and what it needs of the first.
+/// The canvas in between of a second evaluation, and the rows of the first.
 #[derive(Debug)]
 pub(super) struct Between<'a> {
     pub(super) tokens: &'a [Token],
     /// The first evaluation's rows for the positions of the second, side by side.
     pub(super) rows: &'a [f32],
-    /// What makes log-scores of them.
+    /// Offset that makes log-scores of them.
     pub(super) offset: f64,
 }
 

@@ -91,7 +91,7 @@ struct Running {
     cancelled: Arc<AtomicBool>,
 }
 
-/// What workers, loader, admission and callers share.
+/// State that workers, loader, admission and callers share.
 #[derive(Debug)]
 struct Shared {
     options: EngineOptions,

@@ -17,7 +17,7 @@ pub(super) struct Pass {
     kept: Vec<f32>,
 }
 
-/// What a network is given.
+/// Inputs of a network.
 #[derive(Debug, Default)]
 struct Inputs {
     tokens: Vec<i64>,
@@ -25,10 +25,10 @@ struct Inputs {
     positions: Vec<i64>,
 }
 
-/// What a pass has made of a canvas.
+/// Outcome of a pass for one canvas.
 pub(super) type Verdict = Result<(), BadScores>;
 
-/// What a pass has made of a batch.
+/// Outcome of a pass.
 #[derive(Debug)]
 pub(super) struct Passed {
     /// Canvas by canvas.
@@ -182,7 +182,7 @@ impl Inputs {
     }
 }
 
-/// What is asked once more of every canvas, with the rows that this needs copied to `kept`.
+/// Returns the second evaluation of every canvas that has one; copies the rows that it needs to `kept`.
 fn keep(
     asked: &[Task<'_>],
     drawn: &[Result<Moves, BadScores>],

@@ -39,7 +39,7 @@ impl Sampling {
     }
 }
 
-/// What the canvases of a request share.
+/// How the canvases of a request are denoised: its sampling, resolved for its model.
 #[derive(Debug)]
 pub struct Plan {
     pub(super) model: Arc<ServedModel>,
@@ -60,7 +60,7 @@ impl Plan {
         }
     }
 
-    /// What makes log-scores of the network's output in `evaluation`.
+    /// Returns the offset that makes log-scores of the network's output in `evaluation`.
     pub(super) fn offset(&self, evaluation: &Evaluation) -> f64 {
         let manifest = self.model.manifest();
         manifest.parameterization.log_score_offset(

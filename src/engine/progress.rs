@@ -40,7 +40,7 @@ pub enum Phase {
     Failed(Failure),
 }
 
-/// What only a finished canvas has.
+/// Facts of a finished canvas.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// For every position, the number of steps after which it held its token for good.

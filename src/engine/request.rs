@@ -11,7 +11,7 @@ use super::{Shared, State};
 use crate::diffusion::Token;
 use crate::models::ServedModel;
 
-/// Who asks: a flow of its own in the queue, with a share of its own of what may wait.
+/// A caller: a flow of its own in the queue, with a share of its own of what may wait.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Caller(Arc<str>);
 
@@ -28,12 +28,12 @@ impl std::fmt::Display for Caller {
     }
 }
 
-/// What to denoise.
+/// A request to denoise.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// Names the request among the running ones.
     pub id: String,
-    /// Who asks.
+    /// The caller.
     pub caller: Caller,
     /// The model.
     pub model: Arc<ServedModel>,

@@ -15,7 +15,7 @@ use crate::diffusion::sampler::Evaluation;
 use crate::models::{ServedModel, Waiting};
 use crate::sync::Mutex;
 
-/// What the canvases of a request share beside their plan.
+/// The request that canvases come from.
 #[derive(Debug)]
 pub(super) struct Origin {
     /// The request's id, for the log.
@@ -73,7 +73,7 @@ impl Drop for Place {
     }
 }
 
-/// What a canvas holds as long as it has not ended, and who follows it. Apart from the canvas, so that it can be
+/// Room and place of a canvas that has not ended, and its followers. Apart from the canvas, so that it can be
 /// ended while a thread that does not come back has the canvas.
 #[derive(Debug)]
 pub(super) struct Ticket {
@@ -145,7 +145,7 @@ impl Ticket {
 #[derive(Debug)]
 pub(super) struct Work {
     pub(super) canvas: Canvas,
-    /// What is asked of the network next.
+    /// The next evaluation.
     pub(super) evaluation: Evaluation,
     pub(super) origin: Arc<Origin>,
     /// Number of the canvas in its request.
@@ -195,7 +195,7 @@ impl Work {
         (work, receiver)
     }
 
-    /// What ends the canvas wherever it is.
+    /// Returns the ticket, which ends the canvas wherever it is.
     pub(super) fn ticket(&self) -> &Arc<Ticket> {
         &self.ticket
     }
@@ -208,7 +208,7 @@ impl Work {
         }
     }
 
-    /// What the next step takes of a pass.
+    /// Returns what the next step takes of a pass.
     pub(super) fn weight(&self) -> Weight {
         let model = self.canvas.model();
         let output = model.output();

@@ -11,7 +11,7 @@ pub(super) const MIN_STAY: Duration = if cfg!(feature = "shuttle") {
     Duration::from_millis(500)
 };
 
-/// What a model's networks in memory say about making room.
+/// How a model's networks in memory stand when room is made.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stay {
     /// When the first of them was loaded.
@@ -22,7 +22,7 @@ pub(super) struct Stay {
     pub(super) leaving: bool,
 }
 
-/// What is done for a model that finds no room.
+/// Remedy for a model that finds no room.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Remedy<K> {
     /// This one has to go.
@@ -33,7 +33,7 @@ pub(super) enum Remedy<K> {
     Wait,
 }
 
-/// Who makes room: of those that have been there for long enough, the one that was used longest ago.
+/// Chooses who makes room: of those that have been there for long enough, the one that was used longest ago.
 pub(super) fn remedy<K>(stays: impl IntoIterator<Item = (K, Stay)>, now: Instant) -> Remedy<K> {
     let (mut victim, mut earliest): (Option<(K, Instant)>, Option<Instant>) = (None, None);
     for (key, stay) in stays {

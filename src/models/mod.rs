@@ -97,7 +97,7 @@ impl Models {
             .collect()
     }
 
-    /// What requests get that name no model.
+    /// Returns the model of requests that name none.
     pub fn default_model(&self) -> Option<Arc<ServedModel>> {
         let (name, version) = self.default.as_ref()?;
         self.find(name, *version)

@@ -20,7 +20,7 @@ pub struct ServedModel {
     networks: Vec<NetworkSource>,
     /// Bytes that a network takes in memory, about.
     bytes: u64,
-    /// What evaluations give; known when a network has been loaded.
+    /// Shape of outputs; known when a network has been loaded.
     output: OnceLock<Output>,
     /// Whether it is served to nobody new any more.
     retired: AtomicBool,
@@ -77,7 +77,7 @@ impl ServedModel {
         self.version
     }
 
-    /// What the bundle says of the network.
+    /// Returns the manifest of its bundle.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
@@ -120,7 +120,7 @@ impl ServedModel {
         Ok(network)
     }
 
-    /// What evaluations give; until a network has been loaded what most give.
+    /// Returns the shape of outputs; until a network has been loaded that of most.
     pub fn output(&self) -> Output {
         self.output.get().copied().unwrap_or_default()
     }

@@ -99,7 +99,7 @@ struct Held<W: Waiting> {
     failures: u32,
     /// Until when nothing is loaded on a device, since that has failed.
     barred: Vec<Option<Instant>>,
-    /// What waits for a session.
+    /// Work that waits for a session.
     parked: Vec<W>,
 }
 
@@ -153,7 +153,7 @@ impl<W: Waiting> Sessions<W> {
         self.held.lock().was_ready
     }
 
-    /// What the sessions in memory say about making room; `None` where there are none.
+    /// Returns how the sessions in memory stand when room is made; `None` where there are none.
     pub(super) fn stay(&self) -> Option<Stay> {
         let held = self.held.lock();
         (held.count > 0).then_some(Stay {

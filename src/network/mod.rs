@@ -13,7 +13,7 @@ use std::sync::Arc;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-/// What one evaluation is asked: canvases of one length, and the rows that are wanted.
+/// Input of one evaluation: canvases of one length, and the rows that are wanted.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
     /// Token ids, shape `[batch, length]` in row-major order.
@@ -104,7 +104,7 @@ impl<'a> ScoreRows<'a> {
     }
 }
 
-/// What an evaluation gives, whatever it is asked.
+/// Shape of an evaluation's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Output {
     /// Whether rows are computed for all positions, not for the wanted ones alone.
@@ -167,12 +167,12 @@ pub trait ScoreNetwork: Send {
         read: &mut dyn FnMut(ScoreRows<'_>),
     ) -> Result<(), NetworkError>;
 
-    /// What evaluations give.
+    /// Returns the shape of evaluations' outputs.
     fn output(&self) -> Output {
         Output::default()
     }
 
-    /// What ends evaluations of this network that take too long, where something can.
+    /// Returns what ends evaluations of this network that take too long, where something can.
     fn stop_handle(&self) -> Option<Arc<dyn Stop>> {
         None
     }

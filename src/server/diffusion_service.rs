@@ -17,7 +17,7 @@ use crate::models::ServedModel;
 use crate::proto::v1;
 use crate::proto::v1::diffusion_service_server::DiffusionService;
 
-/// What `Generate` and `Infill` have in common.
+/// A call of `Generate` or `Infill`, before its template is read.
 struct Call {
     id: String,
     caller: Caller,

@@ -47,7 +47,7 @@ pub enum StartError {
     Bundle {
         /// Name or place of the model.
         model: String,
-        /// What is wrong.
+        /// The problem.
         source: crate::bundle::BundleError,
     },
     /// A network cannot be loaded.
@@ -59,9 +59,9 @@ pub enum StartError {
     /// The socket or a thread cannot be had.
     #[error("{what}: {source}")]
     System {
-        /// What was tried.
+        /// The step that failed.
         what: String,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
 }
@@ -74,7 +74,7 @@ pub struct ServeError(#[from] tonic::transport::Error);
 /// Models that are named to whoever asks for another, at most.
 const TOLD_MODELS: usize = 8;
 
-/// What both services share.
+/// State of both services.
 #[derive(Clone, Debug)]
 struct Service {
     engine: Arc<Engine>,

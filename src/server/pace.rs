@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What clients get that ask for no interval: the first frames as fast as they come.
+/// Pace of clients that ask for no interval: the first frames as fast as they come.
 pub(super) const BURST: u32 = 4;
 pub(super) const INTERVAL: Duration = Duration::from_millis(100);
 

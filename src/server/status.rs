@@ -13,13 +13,13 @@ const DOMAIN: &str = "denoised.v1";
 /// Characters of a name that are told to whoever sent it.
 const MAX_TOLD: usize = 128;
 
-/// What is wrong with a request: the path of a field, and what would be right.
+/// A field that cannot be accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {problem}")]
 pub struct FieldError {
     /// Path in the request, such as `sampling.steps`.
     pub field: String,
-    /// What is wrong and what would be right.
+    /// The problem, and the values that are allowed.
     pub problem: String,
 }
 

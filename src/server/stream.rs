@@ -33,7 +33,7 @@ pub(super) enum Event {
     Result(v1::Result),
 }
 
-/// What all canvases of a request share on their way out.
+/// How the canvases of a request are told.
 #[derive(Debug)]
 pub(super) struct View {
     /// The model, for its tokenizer and mask.

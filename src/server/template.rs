@@ -154,7 +154,7 @@ pub(super) struct Written {
 type Run = (Box<[Token]>, Box<[Token]>);
 
 impl Written {
-    /// What the text before the last one held is forgotten.
+    /// Begins another text; forgets the one before the last.
     fn next_text(&mut self) {
         self.last = std::mem::take(&mut self.now);
     }

@@ -151,7 +151,7 @@ impl<'a> Row<'a> {
         last
     }
 
-    /// What every entry weighs.
+    /// Computes the weight of every entry.
     pub(super) fn weights(&self, weight: &Weight, weights: &mut Vec<f64>) {
         weights.clear();
         vectorised(
@@ -168,7 +168,7 @@ impl<'a> Row<'a> {
     }
 }
 
-/// What an entry `l` weighs: `max(e^((l - top) / temperature) - lost, 0)`.
+/// The weight of an entry `l`: `max(e^((l - top) / temperature) - lost, 0)`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Weight {
     /// The row's maximum.

@@ -12,7 +12,7 @@ use crate::diffusion::Process;
 /// See the module.
 #[derive(Clone, Copy, Debug)]
 pub struct Confidence {
-    /// What is undone.
+    /// The noise process that is reversed.
     pub process: Process,
     /// How many steps there are; their times are those of the share that is masked.
     pub grid: TimeGrid,

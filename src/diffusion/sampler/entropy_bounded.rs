@@ -13,11 +13,11 @@ use crate::diffusion::Process;
 /// See the module.
 #[derive(Clone, Copy, Debug)]
 pub struct EntropyBounded {
-    /// What is undone.
+    /// The noise process that is reversed.
     pub process: Process,
     /// How many steps there are at most; their times are those of the share that is masked.
     pub grid: TimeGrid,
-    /// What the entropies of a step may sum to, the largest left out; in nats, from 0.
+    /// Bound on the sum of a step's entropies, the largest left out; in nats, from 0.
     pub bound: f64,
 }
 

@@ -30,7 +30,7 @@ impl<'a> CanvasView<'a> {
     }
 }
 
-/// What is asked of the network next.
+/// An evaluation of the network for one canvas.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Evaluation {
     /// The step that it belongs to: the cursor before it, or the next step in which something happens.
@@ -41,15 +41,15 @@ pub struct Evaluation {
     pub t: f64,
     /// Total noise at that time.
     pub sigma: f64,
-    /// What a row decides.
+    /// The law of a row.
     pub law: Law,
-    /// What else of a row is needed.
+    /// The uncertainty that is computed of a row.
     pub uncertainty: Uncertainty,
     /// Positions whose rows are needed, ascending.
     pub positions: Vec<usize>,
 }
 
-/// What a row of log-scores decides about its token.
+/// The law of a token's move, given its row of log-scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Law {
     /// An affine law of its scores.
@@ -57,9 +57,9 @@ pub enum Law {
     /// Jumps at a constant rate, `gain * s_y - kept * s'_y` to each `y` where that is positive, with `s'` the
     /// scores of the step's first evaluation: the token moves with probability `1 - exp(-sum of rates)`.
     Jump {
-        /// What a score weighs.
+        /// Weight of a score.
         gain: f64,
-        /// What the score of the first evaluation weighs against it.
+        /// Weight of the first evaluation's score, which is subtracted.
         kept: f64,
     },
 }
@@ -80,13 +80,13 @@ pub enum Uncertainty {
 pub struct Candidate {
     /// Where it would go.
     pub position: usize,
-    /// What would go there.
+    /// The token.
     pub token: Token,
     /// How unsure the network is, in nats; 0 for samplers that do not ask.
     pub uncertainty: f64,
 }
 
-/// What becomes of the canvas. Tokens are set first, then masked; the cursor moves with them, so that what was
+/// A change of the canvas. Tokens are set first, then masked; the cursor moves with them, so that what was
 /// set has the new cursor's number.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Commit {
@@ -103,7 +103,7 @@ pub struct Commit {
 pub struct Second {
     /// The canvas in between.
     pub tokens: Vec<Token>,
-    /// What is asked about it; its positions are among those of the first evaluation.
+    /// Its evaluation; the positions are among those of the first.
     pub evaluation: Evaluation,
 }
 
@@ -118,7 +118,7 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
         None
     }
 
-    /// What is asked of the network next, of a canvas that is not done.
+    /// Returns the next evaluation of a canvas that is not done.
     fn evaluation(&self, canvas: &CanvasView<'_>) -> Evaluation;
 
     /// Evaluations of the step that begins with `first`, at most.
@@ -126,7 +126,7 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
         1
     }
 
-    /// What is asked once more in the same step, given what the rows of the first evaluation gave.
+    /// Returns the second evaluation of the step, given the candidates of the first; `None` for samplers of one.
     fn second(
         &self,
         _canvas: &CanvasView<'_>,
@@ -136,7 +136,7 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
         None
     }
 
-    /// What is committed, given what the rows of the (last) evaluation gave.
+    /// Returns what is committed, given the candidates of the step's evaluations.
     fn commit(&self, canvas: &CanvasView<'_>, evaluation: &Evaluation, candidates: Vec<Candidate>) -> Commit;
 
     /// A step that needs no evaluation, if the next one is such.

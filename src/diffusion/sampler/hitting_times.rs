@@ -93,7 +93,7 @@ impl HittingTimes {
     }
 }
 
-/// What both samplers of hitting times ask: the rows of those who are hit next, and where they go.
+/// The evaluation of both samplers of hitting times: the rows of the positions that are hit next.
 fn next_hits(canvas: &CanvasView<'_>, process: &Process, time: impl Fn(u32) -> f64) -> Evaluation {
     let hit = canvas.hitting_times.and_then(|hits| hits.next(canvas.step));
     let step = hit.unwrap_or(canvas.step);
@@ -175,7 +175,7 @@ impl Sampler for GridHits {
 /// (arXiv 2409.02908).
 #[derive(Clone, Copy, Debug)]
 pub struct FirstHitting {
-    /// What is undone.
+    /// The noise process that is reversed.
     pub process: Process,
 }
 

@@ -58,11 +58,11 @@ pub const FINAL_TIME: f64 = 1e-5;
 pub struct RowLaw {
     /// Weight of moving to `y` per unit of `s_y`.
     pub gain: f64,
-    /// What every `y` loses per unit of the whole score sum `1 + S`.
+    /// Loss of every `y` per unit of the whole score sum `1 + S`.
     pub spread: f64,
     /// Weight of staying, at `S = 0`.
     pub stay: f64,
-    /// What staying loses per unit of the score sum `S`.
+    /// Loss of staying per unit of the score sum `S`.
     pub stay_slope: f64,
 }
 
@@ -124,7 +124,7 @@ pub enum SamplerKind {
     /// As many of the surest tokens at once as their entropies allow (arXiv 2505.24857); a heuristic, for
     /// absorbing graphs.
     EntropyBounded {
-        /// What entropies of a step may sum to, the largest left out; in nats, from 0.
+        /// Bound on the sum of a step's entropies, the largest left out; in nats, from 0.
         bound: f64,
     },
     /// Tweedie's steps, which also mask tokens again (ReMDM, arXiv 2503.00307); for absorbing graphs.

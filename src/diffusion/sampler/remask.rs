@@ -12,7 +12,7 @@ use crate::diffusion::{Process, Schedule};
 /// See the module.
 #[derive(Clone, Copy, Debug)]
 pub struct Remask {
-    /// What is undone.
+    /// The noise process that is reversed.
     pub process: Process,
     /// When steps are taken.
     pub grid: TimeGrid,

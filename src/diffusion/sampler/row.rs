@@ -179,7 +179,7 @@ pub fn uncertainty(
     }
 }
 
-/// What a row says of leaving.
+/// Weights of leaving, by token.
 #[derive(Clone, Copy, Debug)]
 struct Moves {
     /// Weight of moving to each token, over a constant; its sums by block are in the scratch.

@@ -10,9 +10,9 @@ use crate::diffusion::{GraphKind, Process};
 /// See the module.
 #[derive(Clone, Copy, Debug)]
 pub struct Stepwise {
-    /// What a step does.
+    /// The law of a step.
     pub discretization: &'static dyn Discretization,
-    /// What is undone.
+    /// The noise process that is reversed.
     pub process: Process,
     /// When steps are taken.
     pub grid: TimeGrid,

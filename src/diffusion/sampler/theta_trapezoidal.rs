@@ -32,7 +32,7 @@ const THETA: f64 = 0.5;
 /// See the module.
 #[derive(Clone, Copy, Debug)]
 pub struct ThetaTrapezoidal {
-    /// What is undone.
+    /// The noise process that is reversed.
     pub process: Process,
     /// When steps are taken.
     pub grid: TimeGrid,

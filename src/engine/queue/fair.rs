@@ -36,16 +36,16 @@ pub(in crate::engine) struct FlowKey {
     pub(in crate::engine) alone: Option<u32>,
 }
 
-/// What items of a flow have in common.
+/// Caller and lane of a flow.
 #[derive(Clone, Debug)]
 pub(in crate::engine) struct FlowDescription<C, L> {
-    /// Who asks.
+    /// The caller.
     pub(in crate::engine) caller: C,
     /// Items of the same lane can share a pass.
     pub(in crate::engine) lane: L,
 }
 
-/// What an item takes of a pass.
+/// Share that an item takes of a pass.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::engine) struct Weight {
     /// Evaluations that it is charged for.
@@ -54,7 +54,7 @@ pub(in crate::engine) struct Weight {
     pub(in crate::engine) output_bytes: usize,
 }
 
-/// What a pass holds, and costs.
+/// Size and cost of a pass.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::engine) struct Pass {
     /// Items; one always fits.
@@ -72,7 +72,7 @@ struct Flow<L, T> {
     time: VirtualTime,
     /// Predicted time of all that was taken.
     given: u64,
-    /// What was charged last.
+    /// The last charge.
     last: u64,
     /// Items that wait, by number of the canvas: the first canvases of a request are finished first.
     items: BTreeMap<u32, T>,

@@ -9,7 +9,7 @@ use crate::sync::{Condvar, Mutex};
 use fair::Pass;
 pub(super) use fair::{FlowDescription, FlowKey, Weight};
 
-/// What shares a pass: canvases of one model and length, but for those that have to run alone.
+/// Canvases that can share a pass: of one model and length, but for those that have to run alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Lane {
     /// Address of the model.
@@ -20,7 +20,7 @@ pub(super) struct Lane {
     pub(super) alone: Option<FlowKey>,
 }
 
-/// What one forward pass holds.
+/// Size of one forward pass.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     /// Canvases times length.
