@@ -63,7 +63,7 @@ impl TestServer {
             let shutdown = async {
                 stopped.await.ok();
             };
-            server.run(shutdown).await.unwrap();
+            server.run(shutdown).await;
         });
         let channel = Channel::from_shared(url.clone())
             .unwrap()

@@ -10,7 +10,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::Failed;
 use crate::config::{Config, LogConfig};
-use crate::server::{ServeError, Server};
+use crate::server::Server;
 use crate::telemetry::{self, Log};
 
 /// Log filter of a server that lives for one command: not that it is ended, for that is how it should be.
@@ -43,7 +43,7 @@ pub(super) struct Connection {
 #[derive(Debug)]
 struct Own {
     stop: oneshot::Sender<()>,
-    serving: JoinHandle<Result<(), ServeError>>,
+    serving: JoinHandle<()>,
     _log: Log,
 }
 
@@ -110,10 +110,7 @@ impl Connection {
         drop(self.channel);
         let Some(own) = self.own else { return Ok(()) };
         let _already_over = own.stop.send(()).is_err();
-        own.serving
-            .await
-            .map_err(Failed::software)?
-            .map_err(Failed::software)
+        own.serving.await.map_err(Failed::software)
     }
 }
 

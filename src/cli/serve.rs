@@ -60,7 +60,7 @@ impl Serve {
         writeln!(out, "listening on http://{address}")
             .and_then(|()| out.flush())
             .map_err(Failed::software)?;
-        server.run(shutdown).await.map_err(Failed::software)?;
+        server.run(shutdown).await;
         match log.dropped_lines() {
             0 => tracing::info!("bye"),
             lines => tracing::warn!(

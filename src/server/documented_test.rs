@@ -30,7 +30,7 @@ fn comment(message: &str, field: &str) -> String {
 fn the_proto_states_the_defaults_and_ranges_of_the_code() {
     let default = super::sampler::told(SamplerKind::default()).sampler;
     let tweedie = default.as_str_name();
-    let burst = ["three", "four", "five"][BURST as usize - 3];
+    let burst = ["seven", "eight", "nine"][BURST as usize - 7];
     for (message, field, stated) in [
         ("Sampling", "steps", format!("at most {DEFAULT_STEPS}.")),
         (
@@ -58,7 +58,7 @@ fn the_proto_states_the_defaults_and_ranges_of_the_code() {
             "FramePolicy",
             "min_interval_ms",
             format!(
-                "Default: {burst} frames as they come, then one every {}.",
+                "Default: {burst} frames as they come, then one every {};",
                 INTERVAL.as_millis()
             ),
         ),

@@ -4,6 +4,7 @@
 //! A [`Server`] is a function of a configuration (or of models, in tests) and a shutdown future.
 
 mod caller;
+mod connections;
 mod diffusion_service;
 #[cfg(test)]
 mod documented_test;
@@ -27,7 +28,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::Status;
-use tonic::transport::server::{Router, TcpIncoming};
+use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
@@ -65,11 +66,6 @@ pub enum StartError {
         source: std::io::Error,
     },
 }
-
-/// Why serving ended other than by its shutdown.
-#[derive(Debug, thiserror::Error)]
-#[error("serving failed: {0}")]
-pub struct ServeError(#[from] tonic::transport::Error);
 
 /// Models that are named to whoever asks for another, at most.
 const TOLD_MODELS: usize = 8;
@@ -248,19 +244,18 @@ impl Server {
 
     /// Serves until `shutdown`, then drains: health says NOT_SERVING, admission stops, running requests
     /// get the configured grace to finish.
-    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<(), ServeError> {
+    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) {
         let (health, health_service) = tonic_health::server::health_reporter();
         if let Some(default) = self.service.models.now().default_model() {
             self.service.engine.prepare(&default);
         }
-        let router = self.router().add_service(health_service);
+        let routes = self.routes().add_service(health_service);
         let service = self.service.clone();
         let engine = Arc::clone(&service.engine);
         let grace = Duration::from_secs(self.config.server.drain_grace_seconds);
         let (stop_accepting, stopped) = oneshot::channel::<()>();
-        // Frames are small and are waited for: none is held back to be sent with the next.
-        let incoming = TcpIncoming::from(self.listener).with_nodelay(Some(true));
-        let serving = router.serve_with_incoming_shutdown(incoming, async {
+        let streams = self.config.server.max_concurrent_streams;
+        let serving = connections::serve(self.listener, routes, streams, async {
             // An error means that the sender is gone, which is a reason to stop as well.
             let _gone = stopped.await.is_err();
         });
@@ -293,25 +288,20 @@ impl Server {
         };
         tokio::pin!(serving);
         tokio::select! {
-            result = &mut serving => result?,
+            () = &mut serving => {}
             () = draining => {}
         }
-        Ok(())
     }
 
-    fn router(&self) -> Router {
+    fn routes(&self) -> Routes {
         let server = &self.config.server;
-        let mut router = tonic::transport::Server::builder()
-            .max_concurrent_streams(server.max_concurrent_streams)
-            .http2_keepalive_interval(Some(Duration::from_secs(30)))
-            .add_service(
-                DiffusionServiceServer::new(self.service.clone())
-                    .max_decoding_message_size(server.max_message_bytes),
-            )
-            .add_service(
-                ModelServiceServer::new(self.service.clone())
-                    .max_decoding_message_size(server.max_message_bytes),
-            );
+        let mut routes = Routes::new(
+            DiffusionServiceServer::new(self.service.clone())
+                .max_decoding_message_size(server.max_message_bytes),
+        )
+        .add_service(
+            ModelServiceServer::new(self.service.clone()).max_decoding_message_size(server.max_message_bytes),
+        );
         if server.reflection {
             let builder = || {
                 tonic_reflection::server::Builder::configure()
@@ -319,11 +309,11 @@ impl Server {
                     .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             };
             match (builder().build_v1(), builder().build_v1alpha()) {
-                (Ok(v1), Ok(v1alpha)) => router = router.add_service(v1).add_service(v1alpha),
+                (Ok(v1), Ok(v1alpha)) => routes = routes.add_service(v1).add_service(v1alpha),
                 (Err(error), _) | (_, Err(error)) => tracing::error!(%error, "reflection is off"),
             }
         }
-        router
+        routes
     }
 }
 

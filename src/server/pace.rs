@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Pace of clients that ask for no interval: the first frames as fast as they come.
-pub(super) const BURST: u32 = 4;
+pub(super) const BURST: u32 = 8;
 pub(super) const INTERVAL: Duration = Duration::from_millis(100);
 
 /// When the next frame may go out.
@@ -65,8 +65,8 @@ mod tests {
     #[test]
     fn frames_come_at_once_and_then_ten_a_second() {
         let times = times(None, 2000);
-        assert_eq!(times[..10], [0, 5, 10, 15, 100, 200, 300, 400, 500, 600]);
-        assert_eq!(times.len(), 23);
+        assert_eq!(times[..10], [0, 5, 10, 15, 20, 25, 30, 35, 100, 200]);
+        assert_eq!(times.len(), 27);
     }
 
     #[test]

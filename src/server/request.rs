@@ -367,8 +367,10 @@ pub(super) fn frames(policy: Option<v1::FramePolicy>) -> Result<Frames, FieldErr
     }
     Ok(Frames {
         when,
+        // Who asks for every so many steps has said how often.
         min_interval: policy
             .min_interval_ms
+            .or(matches!(when, When::EverySteps(_)).then_some(0))
             .map(|ms| std::time::Duration::from_millis(ms.into())),
         keyframes_only: policy.keyframes_only,
         omit_text: policy.omit_text,

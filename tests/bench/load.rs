@@ -40,7 +40,7 @@ pub(crate) fn run(threads: usize) -> Result<Value> {
         let serving = tokio::spawn(server.run(async move { drop(stopped.await) }));
         let rows = under(&url).await;
         drop(stop);
-        serving.await??;
+        serving.await?;
         rows
     })
 }
