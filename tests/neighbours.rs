@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use denoised::bundle::MODEL;
+use denoised::bundle::{MODEL, Manifest};
 use denoised::diffusion::{Graph, GraphKind};
+use denoised::models::{Models, ServedModel};
 use denoised::network::closed_form::ClosedForm;
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
@@ -13,13 +14,14 @@ use denoised::proto::v1::{
     FramePolicy, GenerateRequest, GetModelRequest, ModelReference, ModelState, Sampling, frame_policy,
     generate_response,
 };
+use denoised::server::Server;
 use tonic::Code;
 use tonic::transport::Endpoint;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::support::{TestServer, config, generate, publish};
+use crate::support::{Gate, TestServer, closed_form, closed_form_manifest, config, generate, publish};
 
 const ENDLESS: &[u8] = include_bytes!("fixtures/networks/endless.onnx");
 
@@ -282,6 +284,54 @@ async fn health_is_down_while_no_model_can_be_served() {
     // It is tried again without being asked for.
     fails.store(false, Ordering::Release);
     becomes(ServingStatus::Serving).await;
+    server.stop().await;
+}
+
+/// The default model takes its time to be loaded: the server answers meanwhile, and serves another.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_takes_long_to_load_keeps_neither_health_nor_others_waiting() {
+    let gate = Gate::default();
+    let door = gate.clone();
+    let network = move || {
+        door.wait();
+        let network = ClosedForm::independent(Graph::new(GraphKind::Absorbing, 6), &[0.2; 5]);
+        Ok(Box::new(network) as Box<dyn ScoreNetwork>)
+    };
+    let named = |name: &str, network| {
+        let manifest = Manifest {
+            name: name.to_owned(),
+            ..closed_form_manifest()
+        };
+        ServedModel::without_bundle(manifest, 1, network)
+    };
+    let mut models = Models::default();
+    models.insert(named("slow", Box::new(network)));
+    models.insert(named("quick", closed_form()));
+    let server = TestServer::run(Server::with_models(&config(), models).await.unwrap()).await;
+    let reference = |name: &str| {
+        Some(ModelReference {
+            name: name.to_owned(),
+            version: 0,
+        })
+    };
+    let request = move |name: &str| GenerateRequest {
+        model: reference(name),
+        ..GenerateRequest::default()
+    };
+    assert_eq!(health(&server).await, ServingStatus::Serving);
+    let mut client = server.client();
+    let waits = tokio::spawn(async move { generate(&mut client, request("slow")).await });
+    for _ in 0..4 {
+        generate(&mut server.client(), request("quick")).await.unwrap();
+    }
+    let slow = GetModelRequest {
+        model: reference("slow"),
+    };
+    let slow = server.models().get_model(slow).await.unwrap().into_inner();
+    let slow = slow.model.unwrap();
+    assert!(slow.is_default && slow.state() == ModelState::Loading, "{slow:?}");
+    gate.open();
+    waits.await.unwrap().unwrap();
     server.stop().await;
 }
 
