@@ -70,6 +70,8 @@ pub struct ModelsConfig {
     pub default: Option<String>,
     /// Whether the demo model in the binary is served too.
     pub demo: bool,
+    /// Seconds after which the repository is looked at again for versions that came or went; 0 for never.
+    pub poll_seconds: u64,
     /// Megabytes of memory that the networks of all models together may take; 0 for no limit.
     pub memory_megabytes: u64,
 }
@@ -80,6 +82,7 @@ impl Default for ModelsConfig {
             repository: None,
             default: None,
             demo: true,
+            poll_seconds: 10,
             memory_megabytes: 0,
         }
     }
@@ -334,6 +337,7 @@ impl Config {
         }
         for (key, value) in [
             ("server.drain_grace_seconds", self.server.drain_grace_seconds),
+            ("models.poll_seconds", self.models.poll_seconds),
             ("engine.max_queue_seconds", self.engine.max_queue_seconds),
             ("engine.max_pass_seconds", self.engine.max_pass_seconds),
             ("server.unread_seconds", self.server.unread_seconds),

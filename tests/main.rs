@@ -21,5 +21,6 @@ mod infill;
 mod memory;
 mod neighbours;
 mod network;
+mod repository;
 mod samplers;
 mod support;

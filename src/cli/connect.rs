@@ -14,7 +14,7 @@ use crate::server::Server;
 use crate::telemetry::{self, Log};
 
 /// Log filter of a server that lives for one command: not that it is ended, for that is how it should be.
-const QUIET: &str = "warn,denoised::server=error,denoised::server::models=warn";
+const QUIET: &str = "warn,denoised::server=error,denoised::server::repository=warn";
 
 /// How long a server may take to answer at all.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

@@ -346,6 +346,7 @@ impl Engine {
         if self.shared.loader.retire(model) {
             self.shared.costs.forget(model);
         }
+        self.shared.loader.tell();
     }
 
     /// Tells when the state of some model has changed.

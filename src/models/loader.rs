@@ -190,7 +190,8 @@ impl<W: Waiting> Loader<W> {
         self.changed.subscribe()
     }
 
-    pub(super) fn tell(&self) {
+    /// Says that the state of some model may have changed.
+    pub fn tell(&self) {
         self.changed.send_replace(());
     }
 

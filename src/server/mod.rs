@@ -11,6 +11,7 @@ mod documented_test;
 mod model_service;
 pub mod models;
 mod pace;
+mod repository;
 pub(crate) mod request;
 pub(crate) mod sampler;
 mod status;
@@ -39,6 +40,7 @@ use crate::network::NetworkError;
 use crate::proto::v1::diffusion_service_server::DiffusionServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
 use crate::proto::{DESCRIPTORS, v1};
+use repository::Repository;
 
 /// Why the server cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +129,48 @@ impl Service {
         }
     }
 
+    /// Looks for other models every `poll`; without a repository, or at no interval, never.
+    async fn follow(&self, repository: Option<Repository>, poll: Duration) {
+        let mut watched = repository.filter(|_| !poll.is_zero());
+        loop {
+            let Some(mut repository) = watched.take() else {
+                return std::future::pending().await;
+            };
+            tokio::time::sleep(poll).await;
+            let looked = tokio::task::spawn_blocking(move || {
+                let changed = repository.changed();
+                (repository, changed)
+            });
+            match looked.await {
+                Ok((repository, changed)) => {
+                    watched = Some(repository);
+                    if let Some(models) = changed {
+                        self.replace_models(models);
+                    }
+                }
+                Err(error) => tracing::error!(%error, "looking for models failed; it is given up"),
+            }
+        }
+    }
+
+    /// Serves `models` from now on: what is not among them to nobody new, and new versions of what is in use as soon as
+    /// they are loaded.
+    fn replace_models(&self, models: Models) {
+        let served: Vec<String> = models.iter().map(ToString::to_string).collect();
+        tracing::info!(models = served.join(", "), "the models have changed");
+        for retired in self.models.replace(models) {
+            self.engine.retire(&retired);
+        }
+        let models = self.models.now();
+        for model in models.iter().filter(|model| !self.engine.was_ready(model)) {
+            let older = models.candidates(Some(model.name()), None);
+            let is_newest = older.first().is_some_and(|newest| Arc::ptr_eq(newest, model));
+            if is_newest && older.iter().any(|older| self.engine.was_ready(older)) {
+                self.engine.prepare(model);
+            }
+        }
+    }
+
     fn has_failed(&self, model: &Arc<ServedModel>) -> bool {
         matches!(self.engine.state(model), ModelState::Failed { .. })
     }
@@ -155,6 +199,8 @@ pub struct Server {
     address: SocketAddr,
     service: Service,
     config: Config,
+    /// Where models come from, but for those of tests.
+    repository: Option<Repository>,
 }
 
 impl Server {
@@ -162,10 +208,14 @@ impl Server {
     pub async fn bind(config: &Config) -> Result<Self, StartError> {
         // Reads files: not on the runtime's threads.
         let wanted = config.clone();
-        let models = tokio::task::spawn_blocking(move || models::load(&wanted))
+        let (repository, models) = tokio::task::spawn_blocking(move || Repository::open(&wanted))
             .await
             .map_err(|e| StartError::Models(format!("loading the models failed: {e}")))??;
-        Self::with_models(config, models).await
+        let server = Self::with_models(config, models).await?;
+        Ok(Self {
+            repository: Some(repository).filter(Repository::is_watched),
+            ..server
+        })
     }
 
     /// Serves `models` instead of the configured ones.
@@ -208,6 +258,7 @@ impl Server {
             address,
             service,
             config: config.clone(),
+            repository: None,
         })
     }
 
@@ -253,6 +304,7 @@ impl Server {
         let service = self.service.clone();
         let engine = Arc::clone(&service.engine);
         let grace = Duration::from_secs(self.config.server.drain_grace_seconds);
+        let poll = Duration::from_secs(self.config.models.poll_seconds);
         let (stop_accepting, stopped) = oneshot::channel::<()>();
         let streams = self.config.server.max_concurrent_streams;
         let serving = connections::serve(self.listener, routes, streams, async {
@@ -264,6 +316,8 @@ impl Server {
                 () = shutdown => {}
                 // Ends with the engine alone, which ends below.
                 () = service.report_health(health.clone()) => {}
+                // Ends never.
+                () = service.follow(self.repository, poll) => {}
             }
             tracing::info!(
                 "draining: no new requests, {} s for running ones",
