@@ -37,6 +37,10 @@ pub struct ServerConfig {
     pub drain_grace_seconds: u64,
     /// Whether clients may ask for the proto files.
     pub reflection: bool,
+    /// Connections that may be open.
+    pub max_connections: usize,
+    /// Seconds that a new connection has to say that it speaks HTTP/2.
+    pub handshake_seconds: u64,
     /// Calls that one connection may have open.
     pub max_concurrent_streams: u32,
     /// Largest message that is read, in bytes.
@@ -51,6 +55,8 @@ impl Default for ServerConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
             drain_grace_seconds: 20,
             reflection: true,
+            max_connections: 1024,
+            handshake_seconds: 10,
             max_concurrent_streams: 256,
             max_message_bytes: 4 << 20,
             unread_seconds: 60,
@@ -268,7 +274,7 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let at_least_one: [(&'static str, u64); 12] = [
+        let at_least_one: [(&'static str, u64); 13] = [
             (
                 "server.max_concurrent_streams",
                 self.server.max_concurrent_streams.into(),
@@ -278,6 +284,7 @@ impl Config {
             ("engine.max_queue_seconds", self.engine.max_queue_seconds),
             ("engine.max_pass_seconds", self.engine.max_pass_seconds),
             ("server.unread_seconds", self.server.unread_seconds),
+            ("server.handshake_seconds", self.server.handshake_seconds),
             ("limits.max_request_tokens", self.limits.max_request_tokens as u64),
             ("limits.max_steps", self.limits.max_steps.into()),
             ("limits.max_samples", self.limits.max_samples.into()),
@@ -299,6 +306,7 @@ impl Config {
             ("engine.workers", self.engine.workers),
             ("engine.threads_per_worker", self.engine.threads_per_worker),
             ("engine.max_output_megabytes", self.engine.max_output_megabytes),
+            ("server.max_connections", self.server.max_connections),
         ] {
             let (range, wanted) = match key {
                 "engine.workers" => (1..=1024, "1 to 1024"),
@@ -338,6 +346,7 @@ impl Config {
         for (key, value) in [
             ("server.drain_grace_seconds", self.server.drain_grace_seconds),
             ("models.poll_seconds", self.models.poll_seconds),
+            ("server.handshake_seconds", self.server.handshake_seconds),
             ("engine.max_queue_seconds", self.engine.max_queue_seconds),
             ("engine.max_pass_seconds", self.engine.max_pass_seconds),
             ("server.unread_seconds", self.server.unread_seconds),

@@ -11,6 +11,7 @@
 mod architecture;
 mod binary;
 mod cancelling;
+mod connections;
 mod defaults;
 mod determinism;
 mod errors;

@@ -5,6 +5,7 @@
 //! they can go out. The client's own window comes on top; the pace of frames bounds what waits there.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -13,10 +14,13 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tonic::body::Body;
 use tonic::service::Routes;
 use tonic::transport::server::TcpConnectInfo;
 use tower::ServiceExt;
+
+use crate::config::ServerConfig;
 
 /// Bytes of a stream that HTTP/2 holds until the connection takes them.
 const SEND_BUFFER: usize = 16 << 10;
@@ -27,18 +31,25 @@ const REFUSED: Duration = Duration::from_millis(50);
 /// Time between two signs of life of a silent connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 
+/// What the client of an HTTP/2 connection says first.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Pause until more of it is looked for.
+const MORE: Duration = Duration::from_millis(10);
+
 /// Serves `routes` to whoever connects until `stop`, then lets open calls end.
 pub(super) async fn serve(
     listener: TcpListener,
     routes: Routes,
-    max_concurrent_streams: u32,
+    config: &ServerConfig,
     stop: impl Future<Output = ()>,
 ) {
+    let places = Arc::new(Semaphore::new(config.max_connections));
+    let handshake = Duration::from_secs(config.handshake_seconds);
     let mut builder = Builder::new(TokioExecutor::new()).http2_only();
     builder
         .http2()
         .timer(TokioTimer::new())
-        .max_concurrent_streams(max_concurrent_streams)
+        .max_concurrent_streams(config.max_concurrent_streams)
         .max_send_buf_size(SEND_BUFFER)
         .keep_alive_interval(KEEP_ALIVE);
     let routes = routes.prepare();
@@ -56,6 +67,10 @@ pub(super) async fn serve(
                 }
             },
         };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            tracing::warn!(%remote, "a connection is closed: there are as many as may be (server.max_connections)");
+            continue;
+        };
         if let Err(error) = set_up(&stream) {
             tracing::debug!(%remote, %error, "a connection was gone before it was set up");
             continue;
@@ -65,9 +80,19 @@ pub(super) async fn serve(
             remote_addr: Some(remote),
         };
         let service = TowerToHyperService::new(seen_from(peer, routes.clone()));
-        let connection = builder.serve_connection(TokioIo::new(stream), service);
-        let connection = graceful.watch(connection.into_owned());
+        let (builder, watcher) = (builder.clone(), graceful.watcher());
         tokio::spawn(async move {
+            let _place = place;
+            match tokio::time::timeout(handshake, says_preface(&stream)).await {
+                Ok(Ok(true)) => {}
+                Ok(Ok(false) | Err(_)) => return,
+                Err(_) => {
+                    tracing::debug!(%remote, "a connection is closed: it said nothing (server.handshake_seconds)");
+                    return;
+                }
+            }
+            let connection = builder.serve_connection(TokioIo::new(stream), service);
+            let connection = watcher.watch(connection.into_owned());
             if let Err(error) = connection.await {
                 tracing::debug!(%remote, %error, "a connection ended with an error");
             }
@@ -76,6 +101,21 @@ pub(super) async fn serve(
     // Nobody new can connect while open calls end.
     drop(listener);
     graceful.shutdown().await;
+}
+
+/// Waits until all that a client has to say first is there; `false` where it is something else, or the end.
+async fn says_preface(stream: &TcpStream) -> std::io::Result<bool> {
+    let mut said = [0; PREFACE.len()];
+    loop {
+        let length = stream.peek(&mut said).await?;
+        if length == 0 || !PREFACE.starts_with(&said[..length]) {
+            return Ok(false);
+        }
+        if length == PREFACE.len() {
+            return Ok(true);
+        }
+        tokio::time::sleep(MORE).await;
+    }
 }
 
 fn set_up(stream: &TcpStream) -> std::io::Result<()> {

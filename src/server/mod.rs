@@ -306,8 +306,7 @@ impl Server {
         let grace = Duration::from_secs(self.config.server.drain_grace_seconds);
         let poll = Duration::from_secs(self.config.models.poll_seconds);
         let (stop_accepting, stopped) = oneshot::channel::<()>();
-        let streams = self.config.server.max_concurrent_streams;
-        let serving = connections::serve(self.listener, routes, streams, async {
+        let serving = connections::serve(self.listener, routes, &self.config.server, async {
             // An error means that the sender is gone, which is a reason to stop as well.
             let _gone = stopped.await.is_err();
         });
