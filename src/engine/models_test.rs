@@ -241,16 +241,18 @@ fn devices_share_the_work_and_one_that_fails_leaves_it_to_the_other() {
         .unwrap();
         let sound = super::tests::model(GraphKind::Absorbing);
         let calm = Engine::start(options(1)).unwrap();
-        let mut generations: Vec<_> = (0..24)
-            .map(|n| engine.admit(request(&model, n)).unwrap())
-            .collect();
-        for (generation, n) in generations.iter_mut().zip(0..) {
-            let alone = tokens(&mut calm.admit(request(&sound, n)).unwrap());
-            assert_eq!(tokens(generation), alone);
+        let on = |device: usize| passes[device].load(Ordering::Acquire);
+        // Until both have taken part: the second may take a while to be loaded.
+        while on(1) == 0 || !broken && on(0) == 0 {
+            let mut generations: Vec<_> = (0..24)
+                .map(|n| engine.admit(request(&model, n)).unwrap())
+                .collect();
+            for (generation, n) in generations.iter_mut().zip(0..) {
+                let alone = tokens(&mut calm.admit(request(&sound, n)).unwrap());
+                assert_eq!(tokens(generation), alone);
+            }
         }
-        let [first, second] = [0, 1].map(|device| passes[device].load(Ordering::Acquire));
-        assert_eq!(first == 0, broken, "{first} passes on the first device");
-        assert!(second > 0, "no pass on the second device");
+        assert_eq!(on(0) == 0, broken);
         assert_eq!(engine.state(&model), ModelState::Ready);
         assert!(alive.most.load(Ordering::Acquire) <= 2 && idle(&engine));
     }

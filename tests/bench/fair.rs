@@ -30,7 +30,8 @@ fn options(threads: usize, batch_tokens: usize) -> EngineOptions {
         threads,
         batch_tokens,
         output_bytes: 1 << 30,
-        max_queue: Duration::from_secs(86_400),
+        // Costs of a model are guessed at 5 ms until it is measured.
+        max_queue: Duration::from_secs(100 * 86_400),
         caller_share: 1.0,
         network_bytes: u64::MAX,
         max_running_requests: usize::MAX,

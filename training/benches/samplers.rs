@@ -216,7 +216,7 @@ fn main() -> Result<()> {
         print!("{}", rows.last().map(Row::line).unwrap_or_default());
     }
     let mut table = format!(
-        "Demo model, {} samples of 128 tokens each, temperature 1, seed 1; errors are standard errors over samples. \
+        "Demo model, {} samples of 128 tokens each, at the model's own temperature and top-p, seed 1; errors are standard errors over samples. \
          Bits per byte are those of a language model that reads the text (SmolLM2-135M); lower is more predictable, \
          which is better only where entropy and distinct n-grams stay near held-out text's.\n\n\
          | sampler | options | evaluations | bits per byte | token entropy, nats | distinct pairs, triples |\n\
