@@ -13,6 +13,7 @@ fn compile() -> Result<(), Box<dyn std::error::Error>> {
     let files = [
         "denoised/v1/diffusion_service.proto",
         "denoised/v1/model_service.proto",
+        "denoised/v1/server_service.proto",
     ];
     let mut compiler = protox::Compiler::new(["proto"])?;
     compiler

@@ -154,8 +154,8 @@ async fn shutdown_lets_running_requests_finish_and_refuses_new_ones() {
     let mut results = 0;
     while let Some(message) = stream.message().await.unwrap() {
         results += usize::from(matches!(
-            message.event,
-            Some(denoised::proto::v1::generate_response::Event::Result(_))
+            message.event.and_then(|event| event.event),
+            Some(denoised::proto::v1::event::Event::Result(_))
         ));
     }
     assert_eq!(results, 1);

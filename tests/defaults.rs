@@ -2,7 +2,8 @@
 
 use denoised::bundle::{Defaults, Manifest};
 use denoised::diffusion::SamplerKind;
-use denoised::proto::v1::{GenerateRequest, GetModelRequest, Sampler, Sampling};
+use denoised::proto::v1::sampling::Sampler;
+use denoised::proto::v1::{Euler, GenerateRequest, GetModelRequest, Remask, Sampling};
 
 use crate::support::{TestServer, closed_form, closed_form_manifest, config, generate};
 
@@ -25,20 +26,14 @@ async fn silent_requests_get_the_models_defaults_and_accepted_repeats_them() {
     let mut client = server.client();
     let first = generate(&mut client, GenerateRequest::default()).await.unwrap();
     let accepted = first.accepted.as_ref().unwrap();
-    assert_eq!(accepted.sampler(), Sampler::Remask);
-    assert_eq!(accepted.remask_rate, Some(0.25));
-    assert_eq!((accepted.steps, accepted.length), (5, 8));
-    assert_eq!((accepted.temperature, accepted.top_p), (0.5, Some(0.9)));
+    let sampling = accepted.sampling.unwrap();
+    assert_eq!(
+        sampling.sampler,
+        Some(Sampler::Remask(Remask { rate: Some(0.25) }))
+    );
+    assert_eq!((sampling.steps, accepted.length), (Some(5), 8));
+    assert_eq!((sampling.temperature, sampling.top_p), (Some(0.5), Some(0.9)));
     // Asked for in so many words, the same comes again.
-    let sampling = Sampling {
-        sampler: accepted.sampler,
-        remask_rate: accepted.remask_rate,
-        steps: Some(accepted.steps),
-        temperature: Some(accepted.temperature),
-        top_p: accepted.top_p,
-        seed: Some(accepted.seed),
-        ..Sampling::default()
-    };
     let again = GenerateRequest {
         length: Some(accepted.length),
         sampling: Some(sampling),
@@ -55,7 +50,7 @@ async fn what_a_request_says_wins() {
     let request = GenerateRequest {
         length: Some(12),
         sampling: Some(Sampling {
-            sampler: Sampler::Euler.into(),
+            sampler: Some(Sampler::Euler(Euler { normalize: false })),
             steps: Some(9),
             temperature: Some(1.0),
             top_p: Some(1.0),
@@ -65,12 +60,10 @@ async fn what_a_request_says_wins() {
     };
     let answer = generate(&mut server.client(), request).await.unwrap();
     let accepted = answer.accepted.unwrap();
-    assert_eq!(accepted.sampler(), Sampler::Euler);
-    assert_eq!(
-        (accepted.remask_rate, accepted.steps, accepted.length),
-        (None, 9, 12)
-    );
-    assert_eq!((accepted.temperature, accepted.top_p), (1.0, Some(1.0)));
+    let sampling = accepted.sampling.unwrap();
+    assert_eq!(sampling.sampler, Some(Sampler::Euler(Euler { normalize: false })));
+    assert_eq!((sampling.steps, accepted.length), (Some(9), 12));
+    assert_eq!((sampling.temperature, sampling.top_p), (Some(1.0), Some(1.0)));
     server.stop().await;
 }
 
@@ -86,8 +79,12 @@ async fn get_model_shows_them() {
         let defaults = model.into_inner().model.unwrap().defaults;
         assert_eq!(defaults.is_some(), has);
         if let Some(defaults) = defaults {
-            assert_eq!(defaults.sampler(), Sampler::Remask);
-            assert_eq!((defaults.steps, defaults.length), (Some(5), Some(8)));
+            let sampling = defaults.sampling.unwrap();
+            assert_eq!(
+                sampling.sampler,
+                Some(Sampler::Remask(Remask { rate: Some(0.25) }))
+            );
+            assert_eq!((sampling.steps, defaults.length), (Some(5), Some(8)));
         }
         server.stop().await;
     }

@@ -1,16 +1,18 @@
 //! Bad requests get the right code, name their field and harm nobody else.
 
 use bytes::{Buf, BufMut};
+use denoised::proto::v1::generate_request::PromptAs;
+use denoised::proto::v1::sampling::Sampler;
 use denoised::proto::v1::template_part::Part;
 use denoised::proto::v1::{
-    CancelRequest, DetokenizeRequest, FramePolicy, GenerateRequest, InfillRequest, ModelReference, Sampling,
-    TemplatePart, TokenList, TokenizeRequest,
+    CancelRequest, DetokenizeRequest, EntropyBounded, FirstHitting, FramePolicy, GenerateRequest,
+    InfillRequest, ModelReference, Remask, Sampling, TemplatePart, TokenList, TokenizeRequest,
 };
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-use crate::support::{Gate, TestServer, closed_form, config, generate, infill};
+use crate::support::{Gate, TestServer, closed_form, config, gap, generate, infill, prompt};
 
 fn sampling(change: impl FnOnce(&mut Sampling)) -> GenerateRequest {
     let mut sampling = Sampling::default();
@@ -19,6 +21,10 @@ fn sampling(change: impl FnOnce(&mut Sampling)) -> GenerateRequest {
         sampling: Some(sampling),
         ..GenerateRequest::default()
     }
+}
+
+fn entropy_bounded(bound: f64) -> Option<Sampler> {
+    Some(Sampler::EntropyBounded(EntropyBounded { bound: Some(bound) }))
 }
 
 #[track_caller]
@@ -55,21 +61,48 @@ async fn every_field_of_generate_is_checked() {
             "sampling.num_samples",
             sampling(|s| s.num_samples = Some(1_000_000)),
         ),
-        ("sampling.sampler", sampling(|s| s.sampler = 99)),
         (
-            "sampling.entropy_bound",
-            sampling(|s| s.entropy_bound = Some(f64::NAN)),
+            "sampling.entropy_bounded.bound",
+            sampling(|s| s.sampler = entropy_bounded(f64::NAN)),
         ),
         (
-            "sampling.entropy_bound",
-            sampling(|s| s.entropy_bound = Some(-0.1)),
+            "sampling.entropy_bounded.bound",
+            sampling(|s| s.sampler = entropy_bounded(-0.1)),
         ),
-        ("sampling.remask_rate", sampling(|s| s.remask_rate = Some(1.1))),
-        // Options of samplers that are not asked for.
-        ("sampling.remask_rate", sampling(|s| s.remask_rate = Some(0.1))),
         (
-            "sampling.entropy_bound",
-            sampling(|s| (s.sampler, s.entropy_bound) = (2, Some(0.5))),
+            "sampling.remask.rate",
+            sampling(|s| s.sampler = Some(Sampler::Remask(Remask { rate: Some(1.1) }))),
+        ),
+        // What a sampler does not take is not ignored.
+        (
+            "sampling.steps",
+            sampling(|s| (s.sampler, s.steps) = (Some(Sampler::FirstHitting(FirstHitting {})), Some(8))),
+        ),
+        (
+            "prompt_tokens.ids[1]",
+            GenerateRequest {
+                prompt_as: Some(PromptAs::PromptTokens(TokenList {
+                    ids: vec![0, 4_000_000],
+                })),
+                ..default()
+            },
+        ),
+        (
+            "prompt_tokens",
+            GenerateRequest {
+                prompt_as: Some(PromptAs::PromptTokens(TokenList { ids: vec![0; 200] })),
+                ..default()
+            },
+        ),
+        (
+            "frames.text",
+            GenerateRequest {
+                frames: Some(FramePolicy {
+                    text: 9,
+                    ..FramePolicy::default()
+                }),
+                ..default()
+            },
         ),
         (
             "length",
@@ -88,14 +121,14 @@ async fn every_field_of_generate_is_checked() {
         (
             "prompt",
             GenerateRequest {
-                prompt: "word ".repeat(200),
+                prompt_as: prompt(&"word ".repeat(200)),
                 ..default()
             },
         ),
         (
             "prompt",
             GenerateRequest {
-                prompt: "In the beginning".into(),
+                prompt_as: prompt("In the beginning"),
                 length: Some(1),
                 ..default()
             },
@@ -174,7 +207,7 @@ async fn every_field_of_infill_is_checked() {
         template: parts.into_iter().map(|part| TemplatePart { part }).collect(),
         ..InfillRequest::default()
     };
-    let gap = |n| Some(Part::Gap(n));
+    let gap = |n| Some(gap(n));
     let cases = [
         ("template", ask(vec![])),
         ("template", ask(vec![Some(Part::Text("no gap".into()))])),
@@ -184,7 +217,7 @@ async fn every_field_of_infill_is_checked() {
             "template",
             ask(vec![Some(Part::Text("x".repeat(2_000_000))), gap(1)]),
         ),
-        ("template[1].gap", ask(vec![gap(1), gap(0)])),
+        ("template[1].gap.positions", ask(vec![gap(1), gap(0)])),
         ("template[1]", ask(vec![gap(1), None])),
         (
             "template[0].tokens.ids[1]",
@@ -264,7 +297,7 @@ async fn text_of_a_model_without_tokenizer_is_refused_and_tokens_work() {
         .unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition);
     let request = GenerateRequest {
-        prompt: "hello".into(),
+        prompt_as: prompt("hello"),
         ..GenerateRequest::default()
     };
     assert_eq!(

@@ -42,6 +42,7 @@ fn grpcurl_generates_infills_reflects_and_is_told_its_mistakes() {
     for service in [
         "denoised.v1.DiffusionService",
         "denoised.v1.ModelService",
+        "denoised.v1.ServerService",
         "grpc.health.v1.Health",
     ] {
         assert!(services.contains(service), "{services}");
@@ -73,11 +74,16 @@ fn grpcurl_generates_infills_reflects_and_is_told_its_mistakes() {
         fine(r#"{"prompt": "And"}"#, "denoised.v1.DiffusionService/Generate").contains("FINISH_REASON_DONE")
     );
     let infilled = fine(
-        r#"{"template": [{"text": "The son of"}, {"gap": 4}, {"text": " went up."}]}"#,
+        r#"{"template": [{"text": "The son of"}, {"gap": {"positions": 4}}, {"text": " went up."}]}"#,
         "denoised.v1.DiffusionService/Infill",
     );
     assert!(infilled.contains("The son of") && infilled.contains(" went up."));
     assert!(fine("", "denoised.v1.ModelService/ListModels").contains("world-english"));
+    let about = fine("", "denoised.v1.ServerService/GetServer");
+    assert!(
+        about.contains(env!("CARGO_PKG_VERSION")) && about.contains("maxSteps"),
+        "{about}"
+    );
     for (data, method, says) in [
         (
             r#"{"sampling": {"steps": 0}}"#,

@@ -8,12 +8,15 @@ use denoised::bundle::Manifest;
 use denoised::diffusion::{Graph, GraphKind};
 use denoised::network::closed_form::ClosedForm;
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
+use denoised::proto::v1::event::Event;
 use denoised::proto::v1::{
     FramePolicy, GenerateRequest, GetModelRequest, InfillRequest, ListModelsRequest, Model, Sampling,
-    TemplatePart, TokenList, frame, frame_policy, generate_response, template_part,
+    TemplatePart, TokenList, frame, frame_policy, template_part,
 };
 
-use crate::support::{Answer, TestServer, closed_form, closed_form_manifest, config, generate, infill};
+use crate::support::{
+    Answer, TestServer, closed_form, closed_form_manifest, config, gap, generate, infill, prompt,
+};
 
 fn request(frames: FramePolicy) -> GenerateRequest {
     GenerateRequest {
@@ -29,26 +32,29 @@ fn request(frames: FramePolicy) -> GenerateRequest {
 
 /// Applies all frames; the last state must be the result's.
 fn replay(answer: &Answer) {
-    let mut canvas: Vec<u32> = Vec::new();
+    let (mut canvas, mut committed_at) = (Vec::new(), Vec::new());
     for (index, frame) in answer.frames.iter().enumerate() {
         let edge = index == 0 || index + 1 == answer.frames.len();
         match frame.content.as_ref().unwrap() {
             frame::Content::Keyframe(key) => {
                 canvas.clone_from(&key.tokens);
+                committed_at.clone_from(&key.committed_at);
                 let masked: u32 = key.masked.iter().map(|byte| byte.count_ones()).sum();
                 assert_eq!(masked, frame.masked);
             }
             frame::Content::Delta(delta) => {
                 assert!(!edge, "the first and the last frame are keyframes");
                 assert!(delta.positions.is_sorted());
-                for (position, token) in delta.positions.iter().zip(&delta.tokens) {
-                    canvas[*position as usize] = *token;
+                for (index, position) in delta.positions.iter().enumerate() {
+                    canvas[*position as usize] = delta.tokens[index];
+                    committed_at[*position as usize] = delta.committed_at[index];
                 }
             }
         }
         assert_eq!(canvas.iter().filter(|t| **t == 5).count() as u32, frame.masked);
     }
     assert_eq!(canvas, answer.results[0].tokens);
+    assert_eq!(committed_at, answer.results[0].committed_at);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -175,7 +181,7 @@ async fn a_slow_client_is_shown_the_present_and_gets_its_result_at_once() {
     let mut stream = server.client().generate(request).await.unwrap().into_inner();
     let (mut frames, mut late, mut oldest) = (0, 0, 0);
     while let Some(message) = stream.message().await.unwrap() {
-        if let Some(generate_response::Event::Frame(frame)) = message.event {
+        if let Some(Event::Frame(frame)) = message.event.and_then(|event| event.event) {
             frames += 1;
             let now = evaluations.load(Ordering::Acquire);
             oldest = oldest.max(now - frame.nfe);
@@ -226,7 +232,7 @@ async fn text_travels_with_tokens_and_models_tell_their_limits() {
     let answer = generate(
         &mut server.client(),
         GenerateRequest {
-            prompt: "In the beginning".into(),
+            prompt_as: prompt("In the beginning"),
             ..request
         },
     )
@@ -250,7 +256,7 @@ async fn bits_tell_position_by_position_what_is_masked_and_clamped() {
     let answer = infill(
         &mut server.client(),
         InfillRequest {
-            template: vec![tokens(&[1, 2]), part(template_part::Part::Gap(8)), tokens(&[3])],
+            template: vec![tokens(&[1, 2]), part(gap(8)), tokens(&[3])],
             frames: Some(FramePolicy {
                 keyframes_only: true,
                 ..FramePolicy::default()
@@ -285,19 +291,25 @@ async fn bits_tell_position_by_position_what_is_masked_and_clamped() {
 #[tokio::test(flavor = "multi_thread")]
 async fn text_can_be_left_out_of_frames_but_never_of_results() {
     let server = TestServer::demo().await;
-    for omit_text in [false, true] {
+    for (text, of_deltas, of_keyframes) in [
+        (frame_policy::Text::Unspecified, true, true),
+        (frame_policy::Text::AllFrames, true, true),
+        (frame_policy::Text::Keyframes, false, true),
+        (frame_policy::Text::None, false, false),
+    ] {
         let policy = FramePolicy {
-            omit_text,
+            text: text.into(),
             ..FramePolicy::default()
         };
         let answer = generate(&mut server.client(), request(policy)).await.unwrap();
-        assert!(answer.frames.len() > 1);
-        assert!(
-            answer
-                .frames
-                .iter()
-                .all(|frame| frame.text.is_none() == omit_text)
-        );
+        assert!(answer.frames.len() > 2);
+        for frame in &answer.frames {
+            let wanted = match frame.content {
+                Some(frame::Content::Keyframe(_)) => of_keyframes,
+                _ => of_deltas,
+            };
+            assert_eq!(frame.text.is_some(), wanted, "{text:?}");
+        }
         assert!(!answer.results[0].text().is_empty());
     }
     server.stop().await;

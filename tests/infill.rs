@@ -5,7 +5,7 @@ use denoised::proto::v1::{
     DetokenizeRequest, InfillRequest, Sampling, TemplatePart, TokenList, TokenizeRequest,
 };
 
-use crate::support::{TestServer, infill};
+use crate::support::{TestServer, gap, infill};
 
 fn parts(parts: impl IntoIterator<Item = Part>) -> Vec<TemplatePart> {
     parts
@@ -36,17 +36,17 @@ async fn clamped_text_comes_back_byte_for_byte() {
         " the end.\0",
     ];
     let templates = [
-        vec![Part::Text(texts[0].into()), Part::Gap(5)],
-        vec![Part::Gap(4), Part::Text(texts[1].into())],
+        vec![Part::Text(texts[0].into()), gap(5)],
+        vec![gap(4), Part::Text(texts[1].into())],
         vec![
-            Part::Gap(2),
+            gap(2),
             Part::Text(texts[0].into()),
-            Part::Gap(3),
+            gap(3),
             Part::Text(texts[1].into()),
-            Part::Gap(1),
+            gap(1),
             Part::Text(texts[2].into()),
         ],
-        vec![Part::Gap(3), Part::Gap(4)],
+        vec![gap(3), gap(4)],
     ];
     for template in templates {
         let answer = infill(&mut server.client(), request(parts(template.clone())))
@@ -71,7 +71,13 @@ async fn clamped_text_comes_back_byte_for_byte() {
         }
         let gaps: u32 = template
             .iter()
-            .map(|part| if let Part::Gap(n) = part { *n } else { 0 })
+            .map(|part| {
+                if let Part::Gap(gap) = part {
+                    gap.positions
+                } else {
+                    0
+                }
+            })
             .sum();
         assert_eq!(
             result.committed_at.iter().filter(|step| **step > 0).count() as u32,
@@ -101,11 +107,7 @@ async fn clamped_tokens_stay_where_they_are() {
         })
         .await;
     assert_eq!(detokenized.unwrap().into_inner().text, text);
-    let template = vec![
-        Part::Gap(3),
-        Part::Tokens(TokenList { ids: tokens.clone() }),
-        Part::Gap(2),
-    ];
+    let template = vec![gap(3), Part::Tokens(TokenList { ids: tokens.clone() }), gap(2)];
     let answer = infill(&mut server.client(), request(parts(template)))
         .await
         .unwrap();
@@ -121,9 +123,9 @@ async fn a_space_before_a_gap_changes_nothing_but_who_writes_it() {
     let ask = async |before: &str, between: &str| {
         let template = [
             Part::Text(before.into()),
-            Part::Gap(3),
+            gap(3),
             Part::Text(between.into()),
-            Part::Gap(2),
+            gap(2),
         ];
         let answer = infill(&mut server.client(), request(parts(template)))
             .await

@@ -10,9 +10,9 @@ use denoised::models::{Models, ServedModel};
 use denoised::network::closed_form::ClosedForm;
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
+use denoised::proto::v1::event::Event;
 use denoised::proto::v1::{
     FramePolicy, GenerateRequest, GetModelRequest, ModelReference, ModelState, Sampling, frame_policy,
-    generate_response,
 };
 use denoised::server::Server;
 use tonic::Code;
@@ -78,7 +78,7 @@ async fn siblings_of_a_failed_canvas_deliver_before_the_error_is_told() {
     let status = loop {
         match stream.message().await {
             Ok(Some(message)) => {
-                if let Some(generate_response::Event::Result(result)) = message.event {
+                if let Some(Event::Result(result)) = message.event.and_then(|event| event.event) {
                     results.push(result.canvas);
                 }
             }

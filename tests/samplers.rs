@@ -4,15 +4,20 @@ use denoised::bundle::Manifest;
 use denoised::diffusion::{Graph, GraphKind};
 use denoised::models::{Models, ServedModel};
 use denoised::network::closed_form::ClosedForm;
-use denoised::proto::v1::{FramePolicy, GenerateRequest, GetModelRequest, Sampler, Sampling, frame_policy};
+use denoised::proto::v1::sampling::Sampler;
+use denoised::proto::v1::{
+    Euler, FirstHitting, FramePolicy, GenerateRequest, GetModelRequest, Remask, Sampling, Tweedie,
+    frame_policy,
+};
 use denoised::server::Server;
+use denoised::server::sampler::{self, ALL};
 use tonic::Code;
 
 use crate::support::{TestServer, closed_form_manifest, config, generate};
 
 fn request(prompt: &str, sampling: Sampling) -> GenerateRequest {
     GenerateRequest {
-        prompt: prompt.to_owned(),
+        prompt_as: crate::support::prompt(prompt),
         length: Some(40),
         sampling: Some(Sampling {
             seed: Some(11),
@@ -31,7 +36,7 @@ async fn a_thousand_steps_of_the_demo_model_cost_one_evaluation_a_token_at_most(
     let server = TestServer::demo().await;
     let sampling = Sampling {
         steps: Some(1024),
-        normalize: true,
+        sampler: Some(Sampler::Tweedie(Tweedie { normalize: true })),
         ..Sampling::default()
     };
     let answer = generate(&mut server.client(), request("In the beginning", sampling))
@@ -39,7 +44,13 @@ async fn a_thousand_steps_of_the_demo_model_cost_one_evaluation_a_token_at_most(
         .unwrap();
     let (accepted, result) = (answer.accepted.unwrap(), &answer.results[0]);
     let gaps = result.committed_at.iter().filter(|&&step| step > 0).count();
-    assert!(accepted.normalize && accepted.steps == 1024);
+    let sampling = accepted.sampling.unwrap();
+    assert_eq!(sampling.steps, Some(1024));
+    assert_eq!(
+        sampling.sampler,
+        Some(Sampler::Tweedie(Tweedie { normalize: true }))
+    );
+    assert_eq!(accepted.total, 1025);
     assert!(
         (1..40).contains(&gaps) && result.nfe as usize <= gaps,
         "{} of {gaps}",
@@ -55,15 +66,16 @@ async fn a_thousand_steps_of_the_demo_model_cost_one_evaluation_a_token_at_most(
 async fn first_hitting_fills_one_position_an_evaluation() {
     let server = TestServer::demo().await;
     let sampling = Sampling {
-        sampler: Sampler::FirstHitting.into(),
+        sampler: Some(Sampler::FirstHitting(FirstHitting {})),
         ..Sampling::default()
     };
     let answer = generate(&mut server.client(), request("", sampling))
         .await
         .unwrap();
     let (accepted, result) = (answer.accepted.unwrap(), &answer.results[0]);
-    assert_eq!(accepted.sampler(), Sampler::FirstHitting);
-    assert_eq!((accepted.normalize, accepted.steps, result.nfe), (true, 40, 40));
+    let sampling = accepted.sampling.unwrap();
+    assert_eq!(sampling.sampler, Some(Sampler::FirstHitting(FirstHitting {})));
+    assert_eq!((sampling.steps, accepted.total, result.nfe), (None, 40, 40));
     let mut order = result.committed_at.clone();
     order.sort_unstable();
     assert_eq!(order, (1..=40).collect::<Vec<u32>>());
@@ -78,38 +90,32 @@ async fn every_sampler_fills_every_gap_within_its_evaluations() {
         .get_model(GetModelRequest::default())
         .await
         .unwrap();
-    let mask = model.into_inner().model.unwrap().mask_token();
-    for (sampler, steps, most) in [
-        (Sampler::Tweedie, 12, 13),
-        (Sampler::Euler, 12, 13),
-        (Sampler::FirstHitting, 12, 40),
-        (Sampler::Confidence, 12, 12),
-        (Sampler::EntropyBounded, 12, 12),
-        (Sampler::Remask, 12, 13),
-        (Sampler::ThetaTrapezoidal, 12, 25),
-    ] {
+    let model = model.into_inner().model.unwrap();
+    let mask = model.mask_token();
+    assert_eq!(model.samplers, ALL.map(|(name, _)| name.to_owned()));
+    for ((name, sampler), most) in ALL.into_iter().zip([13, 13, 40, 12, 12, 13, 25]) {
+        let is_remask = matches!(sampler, Sampler::Remask(_));
         let sampling = Sampling {
-            sampler: sampler.into(),
-            steps: Some(steps),
-            remask_rate: (sampler == Sampler::Remask).then_some(0.3),
+            sampler: Some(if is_remask {
+                Sampler::Remask(Remask { rate: Some(0.3) })
+            } else {
+                sampler
+            }),
+            steps: (name != "first_hitting").then_some(12),
             ..Sampling::default()
         };
         let answer = generate(&mut server.client(), request("In the beginning", sampling))
             .await
             .unwrap();
         let (accepted, result) = (answer.accepted.unwrap(), &answer.results[0]);
-        assert_eq!(accepted.sampler(), sampler);
+        assert_eq!(sampler::name(&accepted.sampling.unwrap().sampler.unwrap()), name);
         assert!((1..=most).contains(&result.nfe), "{sampler:?}: {}", result.nfe);
         assert!(result.tokens.iter().all(|&token| token < mask), "{sampler:?}");
         assert!(result.text().starts_with("In the beginning"));
         let masked: Vec<u32> = answer.frames.iter().map(|frame| frame.masked).collect();
         assert_eq!(masked.last(), Some(&0));
         // Only remasking takes tokens back.
-        assert_eq!(
-            masked.is_sorted_by(|a, b| a >= b),
-            sampler != Sampler::Remask,
-            "{masked:?}"
-        );
+        assert_eq!(masked.is_sorted_by(|a, b| a >= b), !is_remask, "{masked:?}");
     }
     server.stop().await;
 }
@@ -129,16 +135,16 @@ async fn uniform_graphs_have_no_hit_times() {
     let server = TestServer::run(Server::with_models(&config(), models).await.unwrap()).await;
     for (field, sampling) in [
         (
-            "sampling.normalize",
+            "sampling.euler.normalize",
             Sampling {
-                normalize: true,
+                sampler: Some(Sampler::Euler(Euler { normalize: true })),
                 ..Sampling::default()
             },
         ),
         (
-            "sampling.sampler",
+            "sampling.remask",
             Sampling {
-                sampler: Sampler::Remask.into(),
+                sampler: Some(Sampler::Remask(Remask { rate: None })),
                 ..Sampling::default()
             },
         ),
@@ -151,25 +157,5 @@ async fn uniform_graphs_have_no_hit_times() {
         assert_eq!(status.code(), Code::InvalidArgument);
         assert!(status.message().starts_with(field), "{}", status.message());
     }
-    server.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_sampler_that_takes_scores_as_they_are_is_not_asked_to_normalise_them() {
-    let server = TestServer::demo().await;
-    let sampling = Sampling {
-        sampler: Sampler::ThetaTrapezoidal.into(),
-        normalize: true,
-        ..Sampling::default()
-    };
-    let status = generate(&mut server.client(), request("", sampling))
-        .await
-        .unwrap_err();
-    assert_eq!(status.code(), Code::InvalidArgument);
-    assert!(
-        status.message().starts_with("sampling.normalize"),
-        "{}",
-        status.message()
-    );
     server.stop().await;
 }

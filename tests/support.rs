@@ -12,11 +12,11 @@ use denoised::diffusion::{Graph, GraphKind, Schedule};
 use denoised::models::{Models, NetworkSource, ServedModel};
 use denoised::network::closed_form::ClosedForm;
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
+use denoised::proto::v1::event::Event;
+use denoised::proto::v1::generate_request::PromptAs;
 use denoised::proto::v1::model_service_client::ModelServiceClient;
-use denoised::proto::v1::{
-    Accepted, Frame, GenerateRequest, InfillRequest, Result as CanvasResult, generate_response,
-    infill_response,
-};
+use denoised::proto::v1::template_part::Part;
+use denoised::proto::v1::{Accepted, CanvasResult, Frame, Gap, GenerateRequest, InfillRequest};
 use denoised::server::Server;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -138,6 +138,23 @@ pub struct Answer {
 }
 
 impl Answer {
+    fn take(&mut self, event: Option<denoised::proto::v1::Event>) {
+        match event
+            .and_then(|event| event.event)
+            .expect("every message holds an event")
+        {
+            Event::Accepted(accepted) => {
+                assert!(self.accepted.replace(accepted).is_none(), "accepted comes once");
+                assert!(
+                    self.frames.is_empty() && self.results.is_empty(),
+                    "accepted comes first"
+                );
+            }
+            Event::Frame(frame) => self.frames.push(frame),
+            Event::Result(result) => self.results.push(result),
+        }
+    }
+
     pub fn tokens(&self) -> Vec<Vec<u32>> {
         let mut results = self.results.clone();
         results.sort_by_key(|result| result.canvas);
@@ -152,19 +169,19 @@ pub async fn generate(
     let mut stream = client.generate(request).await?.into_inner();
     let mut answer = Answer::default();
     while let Some(message) = stream.message().await? {
-        match message.event.expect("every message holds an event") {
-            generate_response::Event::Accepted(accepted) => {
-                assert!(answer.accepted.replace(accepted).is_none(), "accepted comes once");
-                assert!(
-                    answer.frames.is_empty() && answer.results.is_empty(),
-                    "accepted comes first"
-                );
-            }
-            generate_response::Event::Frame(frame) => answer.frames.push(frame),
-            generate_response::Event::Result(result) => answer.results.push(result),
-        }
+        answer.take(message.event);
     }
     Ok(answer)
+}
+
+/// A prompt of text.
+pub fn prompt(text: &str) -> Option<PromptAs> {
+    Some(PromptAs::Prompt(text.to_owned()))
+}
+
+/// A gap of this many positions.
+pub fn gap(positions: u32) -> Part {
+    Part::Gap(Gap { positions })
 }
 
 pub async fn infill(
@@ -174,11 +191,7 @@ pub async fn infill(
     let mut stream = client.infill(request).await?.into_inner();
     let mut answer = Answer::default();
     while let Some(message) = stream.message().await? {
-        match message.event.expect("every message holds an event") {
-            infill_response::Event::Accepted(accepted) => answer.accepted = Some(accepted),
-            infill_response::Event::Frame(frame) => answer.frames.push(frame),
-            infill_response::Event::Result(result) => answer.results.push(result),
-        }
+        answer.take(message.event);
     }
     Ok(answer)
 }

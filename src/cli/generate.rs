@@ -12,10 +12,14 @@ use super::connect::{Connection, Target};
 use super::view::View;
 use super::{Failed, INTERRUPTED, json, template};
 use crate::proto::v1::diffusion_service_client::DiffusionServiceClient;
+use crate::proto::v1::event::Event;
+use crate::proto::v1::generate_request::PromptAs;
+use crate::proto::v1::sampling::Sampler;
 use crate::proto::v1::{
-    Accepted, Frame, FramePolicy, GenerateRequest, GenerateResponse, InfillRequest, InfillResponse,
-    ModelReference, Result as Finished, Sampler, Sampling, frame_policy, generate_response, infill_response,
+    CanvasResult, EntropyBounded, Euler, FramePolicy, GenerateRequest, GenerateResponse, InfillRequest,
+    InfillResponse, ModelReference, Remask, Sampling, Tweedie, frame_policy,
 };
+use crate::server::sampler;
 
 /// Milliseconds between two drawings of a canvas on a terminal: what eyes can follow.
 const REDRAW_MS: u32 = 40;
@@ -35,17 +39,20 @@ pub(super) struct Generate {
     #[arg(long, value_name = "N")]
     steps: Option<u32>,
     /// How to take a step: tweedie, euler, first-hitting (one token an evaluation), confidence or entropy-bounded
-    /// (the surest tokens first), remask (tokens can be masked again); the model's default or tweedie otherwise.
-    #[arg(long, value_name = "SAMPLER", value_parser = sampler)]
+    /// (the surest tokens first), remask (tokens can be masked again), theta-trapezoidal (two evaluations a step);
+    /// the model's default or tweedie otherwise.
+    #[arg(long, value_name = "SAMPLER", value_parser = sampler_named)]
     sampler: Option<Sampler>,
-    /// Let the noise alone decide when a token leaves the mask: evaluations that change nothing are not run.
-    #[arg(long)]
+    /// For tweedie and euler: let the noise alone decide when a token leaves the mask; evaluations that change
+    /// nothing are not run.
+    #[arg(long, requires = "sampler")]
     normalize: bool,
-    /// Entropy, in nats, of the tokens that entropy-bounded fills at once; 0.5 by default.
-    #[arg(long, value_name = "X")]
+    /// For entropy-bounded: entropy, in nats, of the tokens that are filled at once; the model's default or 0.5
+    /// otherwise.
+    #[arg(long, value_name = "X", requires = "sampler", allow_negative_numbers = true)]
     entropy_bound: Option<f64>,
-    /// Chance of a token to be masked again in a step of remask; 0.02 by default.
-    #[arg(long, value_name = "X")]
+    /// For remask: chance of a token to be masked again in a step; the model's default or 0.02 otherwise.
+    #[arg(long, value_name = "X", requires = "sampler", allow_negative_numbers = true)]
     remask_rate: Option<f64>,
     /// Seed of all random choices: the same seed gives the same text. Drawn by default.
     #[arg(long, value_name = "N")]
@@ -96,38 +103,25 @@ pub(super) struct Infill {
     options: Generate,
 }
 
-/// Events of either call.
-enum Event {
-    Accepted(Accepted),
-    Frame(Frame),
-    Result(Finished),
-}
-
 type Events = BoxStream<'static, Result<Option<Event>, Status>>;
 
 impl Generate {
     pub(super) async fn run(self) -> Result<(), Failed> {
-        let model = self.model_reference()?;
+        let (model, sampling) = (self.model_reference()?, self.sampling()?);
         let connection = self.target.connect().await?;
         let request = GenerateRequest {
             model,
-            prompt: self.text.clone(),
+            prompt_as: Some(PromptAs::Prompt(self.text.clone())),
             length: self.length,
-            sampling: Some(self.sampling()),
+            sampling: Some(sampling),
             frames: Some(self.frames()),
             ..GenerateRequest::default()
         };
         let mut client = DiffusionServiceClient::new(connection.channel.clone());
         let events = client.generate(request).await.map(|response| {
-            let event = |message: GenerateResponse| match message.event? {
-                generate_response::Event::Accepted(accepted) => Some(Event::Accepted(accepted)),
-                generate_response::Event::Frame(frame) => Some(Event::Frame(frame)),
-                generate_response::Event::Result(result) => Some(Event::Result(result)),
-            };
-            response
-                .into_inner()
-                .map(move |message| Ok(event(message?)))
-                .boxed()
+            let event =
+                |message: Result<GenerateResponse, Status>| Ok(message?.event.and_then(|event| event.event));
+            response.into_inner().map(event).boxed()
         });
         drop(client);
         self.finish(connection, events).await
@@ -143,19 +137,41 @@ impl Generate {
         }))
     }
 
-    fn sampling(&self) -> Sampling {
-        Sampling {
+    fn sampling(&self) -> Result<Sampling, Failed> {
+        Ok(Sampling {
+            sampler: self.sampler()?,
             steps: self.steps,
-            sampler: self.sampler.unwrap_or_default().into(),
             seed: self.seed,
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
             num_samples: self.num_samples,
-            normalize: self.normalize,
-            entropy_bound: self.entropy_bound,
-            remask_rate: self.remask_rate,
+        })
+    }
+
+    /// The sampler with those of the options that are its own.
+    fn sampler(&self) -> Result<Option<Sampler>, Failed> {
+        let (mut sampler, normalize) = (self.sampler, self.normalize);
+        let (mut bound, mut rate, mut normalizes) = (self.entropy_bound, self.remask_rate, normalize);
+        match &mut sampler {
+            Some(Sampler::Tweedie(Tweedie { normalize }) | Sampler::Euler(Euler { normalize })) => {
+                *normalize = std::mem::take(&mut normalizes);
+            }
+            Some(Sampler::EntropyBounded(EntropyBounded { bound: own })) => *own = bound.take(),
+            Some(Sampler::Remask(Remask { rate: own })) => *own = rate.take(),
+            Some(Sampler::FirstHitting(_) | Sampler::Confidence(_) | Sampler::ThetaTrapezoidal(_)) | None => {
+            }
         }
+        for (option, left, of) in [
+            ("--normalize", normalizes, "tweedie or euler"),
+            ("--entropy-bound", bound.is_some(), "entropy-bounded"),
+            ("--remask-rate", rate.is_some(), "remask"),
+        ] {
+            if left {
+                return Err(Failed::usage(format!("{option} is for --sampler {of}")));
+            }
+        }
+        Ok(sampler)
     }
 
     fn frames(&self) -> FramePolicy {
@@ -254,7 +270,7 @@ impl Generate {
         ended.and(Failed::unless_closed(printed))
     }
 
-    fn print(&self, finished: &BTreeMap<u32, Finished>, out: &mut impl Write) -> io::Result<()> {
+    fn print(&self, finished: &BTreeMap<u32, CanvasResult>, out: &mut impl Write) -> io::Result<()> {
         for (canvas, result) in finished {
             if self.many() {
                 writeln!(out, "=== sample {canvas} of seed {}", result.seed)?;
@@ -289,7 +305,11 @@ fn read_ahead(mut events: Events) -> Events {
     futures_util::stream::unfold(receiver, next).boxed()
 }
 
-fn print_line(event: &Event, finished: &mut BTreeMap<u32, Finished>, out: &mut impl Write) -> io::Result<()> {
+fn print_line(
+    event: &Event,
+    finished: &mut BTreeMap<u32, CanvasResult>,
+    out: &mut impl Write,
+) -> io::Result<()> {
     let line: json::Line<'_> = match event {
         Event::Accepted(accepted) => accepted.into(),
         Event::Frame(frame) => frame.into(),
@@ -301,19 +321,13 @@ fn print_line(event: &Event, finished: &mut BTreeMap<u32, Finished>, out: &mut i
     writeln!(out, "{}", serde_json::to_string(&line)?)
 }
 
-/// The names that [`sampler`] takes; values of the proto follow each other.
-fn samplers() -> Vec<String> {
-    let known = (1..).map_while(|value| Sampler::try_from(value).ok());
-    known
-        .map(|sampler| json::plain(sampler.as_str_name(), "SAMPLER_").replace('_', "-"))
-        .collect()
-}
-
-/// A sampler by its proto name without prefix, so that new ones need no change here.
-fn sampler(name: &str) -> Result<Sampler, String> {
-    Sampler::from_str_name(&format!("SAMPLER_{}", name.to_uppercase().replace('-', "_")))
-        .filter(|sampler| *sampler != Sampler::Unspecified)
-        .ok_or_else(|| format!("must be {}", samplers().join(", ")))
+/// A sampler by the name of its field in the proto, with dashes.
+fn sampler_named(name: &str) -> Result<Sampler, String> {
+    let names = sampler::ALL.map(|(known, sampler)| (known.replace('_', "-"), sampler));
+    match names.iter().find(|(known, _)| known == name) {
+        Some((_, sampler)) => Ok(*sampler),
+        None => Err(format!("must be {}", names.map(|(known, _)| known).join(", "))),
+    }
 }
 
 impl Infill {
@@ -325,26 +339,20 @@ impl Infill {
             ));
         }
         let parts = template::parse(&options.text).map_err(|e| Failed::usage(format!("template: {e}")))?;
-        let model = options.model_reference()?;
+        let (model, sampling) = (options.model_reference()?, options.sampling()?);
         let connection = options.target.connect().await?;
         let request = InfillRequest {
             model,
             template: parts,
-            sampling: Some(options.sampling()),
+            sampling: Some(sampling),
             frames: Some(options.frames()),
             ..InfillRequest::default()
         };
         let mut client = DiffusionServiceClient::new(connection.channel.clone());
         let events = client.infill(request).await.map(|response| {
-            let event = |message: InfillResponse| match message.event? {
-                infill_response::Event::Accepted(accepted) => Some(Event::Accepted(accepted)),
-                infill_response::Event::Frame(frame) => Some(Event::Frame(frame)),
-                infill_response::Event::Result(result) => Some(Event::Result(result)),
-            };
-            response
-                .into_inner()
-                .map(move |message| Ok(event(message?)))
-                .boxed()
+            let event =
+                |message: Result<InfillResponse, Status>| Ok(message?.event.and_then(|event| event.event));
+            response.into_inner().map(event).boxed()
         });
         drop(client);
         options.finish(connection, events).await

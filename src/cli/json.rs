@@ -4,6 +4,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::proto::v1;
+use crate::proto::v1::sampling::Sampler;
+use crate::server::sampler;
 
 /// One line.
 #[derive(Debug, Serialize)]
@@ -21,10 +23,11 @@ pub(super) struct Accepted<'a> {
     model: String,
     seed: u64,
     sampler: String,
-    steps: u32,
+    steps: Option<u32>,
+    total: u32,
     length: u32,
     num_samples: u32,
-    normalize: bool,
+    normalize: Option<bool>,
     temperature: f64,
     top_k: Option<u32>,
     top_p: Option<f64>,
@@ -50,8 +53,15 @@ pub(super) struct Frame<'a> {
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Content<'a> {
-    Keyframe { tokens: &'a [u32] },
-    Delta { positions: &'a [u32], tokens: &'a [u32] },
+    Keyframe {
+        tokens: &'a [u32],
+        committed_at: &'a [u32],
+    },
+    Delta {
+        positions: &'a [u32],
+        tokens: &'a [u32],
+        committed_at: &'a [u32],
+    },
 }
 
 /// A finished canvas.
@@ -96,20 +106,38 @@ pub(super) struct Model<'a> {
 impl<'a> From<&'a v1::Accepted> for Line<'a> {
     fn from(accepted: &'a v1::Accepted) -> Self {
         let model = accepted.model.as_ref();
+        let sampling = accepted.sampling.unwrap_or_default();
+        let sampler = sampling.sampler;
         Self::Accepted(Accepted {
             request_id: &accepted.request_id,
             model: model.map_or_else(String::new, |model| format!("{}@{}", model.name, model.version)),
-            seed: accepted.seed,
-            sampler: plain(accepted.sampler().as_str_name(), "SAMPLER_"),
-            steps: accepted.steps,
+            seed: sampling.seed(),
+            sampler: sampler
+                .as_ref()
+                .map(sampler::name)
+                .unwrap_or_default()
+                .replace('_', "-"),
+            steps: sampling.steps,
+            total: accepted.total,
             length: accepted.length,
-            num_samples: accepted.num_samples,
-            normalize: accepted.normalize,
-            temperature: accepted.temperature,
-            top_k: accepted.top_k,
-            top_p: accepted.top_p,
-            entropy_bound: accepted.entropy_bound,
-            remask_rate: accepted.remask_rate,
+            num_samples: sampling.num_samples(),
+            normalize: match sampler {
+                Some(
+                    Sampler::Tweedie(v1::Tweedie { normalize }) | Sampler::Euler(v1::Euler { normalize }),
+                ) => Some(normalize),
+                _ => None,
+            },
+            temperature: sampling.temperature(),
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            entropy_bound: match sampler {
+                Some(Sampler::EntropyBounded(v1::EntropyBounded { bound })) => bound,
+                _ => None,
+            },
+            remask_rate: match sampler {
+                Some(Sampler::Remask(v1::Remask { rate })) => rate,
+                _ => None,
+            },
         })
     }
 }
@@ -117,10 +145,14 @@ impl<'a> From<&'a v1::Accepted> for Line<'a> {
 impl<'a> From<&'a v1::Frame> for Line<'a> {
     fn from(frame: &'a v1::Frame) -> Self {
         let content = match &frame.content {
-            Some(v1::frame::Content::Keyframe(key)) => Some(Content::Keyframe { tokens: &key.tokens }),
+            Some(v1::frame::Content::Keyframe(key)) => Some(Content::Keyframe {
+                tokens: &key.tokens,
+                committed_at: &key.committed_at,
+            }),
             Some(v1::frame::Content::Delta(delta)) => Some(Content::Delta {
                 positions: &delta.positions,
                 tokens: &delta.tokens,
+                committed_at: &delta.committed_at,
             }),
             None => None,
         };
@@ -139,8 +171,8 @@ impl<'a> From<&'a v1::Frame> for Line<'a> {
     }
 }
 
-impl<'a> From<&'a v1::Result> for Line<'a> {
-    fn from(result: &'a v1::Result) -> Self {
+impl<'a> From<&'a v1::CanvasResult> for Line<'a> {
+    fn from(result: &'a v1::CanvasResult) -> Self {
         let timings = result.timings.unwrap_or_default();
         Self::Result(Finished {
             canvas: result.canvas,
@@ -217,19 +249,23 @@ mod tests {
                 name: "m".to_owned(),
                 version: 2,
             }),
-            seed: u64::MAX,
-            sampler: v1::Sampler::Euler.into(),
+            sampling: Some(v1::Sampling {
+                seed: Some(u64::MAX),
+                sampler: Some(Sampler::Euler(v1::Euler { normalize: true })),
+                ..v1::Sampling::default()
+            }),
             ..v1::Accepted::default()
         };
         let line = value(&accepted);
         assert_eq!(line["accepted"]["model"], "m@2");
         assert_eq!(line["accepted"]["sampler"], "euler");
+        assert_eq!(line["accepted"]["normalize"], true);
         assert_eq!(line["accepted"]["seed"], u64::MAX);
-        let result = v1::Result {
+        let result = v1::CanvasResult {
             tokens: vec![1, 2],
             committed_at: vec![0, 7],
             finish_reason: v1::FinishReason::Done.into(),
-            ..v1::Result::default()
+            ..v1::CanvasResult::default()
         };
         let line = value(&result);
         assert_eq!(line["result"]["committed_at"], json!([0, 7]));
@@ -241,22 +277,24 @@ mod tests {
     fn a_frame_holds_all_tokens_or_the_changed_ones() {
         let keyframe = v1::Keyframe {
             tokens: vec![3, 4],
+            committed_at: vec![0, 9],
             ..v1::Keyframe::default()
         };
         let delta = v1::Delta {
             positions: vec![1],
             tokens: vec![5],
+            committed_at: vec![2],
         };
         for (content, keyframe, wanted) in [
             (
                 v1::frame::Content::Keyframe(keyframe),
                 true,
-                json!({"tokens": [3, 4]}),
+                json!({"tokens": [3, 4], "committed_at": [0, 9]}),
             ),
             (
                 v1::frame::Content::Delta(delta),
                 false,
-                json!({"positions": [1], "tokens": [5]}),
+                json!({"positions": [1], "tokens": [5], "committed_at": [2]}),
             ),
         ] {
             let frame = v1::Frame {

@@ -199,8 +199,8 @@ mod tests {
         let generate = command.find_subcommand("generate").unwrap();
         for (option, stated) in [
             ("steps", format!("at most {DEFAULT_STEPS}")),
-            ("entropy_bound", format!("{DEFAULT_ENTROPY_BOUND} by default")),
-            ("remask_rate", format!("{DEFAULT_REMASK_RATE} by default")),
+            ("entropy_bound", format!("or {DEFAULT_ENTROPY_BOUND} otherwise")),
+            ("remask_rate", format!("or {DEFAULT_REMASK_RATE} otherwise")),
         ] {
             let option = generate.get_arguments().find(|a| a.get_id() == option).unwrap();
             let help = option.get_help().unwrap().to_string();

@@ -3,8 +3,8 @@
 //! `\[` stands for a bracket that opens no gap and `\\` for a backslash; every other backslash stands
 //! for itself. So any text can be written, `[[` for instance as `\[[`.
 
-use crate::proto::v1::TemplatePart;
 use crate::proto::v1::template_part::Part;
+use crate::proto::v1::{Gap, TemplatePart};
 
 /// Characters of a malformed gap that an error quotes.
 const QUOTED: usize = 20;
@@ -28,7 +28,7 @@ pub(super) fn parse(template: &str) -> Result<Vec<TemplatePart>, String> {
             if !text.is_empty() {
                 parts.push(Part::Text(std::mem::take(&mut text)));
             }
-            parts.push(Part::Gap(positions));
+            parts.push(Part::Gap(Gap { positions }));
             rest = after;
         } else {
             text.push(next);
@@ -71,7 +71,7 @@ mod tests {
     fn written(parts: &[TemplatePart]) -> String {
         let write = |part: &TemplatePart| match part.part.clone() {
             Some(Part::Text(text)) => text.replace('\\', r"\\").replace('[', r"\["),
-            Some(Part::Gap(n)) => format!("[[{n}]]"),
+            Some(Part::Gap(Gap { positions })) => format!("[[{positions}]]"),
             other => panic!("{other:?}"),
         };
         parts.iter().map(write).collect()
@@ -85,7 +85,7 @@ mod tests {
 
     fn gap(positions: u32) -> TemplatePart {
         TemplatePart {
-            part: Some(Part::Gap(positions)),
+            part: Some(Part::Gap(Gap { positions })),
         }
     }
 

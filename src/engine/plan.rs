@@ -27,6 +27,13 @@ impl Sampling {
             .most_evaluations(self.grid, gaps, self.is_normalized(model))
     }
 
+    /// Steps of a canvas with `gaps` positions to fill, the final denoising included.
+    pub fn steps(&self, gaps: usize, model: &ServedModel) -> u32 {
+        let process = model.manifest().process();
+        let sampler = self.sampler.build(process, self.grid, self.is_normalized(model));
+        sampler.steps(gaps)
+    }
+
     /// Whether scores are normalised, asked for or not: the noise alone then says when a position leaves.
     pub fn is_normalized(&self, model: &ServedModel) -> bool {
         let manifest = model.manifest();

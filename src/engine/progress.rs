@@ -13,6 +13,8 @@ pub struct State {
     pub tokens: Arc<[Token]>,
     /// Which positions never change.
     pub clamped: Arc<[bool]>,
+    /// For every position, the number of steps after which it got its present token.
+    pub committed_at: Arc<[u32]>,
     /// Steps taken.
     pub step: u32,
     /// Steps until done.
@@ -43,8 +45,6 @@ pub enum Phase {
 /// Facts of a finished canvas.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// For every position, the number of steps after which it held its token for good.
-    pub committed_at: Vec<u32>,
     /// Seed of all random choices.
     pub seed: u64,
     /// Where the time went.
@@ -98,6 +98,7 @@ impl State {
         Self {
             tokens: canvas.tokens().into(),
             clamped: Arc::clone(canvas.clamped()),
+            committed_at: canvas.committed_at().into(),
             step: canvas.step(),
             total: canvas.total(),
             t: canvas.time(),
@@ -110,9 +111,7 @@ impl State {
 
     /// The state of a finished canvas.
     pub(super) fn done(canvas: &Canvas, timings: Timings) -> Self {
-        let committed_at = canvas.committed_at().to_vec();
         let phase = Phase::Done(Arc::new(Outcome {
-            committed_at,
             seed: canvas.seed(),
             timings,
         }));

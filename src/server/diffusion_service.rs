@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 use super::request;
 use super::sampler;
 use super::status::{FieldError, not_found};
-use super::stream::{Event, View, deliver, events};
+use super::stream::{View, deliver, events};
 use super::template::Template;
 use super::{Service, caller};
 use crate::config::LimitsConfig;
@@ -16,6 +16,7 @@ use crate::engine::{Caller, Publish};
 use crate::models::ServedModel;
 use crate::proto::v1;
 use crate::proto::v1::diffusion_service_server::DiffusionService;
+use crate::proto::v1::event::Event;
 
 /// A call of `Generate` or `Infill`, before its template is read.
 struct Call {
@@ -54,29 +55,7 @@ impl Service {
     fn start(&self, asked: Call, template: Template) -> Result<Events, Status> {
         let resolved = request::sampling(asked.sampling, &template, &asked.model, &self.limits)?;
         let frames = request::frames(asked.frames)?;
-        let told = sampler::told(resolved.sampling.sampler);
-        let accepted = v1::Accepted {
-            request_id: asked.id.clone(),
-            model: Some(v1::ModelReference {
-                name: asked.model.name().to_owned(),
-                version: asked.model.version(),
-            }),
-            seed: resolved.seed,
-            sampler: told.sampler.into(),
-            steps: if resolved.sampling.sampler.has_steps() {
-                resolved.sampling.grid.steps
-            } else {
-                template.gaps() as u32
-            },
-            length: template.length() as u32,
-            num_samples: resolved.samples,
-            normalize: resolved.sampling.is_normalized(&asked.model),
-            temperature: resolved.sampling.choice.temperature,
-            top_k: resolved.sampling.choice.top_k,
-            top_p: resolved.sampling.choice.top_p,
-            entropy_bound: told.entropy_bound,
-            remask_rate: told.remask_rate,
-        };
+        let accepted = accepted(&asked, &resolved, &template);
         let generation = self.engine.admit(crate::engine::Request {
             id: asked.id.clone(),
             caller: asked.caller,
@@ -91,7 +70,7 @@ impl Service {
                 Publish::Steps
             },
         })?;
-        tracing::debug!(request = %asked.id, model = %asked.model, length = accepted.length, steps = accepted.steps, samples = accepted.num_samples, "admitted");
+        tracing::debug!(request = %asked.id, model = %asked.model, length = accepted.length, steps = accepted.total, samples = resolved.samples, "admitted");
         let view = View {
             model: asked.model,
             template,
@@ -100,6 +79,38 @@ impl Service {
             text: self.frame_text.clone(),
         };
         Ok(events(accepted, generation, view))
+    }
+}
+
+/// What is told of a request that is admitted.
+fn accepted(asked: &Call, resolved: &request::Resolved, template: &Template) -> v1::Accepted {
+    let request::Resolved {
+        sampling,
+        seed,
+        samples,
+    } = *resolved;
+    v1::Accepted {
+        request_id: asked.id.clone(),
+        model: Some(v1::ModelReference {
+            name: asked.model.name().to_owned(),
+            version: asked.model.version(),
+        }),
+        sampling: Some(v1::Sampling {
+            sampler: Some(sampler::told(
+                sampling.sampler,
+                sampling.is_normalized(&asked.model),
+            )),
+            steps: sampling.sampler.has_steps().then_some(sampling.grid.steps),
+            seed: Some(seed),
+            temperature: Some(sampling.choice.temperature),
+            top_k: sampling.choice.top_k,
+            top_p: sampling.choice.top_p,
+            num_samples: Some(samples),
+        }),
+        template: template.parts(),
+        keep_after_end: asked.keep_after_end,
+        length: template.length() as u32,
+        total: sampling.steps(template.gaps(), &asked.model),
     }
 }
 
@@ -112,10 +123,9 @@ impl DiffusionService for Service {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        use v1::generate_response::Event as Out;
         let caller = caller::of(&request);
         let asked = request.into_inner();
-        let (prompt, length) = (asked.prompt, asked.length);
+        let (prompt, length) = (asked.prompt_as, asked.length);
         let asked = Call {
             model: self.model(asked.model)?,
             id: request::id(asked.request_id)?,
@@ -126,12 +136,8 @@ impl DiffusionService for Service {
         };
         let template = move |model: &_, limits: &_| request::prompt(prompt, length, model, limits);
         let out = self.stream(asked, template).await?.map(|event| {
-            let event = match event? {
-                Event::Accepted(accepted) => Out::Accepted(accepted),
-                Event::Frame(frame) => Out::Frame(frame),
-                Event::Result(result) => Out::Result(result),
-            };
-            Ok(v1::GenerateResponse { event: Some(event) })
+            let event = Some(v1::Event { event: Some(event?) });
+            Ok(v1::GenerateResponse { event })
         });
         Ok(Response::new(out.boxed()))
     }
@@ -140,7 +146,6 @@ impl DiffusionService for Service {
         &self,
         request: Request<v1::InfillRequest>,
     ) -> Result<Response<Self::InfillStream>, Status> {
-        use v1::infill_response::Event as Out;
         let caller = caller::of(&request);
         let asked = request.into_inner();
         let parts = asked.template;
@@ -155,12 +160,8 @@ impl DiffusionService for Service {
         };
         let template = move |model: &_, limits: &_| request::template(parts, model, limits);
         let out = self.stream(asked, template).await?.map(|event| {
-            let event = match event? {
-                Event::Accepted(accepted) => Out::Accepted(accepted),
-                Event::Frame(frame) => Out::Frame(frame),
-                Event::Result(result) => Out::Result(result),
-            };
-            Ok(v1::InfillResponse { event: Some(event) })
+            let event = Some(v1::Event { event: Some(event?) });
+            Ok(v1::InfillResponse { event })
         });
         Ok(Response::new(out.boxed()))
     }

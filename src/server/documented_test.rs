@@ -7,17 +7,24 @@ use super::sampler::{DEFAULT_ENTROPY_BOUND, DEFAULT_REMASK_RATE};
 use crate::diffusion::SamplerKind;
 use crate::diffusion::sampler::row::MAX_TEMPERATURE;
 
-const PROTO: &str = include_str!("../../proto/denoised/v1/diffusion_service.proto");
+const PROTOS: [&str; 2] = [
+    include_str!("../../proto/denoised/v1/diffusion_service.proto"),
+    include_str!("../../proto/denoised/v1/sampling.proto"),
+];
 
 /// The comment above `field` of `message`, in one line.
 fn comment(message: &str, field: &str) -> String {
-    let body = PROTO.split(&format!("message {message} {{")).nth(1).unwrap();
-    let declared = format!(" {field} = ");
+    let opened = format!("message {message} {{");
+    let body = PROTOS
+        .iter()
+        .find_map(|proto| proto.split(&opened).nth(1))
+        .unwrap();
+    let (value, block) = (format!(" {field} = "), format!("{field} {{"));
     let mut lines = Vec::new();
     for line in body.lines().map(str::trim) {
         if let Some(comment) = line.strip_prefix("//") {
             lines.push(comment.trim());
-        } else if line.contains(&declared) {
+        } else if line.contains(&value) || line == block {
             return lines.join(" ");
         } else {
             lines.clear();
@@ -28,14 +35,13 @@ fn comment(message: &str, field: &str) -> String {
 
 #[test]
 fn the_proto_states_the_defaults_and_ranges_of_the_code() {
-    let default = super::sampler::told(SamplerKind::default()).sampler;
-    let tweedie = default.as_str_name();
+    let tweedie = super::sampler::name(&super::sampler::told(SamplerKind::default(), false));
     let burst = ["seven", "eight", "nine"][BURST as usize - 7];
     for (message, field, stated) in [
         ("Sampling", "steps", format!("at most {DEFAULT_STEPS}.")),
         (
             "Sampling",
-            "sampler",
+            "oneof sampler",
             format!("Default: the model's, or {tweedie}."),
         ),
         (
@@ -45,14 +51,14 @@ fn the_proto_states_the_defaults_and_ranges_of_the_code() {
         ),
         ("Sampling", "top_p", "Default: the model's, or 1.".to_owned()),
         (
-            "Sampling",
-            "entropy_bound",
-            format!("Default: {DEFAULT_ENTROPY_BOUND}."),
+            "EntropyBounded",
+            "bound",
+            format!("Default: the model's, or {DEFAULT_ENTROPY_BOUND}."),
         ),
         (
-            "Sampling",
-            "remask_rate",
-            format!("0 to 1. Default: {DEFAULT_REMASK_RATE}."),
+            "Remask",
+            "rate",
+            format!("0 to 1. Default: the model's, or {DEFAULT_REMASK_RATE}."),
         ),
         (
             "FramePolicy",

@@ -13,7 +13,8 @@ pub mod models;
 mod pace;
 mod repository;
 pub(crate) mod request;
-pub(crate) mod sampler;
+pub mod sampler;
+mod server_service;
 mod status;
 mod stream;
 mod template;
@@ -39,6 +40,7 @@ use crate::models::{Catalogue, ModelState, Models, ServedModel};
 use crate::network::NetworkError;
 use crate::proto::v1::diffusion_service_server::DiffusionServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
+use crate::proto::v1::server_service_server::ServerServiceServer;
 use crate::proto::{DESCRIPTORS, v1};
 use repository::Repository;
 
@@ -84,6 +86,8 @@ struct Service {
     frame_text: text::TextThreads,
     /// How long a stream may go unread.
     unread: Duration,
+    /// What is told of the server.
+    told: Arc<v1::GetServerResponse>,
 }
 
 impl Service {
@@ -252,6 +256,7 @@ impl Server {
             text: text::TextThreads::new(),
             frame_text: text::TextThreads::new(),
             unread: Duration::from_secs(config.server.unread_seconds),
+            told: Arc::new(server_service::server(config)),
         };
         Ok(Self {
             listener,
@@ -354,6 +359,10 @@ impl Server {
         )
         .add_service(
             ModelServiceServer::new(self.service.clone()).max_decoding_message_size(server.max_message_bytes),
+        )
+        .add_service(
+            ServerServiceServer::new(self.service.clone())
+                .max_decoding_message_size(server.max_message_bytes),
         );
         if server.reflection {
             let builder = || {
@@ -375,6 +384,7 @@ async fn set_health(health: &HealthReporter, status: ServingStatus) {
         "",
         v1::diffusion_service_server::SERVICE_NAME,
         v1::model_service_server::SERVICE_NAME,
+        v1::server_service_server::SERVICE_NAME,
     ] {
         health.set_service_status(name, status).await;
     }

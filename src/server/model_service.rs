@@ -44,26 +44,22 @@ impl Service {
             has_tokenizer: model.tokenizer().is_some(),
             limits: Some(v1::Limits {
                 max_length: manifest.max_length as u32,
-                max_steps: self.limits.max_steps,
-                max_samples: self.limits.max_samples,
-                max_template_parts: self.limits.max_template_parts as u32,
-                max_request_tokens: u32::try_from(self.limits.max_request_tokens).unwrap_or(u32::MAX),
+                ..self.told.limits.unwrap_or_default()
             }),
             state: state.into(),
             state_reason,
             provenance_json: manifest.provenance.to_string(),
-            defaults: manifest.defaults.map(|defaults| {
-                let told = defaults.sampler.map(sampler::told);
-                v1::SamplingDefaults {
-                    sampler: told.map_or(v1::Sampler::Unspecified, |told| told.sampler).into(),
-                    entropy_bound: told.and_then(|told| told.entropy_bound),
-                    remask_rate: told.and_then(|told| told.remask_rate),
+            defaults: manifest.defaults.map(|defaults| v1::SamplingDefaults {
+                sampling: Some(v1::Sampling {
+                    sampler: defaults.sampler.map(|sampler| sampler::told(sampler, false)),
                     steps: defaults.steps,
                     temperature: defaults.temperature,
                     top_p: defaults.top_p,
-                    length: defaults.length.map(|length| length as u32),
-                }
+                    ..v1::Sampling::default()
+                }),
+                length: defaults.length.map(|length| length as u32),
             }),
+            samplers: sampler::that_fit(manifest.graph).map(str::to_owned).collect(),
         }
     }
 }

@@ -41,6 +41,11 @@ pub(super) fn sampling(
 ) -> Result<Resolved, FieldError> {
     let asked = sampling.unwrap_or_default();
     let (gaps, defaults) = (template.gaps(), model.manifest().defaults.unwrap_or_default());
+    let (sampler, normalize) = sampler::asked(asked.sampler, defaults.sampler)?;
+    if asked.steps.is_some() && !sampler.has_steps() {
+        let problem = "are not for first_hitting, which takes one for every position to fill";
+        return Err(FieldError::new("sampling.steps", problem));
+    }
     let steps = within(
         "sampling.steps",
         asked.steps.unwrap_or_else(|| {
@@ -55,7 +60,6 @@ pub(super) fn sampling(
         asked.num_samples.unwrap_or(1),
         limits.max_samples,
     )?;
-    let sampler = sampler::asked(&asked, defaults.sampler)?;
     let temperature = asked.temperature.or(defaults.temperature).unwrap_or(1.0);
     if !(0.0..=MAX_TEMPERATURE).contains(&temperature) {
         return Err(FieldError::new(
@@ -81,21 +85,22 @@ pub(super) fn sampling(
         grid: TimeGrid { steps },
         sampler,
         choice,
-        normalize: asked.normalize,
+        normalize,
     };
     if model.manifest().graph != GraphKind::Absorbing {
+        let arm = sampler::name(&sampler::told(sampler, normalize));
         if sampler.normalizes() {
-            let problem = "is for absorbing graphs; this model's is uniform";
-            return Err(FieldError::new("sampling.sampler", problem));
+            let fitting: Vec<&str> = sampler::that_fit(model.manifest().graph).collect();
+            let problem = format!(
+                "is for absorbing graphs; this model's is uniform, which takes {}",
+                fitting.join(", ")
+            );
+            return Err(FieldError::new(format!("sampling.{arm}"), problem));
         }
-        if resolved.normalize {
+        if normalize {
             let problem = "is for absorbing graphs; this model's is uniform";
-            return Err(FieldError::new("sampling.normalize", problem));
+            return Err(FieldError::new(format!("sampling.{arm}.normalize"), problem));
         }
-    }
-    if resolved.normalize && !sampler.may_normalize() {
-        let problem = "is not for this sampler, which takes scores as they are";
-        return Err(FieldError::new("sampling.normalize", problem));
     }
     let (length, max) = (template.length(), limits.max_request_tokens);
     if (samples as usize).saturating_mul(length) > max {
@@ -106,9 +111,14 @@ pub(super) fn sampling(
     }
     Ok(Resolved {
         sampling: resolved,
-        seed: asked.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0),
+        seed: asked.seed.unwrap_or_else(drawn_seed),
         samples,
     })
+}
+
+/// A seed below 2^53: what JSON and JavaScript can tell from its neighbours.
+fn drawn_seed() -> u64 {
+    uuid::Uuid::new_v4().as_u64_pair().0 >> 11
 }
 
 fn within(field: &str, value: u32, most: u32) -> Result<u32, FieldError> {
@@ -134,7 +144,7 @@ pub(super) fn id(asked: String) -> Result<String, FieldError> {
 
 /// The template of `Generate`: a prompt and one gap.
 pub(super) fn prompt(
-    prompt: String,
+    prompt: Option<v1::generate_request::PromptAs>,
     length: Option<u32>,
     model: &ServedModel,
     limits: &LimitsConfig,
@@ -144,11 +154,16 @@ pub(super) fn prompt(
         let problem = format!("is {length}, must be 1 to {max} (the model's max_length)");
         return Err(FieldError::new("length", problem).into());
     }
-    let prompt = if prompt.is_empty() {
-        Piece::Text(prompt, Vec::new())
-    } else {
-        let tokens = encode_within("prompt", &prompt, model, limits)?;
-        before_gap("prompt", tokens, prompt, model)?
+    let (field, prompt) = match prompt {
+        Some(v1::generate_request::PromptAs::Prompt(text)) if !text.is_empty() => {
+            let tokens = encode_within("prompt", &text, model, limits)?;
+            ("prompt", before_gap("prompt", tokens, text, model)?)
+        }
+        Some(v1::generate_request::PromptAs::PromptTokens(list)) => (
+            "prompt_tokens",
+            Piece::Tokens(tokens("prompt_tokens.ids", list.ids, model)?),
+        ),
+        Some(v1::generate_request::PromptAs::Prompt(_)) | None => ("prompt", Piece::Tokens(Vec::new())),
     };
     let taken = prompt.len();
     let default = model.manifest().defaults.and_then(|defaults| defaults.length);
@@ -160,7 +175,7 @@ pub(super) fn prompt(
     };
     let Some(gap) = length.checked_sub(taken).filter(|gap| *gap > 0) else {
         let problem = format!("takes {taken} positions, which leaves none of the canvas's {length} to fill");
-        return Err(FieldError::new("prompt", problem).into());
+        return Err(FieldError::new(field, problem).into());
     };
     Ok(Template::new([prompt, Piece::Gap(gap)]))
 }
@@ -222,12 +237,13 @@ pub(super) fn template(
                 length += list.ids.len();
                 Piece::Tokens(tokens(&format!("{field}.tokens.ids"), list.ids, model)?)
             }
-            Some(v1::template_part::Part::Gap(0)) => {
-                return Err(FieldError::new(format!("{field}.gap"), "is 0, must be at least 1").into());
+            Some(v1::template_part::Part::Gap(v1::Gap { positions: 0 })) => {
+                let field = format!("{field}.gap.positions");
+                return Err(FieldError::new(field, "is 0, must be at least 1").into());
             }
-            Some(v1::template_part::Part::Gap(gap)) => {
-                length += gap as usize;
-                Piece::Gap(gap as usize)
+            Some(v1::template_part::Part::Gap(v1::Gap { positions })) => {
+                length += positions as usize;
+                Piece::Gap(positions as usize)
             }
             None => return Err(FieldError::new(field, "holds none of text, tokens and gap").into()),
         };
@@ -328,8 +344,19 @@ pub(super) struct Frames {
     pub min_interval: Option<std::time::Duration>,
     /// Never send deltas.
     pub keyframes_only: bool,
-    /// Leave text out.
-    pub omit_text: bool,
+    /// Which frames carry text.
+    pub text: FrameText,
+}
+
+/// Which frames carry the canvas as text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FrameText {
+    /// All of them.
+    All,
+    /// Keyframes alone.
+    Keyframes,
+    /// None.
+    None,
 }
 
 /// When a frame is due.
@@ -365,6 +392,15 @@ pub(super) fn frames(policy: Option<v1::FramePolicy>) -> Result<Frames, FieldErr
         let problem = "is for WHEN_EVERY_STEPS alone";
         return Err(FieldError::new("frames.every_steps", problem));
     }
+    let text = match v1::frame_policy::Text::try_from(policy.text) {
+        Ok(v1::frame_policy::Text::Unspecified | v1::frame_policy::Text::AllFrames) => FrameText::All,
+        Ok(v1::frame_policy::Text::Keyframes) => FrameText::Keyframes,
+        Ok(v1::frame_policy::Text::None) => FrameText::None,
+        Err(_) => {
+            let problem = format!("{} is no value this server knows", policy.text);
+            return Err(FieldError::new("frames.text", problem));
+        }
+    };
     Ok(Frames {
         when,
         // Who asks for every so many steps has said how often.
@@ -373,6 +409,6 @@ pub(super) fn frames(policy: Option<v1::FramePolicy>) -> Result<Frames, FieldErr
             .or(matches!(when, When::EverySteps(_)).then_some(0))
             .map(|ms| std::time::Duration::from_millis(ms.into())),
         keyframes_only: policy.keyframes_only,
-        omit_text: policy.omit_text,
+        text,
     })
 }

@@ -1,158 +1,163 @@
 //! Samplers of the proto and of the domain: the one table between them.
 
 use super::status::FieldError;
-use crate::diffusion::SamplerKind;
+use crate::diffusion::{GraphKind, SamplerKind};
 use crate::proto::v1;
+use crate::proto::v1::sampling::Sampler as Arm;
 
 /// Entropies of the positions filled at once, in nats.
 pub(crate) const DEFAULT_ENTROPY_BOUND: f64 = 0.5;
 /// Chance of a token to be masked again in a step.
 pub(crate) const DEFAULT_REMASK_RATE: f64 = 0.02;
 
-/// The sampler of a request: the one asked for with its options, or else the model's `default`.
+/// Every sampler, with the name of its field in the proto.
+pub const ALL: [(&str, Arm); 7] = [
+    ("tweedie", Arm::Tweedie(v1::Tweedie { normalize: false })),
+    ("euler", Arm::Euler(v1::Euler { normalize: false })),
+    ("first_hitting", Arm::FirstHitting(v1::FirstHitting {})),
+    ("confidence", Arm::Confidence(v1::Confidence {})),
+    (
+        "entropy_bounded",
+        Arm::EntropyBounded(v1::EntropyBounded { bound: None }),
+    ),
+    ("remask", Arm::Remask(v1::Remask { rate: None })),
+    (
+        "theta_trapezoidal",
+        Arm::ThetaTrapezoidal(v1::ThetaTrapezoidal {}),
+    ),
+];
+
+/// The sampler of a request and whether it normalises scores: the one asked for with its options, or else the
+/// model's `default`, which also gives options that are left open.
 pub(super) fn asked(
-    sampling: &v1::Sampling,
+    asked: Option<Arm>,
     default: Option<SamplerKind>,
-) -> Result<SamplerKind, FieldError> {
-    let bound = sampling.entropy_bound;
-    if let Some(bound) = bound.filter(|bound| !(*bound >= 0.0 && bound.is_finite())) {
-        let problem = format!("is {bound}, must be a number from 0");
-        return Err(FieldError::new("sampling.entropy_bound", problem));
-    }
-    let rate = sampling.remask_rate;
-    if let Some(rate) = rate.filter(|rate| !(0.0..=1.0).contains(rate)) {
-        let problem = format!("is {rate}, must be 0 to 1");
-        return Err(FieldError::new("sampling.remask_rate", problem));
-    }
-    let sampler = match v1::Sampler::try_from(sampling.sampler) {
-        Ok(v1::Sampler::Unspecified) => default.unwrap_or_default(),
-        Ok(v1::Sampler::Tweedie) => SamplerKind::Tweedie,
-        Ok(v1::Sampler::Euler) => SamplerKind::Euler,
-        Ok(v1::Sampler::FirstHitting) => SamplerKind::FirstHitting,
-        Ok(v1::Sampler::Confidence) => SamplerKind::Confidence,
-        Ok(v1::Sampler::EntropyBounded) => SamplerKind::EntropyBounded {
-            bound: DEFAULT_ENTROPY_BOUND,
-        },
-        Ok(v1::Sampler::Remask) => SamplerKind::Remask {
-            rate: DEFAULT_REMASK_RATE,
-        },
-        Ok(v1::Sampler::ThetaTrapezoidal) => SamplerKind::ThetaTrapezoidal,
-        Err(_) => {
-            let problem = format!("{} is no sampler this server knows", sampling.sampler);
-            return Err(FieldError::new("sampling.sampler", problem));
+) -> Result<(SamplerKind, bool), FieldError> {
+    let fits = |field: &str, value: f64, kind: SamplerKind, range: &str| {
+        if kind.option_fits() {
+            return Ok((kind, false));
         }
+        Err(FieldError::new(
+            format!("sampling.{field}"),
+            format!("is {value}, must be {range}"),
+        ))
     };
-    // What belongs to another sampler is refused, not ignored.
-    match sampler {
-        SamplerKind::EntropyBounded { bound: own } => Ok(SamplerKind::EntropyBounded {
-            bound: bound.unwrap_or(own),
-        }),
-        _ if bound.is_some() => Err(FieldError::new(
-            "sampling.entropy_bound",
-            "is for SAMPLER_ENTROPY_BOUNDED alone",
-        )),
-        SamplerKind::Remask { rate: own } => Ok(SamplerKind::Remask {
-            rate: rate.unwrap_or(own),
-        }),
-        _ if rate.is_some() => Err(FieldError::new(
-            "sampling.remask_rate",
-            "is for SAMPLER_REMASK alone",
-        )),
-        SamplerKind::Tweedie
-        | SamplerKind::Euler
-        | SamplerKind::FirstHitting
-        | SamplerKind::Confidence
-        | SamplerKind::ThetaTrapezoidal => Ok(sampler),
+    match asked {
+        None => Ok((default.unwrap_or_default(), false)),
+        Some(Arm::Tweedie(v1::Tweedie { normalize })) => Ok((SamplerKind::Tweedie, normalize)),
+        Some(Arm::Euler(v1::Euler { normalize })) => Ok((SamplerKind::Euler, normalize)),
+        Some(Arm::FirstHitting(v1::FirstHitting {})) => Ok((SamplerKind::FirstHitting, false)),
+        Some(Arm::Confidence(v1::Confidence {})) => Ok((SamplerKind::Confidence, false)),
+        Some(Arm::EntropyBounded(v1::EntropyBounded { bound })) => {
+            let own = match default {
+                Some(SamplerKind::EntropyBounded { bound }) => bound,
+                _ => DEFAULT_ENTROPY_BOUND,
+            };
+            let bound = bound.unwrap_or(own);
+            let kind = SamplerKind::EntropyBounded { bound };
+            fits("entropy_bounded.bound", bound, kind, "a number from 0")
+        }
+        Some(Arm::Remask(v1::Remask { rate })) => {
+            let own = match default {
+                Some(SamplerKind::Remask { rate }) => rate,
+                _ => DEFAULT_REMASK_RATE,
+            };
+            let rate = rate.unwrap_or(own);
+            fits("remask.rate", rate, SamplerKind::Remask { rate }, "0 to 1")
+        }
+        Some(Arm::ThetaTrapezoidal(v1::ThetaTrapezoidal {})) => Ok((SamplerKind::ThetaTrapezoidal, false)),
     }
 }
 
-/// A sampler in the proto, with its options.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Told {
-    pub(super) sampler: v1::Sampler,
-    pub(super) entropy_bound: Option<f64>,
-    pub(super) remask_rate: Option<f64>,
+/// The proto's words for `sampler`, which normalises scores or does not.
+pub(super) fn told(sampler: SamplerKind, normalize: bool) -> Arm {
+    match sampler {
+        SamplerKind::Tweedie => Arm::Tweedie(v1::Tweedie { normalize }),
+        SamplerKind::Euler => Arm::Euler(v1::Euler { normalize }),
+        SamplerKind::FirstHitting => Arm::FirstHitting(v1::FirstHitting {}),
+        SamplerKind::Confidence => Arm::Confidence(v1::Confidence {}),
+        SamplerKind::EntropyBounded { bound } => {
+            Arm::EntropyBounded(v1::EntropyBounded { bound: Some(bound) })
+        }
+        SamplerKind::Remask { rate } => Arm::Remask(v1::Remask { rate: Some(rate) }),
+        SamplerKind::ThetaTrapezoidal => Arm::ThetaTrapezoidal(v1::ThetaTrapezoidal {}),
+    }
 }
 
-/// The proto's words for `sampler`.
-pub(super) fn told(sampler: SamplerKind) -> Told {
-    let plain = |sampler| Told {
-        sampler,
-        entropy_bound: None,
-        remask_rate: None,
-    };
-    match sampler {
-        SamplerKind::Tweedie => plain(v1::Sampler::Tweedie),
-        SamplerKind::Euler => plain(v1::Sampler::Euler),
-        SamplerKind::FirstHitting => plain(v1::Sampler::FirstHitting),
-        SamplerKind::Confidence => plain(v1::Sampler::Confidence),
-        SamplerKind::EntropyBounded { bound } => Told {
-            entropy_bound: Some(bound),
-            ..plain(v1::Sampler::EntropyBounded)
-        },
-        SamplerKind::Remask { rate } => Told {
-            remask_rate: Some(rate),
-            ..plain(v1::Sampler::Remask)
-        },
-        SamplerKind::ThetaTrapezoidal => plain(v1::Sampler::ThetaTrapezoidal),
+/// The name of the field that `arm` is.
+pub fn name(arm: &Arm) -> &'static str {
+    match arm {
+        Arm::Tweedie(_) => "tweedie",
+        Arm::Euler(_) => "euler",
+        Arm::FirstHitting(_) => "first_hitting",
+        Arm::Confidence(_) => "confidence",
+        Arm::EntropyBounded(_) => "entropy_bounded",
+        Arm::Remask(_) => "remask",
+        Arm::ThetaTrapezoidal(_) => "theta_trapezoidal",
     }
+}
+
+/// Names of the samplers that models of this graph can be sampled with.
+pub(super) fn that_fit(graph: GraphKind) -> impl Iterator<Item = &'static str> {
+    ALL.iter().filter_map(move |(name, arm)| {
+        let (kind, _) = asked(Some(*arm), None).ok()?;
+        (graph == GraphKind::Absorbing || !kind.normalizes()).then_some(*name)
+    })
 }
 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use prost::Message;
+    use prost_types::FileDescriptorSet;
+
     use super::*;
+    use crate::proto::DESCRIPTORS;
 
     #[test]
-    fn every_value_makes_the_round_trip() {
-        for value in 1.. {
-            let Ok(sampler) = v1::Sampler::try_from(value) else {
-                assert!(value > 7, "values follow each other");
-                break;
-            };
-            let request = v1::Sampling {
-                sampler: sampler.into(),
-                ..v1::Sampling::default()
-            };
-            let kind = asked(&request, None).unwrap();
-            let Told {
-                sampler: again,
-                entropy_bound,
-                remask_rate,
-            } = told(kind);
-            assert_eq!(again, sampler);
+    fn every_sampler_of_the_proto_makes_the_round_trip() {
+        let files = FileDescriptorSet::decode(DESCRIPTORS).unwrap().file;
+        let mut messages = files.iter().flat_map(|file| &file.message_type);
+        let message = messages.find(|message| message.name() == "Sampling").unwrap();
+        let sampler = message
+            .oneof_decl
+            .iter()
+            .position(|oneof| oneof.name() == "sampler");
+        let arms: Vec<&str> = message
+            .field
+            .iter()
+            .filter(|field| field.oneof_index.map(|index| index as usize) == sampler)
+            .map(prost_types::FieldDescriptorProto::name)
+            .collect();
+        let table: Vec<&str> = ALL.iter().map(|(name, _)| *name).collect();
+        assert_eq!(arms, table);
+        for (known, arm) in ALL {
+            assert_eq!(name(&arm), known);
+            let (kind, normalize) = asked(Some(arm), None).unwrap();
+            let again = told(kind, normalize);
+            assert_eq!(name(&again), known);
             // What is told, options included, can be asked for again.
-            let repeated = v1::Sampling {
-                entropy_bound,
-                remask_rate,
-                ..request
-            };
-            assert_eq!(asked(&repeated, None).unwrap(), kind);
+            assert_eq!(asked(Some(again), None).unwrap(), (kind, normalize));
         }
     }
 
     #[test]
     fn the_models_default_is_for_silent_requests() {
         let default = Some(SamplerKind::Remask { rate: 0.25 });
-        let silent = v1::Sampling::default();
-        assert_eq!(asked(&silent, default).ok(), default);
-        assert_eq!(asked(&silent, None).ok(), Some(SamplerKind::Tweedie));
-        let changed = v1::Sampling {
-            remask_rate: Some(0.5),
-            ..silent
-        };
+        let remask = |rate| Some(Arm::Remask(v1::Remask { rate }));
+        let kind = |arm, default| asked(arm, default).map(|(kind, _)| kind).ok();
+        assert_eq!(kind(None, default), default);
+        assert_eq!(kind(None, None), Some(SamplerKind::Tweedie));
         assert_eq!(
-            asked(&changed, default).ok(),
+            kind(remask(Some(0.5)), default),
             Some(SamplerKind::Remask { rate: 0.5 })
         );
-        assert!(
-            asked(&changed, None).is_err(),
-            "the default sampler has no such option"
+        assert_eq!(kind(remask(None), default), default, "its option too");
+        assert_eq!(
+            kind(remask(None), None),
+            Some(SamplerKind::Remask {
+                rate: DEFAULT_REMASK_RATE
+            })
         );
-        let own = v1::Sampling {
-            sampler: v1::Sampler::Euler.into(),
-            ..silent
-        };
-        assert_eq!(asked(&own, default).ok(), Some(SamplerKind::Euler));
     }
 }

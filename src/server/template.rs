@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use crate::bundle::{TextTokenizer, TokenizerError};
 use crate::diffusion::Token;
+use crate::proto::v1;
+use crate::proto::v1::template_part::Part;
 
 /// How a masked position reads in a frame.
 pub const MASKED: char = '\u{2591}';
@@ -58,6 +60,23 @@ impl Template {
     /// Positions of the canvas.
     pub(super) fn length(&self) -> usize {
         self.pieces.last().map_or(0, |(_, range)| range.end)
+    }
+
+    /// The pieces as a request may ask for them.
+    pub(super) fn parts(&self) -> Vec<v1::TemplatePart> {
+        let part = |piece: &Piece| match piece {
+            Piece::Text(text, _) | Piece::OpenText(text, _) => Part::Text(text.clone()),
+            Piece::Tokens(ids) => Part::Tokens(v1::TokenList { ids: ids.clone() }),
+            Piece::Gap(positions) => Part::Gap(v1::Gap {
+                positions: *positions as u32,
+            }),
+        };
+        let pieces = self.pieces.iter().filter(|(_, range)| !range.is_empty());
+        pieces
+            .map(|(piece, _)| v1::TemplatePart {
+                part: Some(part(piece)),
+            })
+            .collect()
     }
 
     /// Positions to fill.

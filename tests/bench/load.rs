@@ -5,7 +5,8 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use denoised::config::Config;
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
-use denoised::proto::v1::{FramePolicy, GenerateRequest, Sampling, generate_response};
+use denoised::proto::v1::event::Event;
+use denoised::proto::v1::{FramePolicy, GenerateRequest, Sampling};
 use denoised::server::Server;
 use futures_util::future::try_join_all;
 use serde_json::{Value, json};
@@ -106,7 +107,7 @@ async fn stream(url: &str, number: u64, generations: usize) -> Result<Vec<Latenc
         let mut answers = client.generate(request).await?.into_inner();
         while let Some(answer) = answers.message().await? {
             // The first frame is the noise that a canvas starts as; what is waited for is the next.
-            if let Some(generate_response::Event::Frame(frame)) = answer.event
+            if let Some(Event::Frame(frame)) = answer.event.and_then(|event| event.event)
                 && frame.step > 0
             {
                 first.get_or_insert_with(|| started.elapsed());

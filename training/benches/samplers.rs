@@ -46,10 +46,22 @@ const SETTINGS: [(&str, &[&str]); 22] = [
     ("tweedie", &["--steps", "32"]),
     ("tweedie", &["--steps", "64"]),
     ("tweedie", &["--steps", "256"]),
-    ("tweedie, normalised", &["--normalize", "--steps", "16"]),
-    ("tweedie, normalised", &["--normalize", "--steps", "32"]),
-    ("tweedie, normalised", &["--normalize", "--steps", "64"]),
-    ("tweedie, normalised", &["--normalize", "--steps", "1024"]),
+    (
+        "tweedie, normalised",
+        &["--sampler", "tweedie", "--normalize", "--steps", "16"],
+    ),
+    (
+        "tweedie, normalised",
+        &["--sampler", "tweedie", "--normalize", "--steps", "32"],
+    ),
+    (
+        "tweedie, normalised",
+        &["--sampler", "tweedie", "--normalize", "--steps", "64"],
+    ),
+    (
+        "tweedie, normalised",
+        &["--sampler", "tweedie", "--normalize", "--steps", "1024"],
+    ),
     ("euler", &["--sampler", "euler", "--steps", "64"]),
     ("first-hitting", &["--sampler", "first-hitting"]),
     (
