@@ -23,8 +23,8 @@ fn sampling(change: impl FnOnce(&mut Sampling)) -> GenerateRequest {
     }
 }
 
-fn entropy_bounded(bound: f64) -> Option<Sampler> {
-    Some(Sampler::EntropyBounded(EntropyBounded { bound: Some(bound) }))
+fn entropy_bounded(bound: f64) -> Sampler {
+    Sampler::EntropyBounded(EntropyBounded { bound: Some(bound) })
 }
 
 #[track_caller]
@@ -63,11 +63,11 @@ async fn every_field_of_generate_is_checked() {
         ),
         (
             "sampling.entropy_bounded.bound",
-            sampling(|s| s.sampler = entropy_bounded(f64::NAN)),
+            sampling(|s| s.sampler = Some(entropy_bounded(f64::NAN))),
         ),
         (
             "sampling.entropy_bounded.bound",
-            sampling(|s| s.sampler = entropy_bounded(-0.1)),
+            sampling(|s| s.sampler = Some(entropy_bounded(-0.1))),
         ),
         (
             "sampling.remask.rate",
@@ -121,14 +121,14 @@ async fn every_field_of_generate_is_checked() {
         (
             "prompt",
             GenerateRequest {
-                prompt_as: prompt(&"word ".repeat(200)),
+                prompt_as: Some(prompt(&"word ".repeat(200))),
                 ..default()
             },
         ),
         (
             "prompt",
             GenerateRequest {
-                prompt_as: prompt("In the beginning"),
+                prompt_as: Some(prompt("In the beginning")),
                 length: Some(1),
                 ..default()
             },
@@ -297,7 +297,7 @@ async fn text_of_a_model_without_tokenizer_is_refused_and_tokens_work() {
         .unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition);
     let request = GenerateRequest {
-        prompt_as: prompt("hello"),
+        prompt_as: Some(prompt("hello")),
         ..GenerateRequest::default()
     };
     assert_eq!(

@@ -232,7 +232,7 @@ async fn text_travels_with_tokens_and_models_tell_their_limits() {
     let answer = generate(
         &mut server.client(),
         GenerateRequest {
-            prompt_as: prompt("In the beginning"),
+            prompt_as: Some(prompt("In the beginning")),
             ..request
         },
     )

@@ -12,6 +12,7 @@ mod architecture;
 mod binary;
 mod cancelling;
 mod connections;
+mod deadlines;
 mod defaults;
 mod determinism;
 mod errors;

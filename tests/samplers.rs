@@ -17,7 +17,7 @@ use crate::support::{TestServer, closed_form_manifest, config, generate};
 
 fn request(prompt: &str, sampling: Sampling) -> GenerateRequest {
     GenerateRequest {
-        prompt_as: crate::support::prompt(prompt),
+        prompt_as: Some(crate::support::prompt(prompt)),
         length: Some(40),
         sampling: Some(Sampling {
             seed: Some(11),

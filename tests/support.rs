@@ -175,8 +175,8 @@ pub async fn generate(
 }
 
 /// A prompt of text.
-pub fn prompt(text: &str) -> Option<PromptAs> {
-    Some(PromptAs::Prompt(text.to_owned()))
+pub fn prompt(text: &str) -> PromptAs {
+    PromptAs::Prompt(text.to_owned())
 }
 
 /// A gap of this many positions.

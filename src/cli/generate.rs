@@ -16,8 +16,8 @@ use crate::proto::v1::event::Event;
 use crate::proto::v1::generate_request::PromptAs;
 use crate::proto::v1::sampling::Sampler;
 use crate::proto::v1::{
-    CanvasResult, EntropyBounded, Euler, FramePolicy, GenerateRequest, GenerateResponse, InfillRequest,
-    InfillResponse, ModelReference, Remask, Sampling, Tweedie, frame_policy,
+    CanvasResult, Deadline, EntropyBounded, Euler, FramePolicy, GenerateRequest, GenerateResponse,
+    InfillRequest, InfillResponse, ModelReference, OnDeadline, Remask, Sampling, Tweedie, frame_policy,
 };
 use crate::server::sampler;
 
@@ -70,6 +70,21 @@ pub(super) struct Generate {
     /// otherwise.
     #[arg(long, value_name = "X")]
     top_p: Option<f64>,
+    /// Seconds that the answer may take, from 0.001.
+    #[arg(long, value_name = "SECONDS", value_parser = deadline_ms)]
+    deadline: Option<u64>,
+    /// With --deadline: take fewer steps where there is no time for all of them, instead of failing.
+    #[arg(long, requires = "deadline")]
+    finish_early: bool,
+    /// Of your own requests those of higher priority go first; 0 by default.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        hide_default_value = true,
+        allow_negative_numbers = true
+    )]
+    priority: i32,
     /// Print one JSON object per event and line.
     #[arg(long, conflicts_with = "live")]
     json: bool,
@@ -115,6 +130,8 @@ impl Generate {
             length: self.length,
             sampling: Some(sampling),
             frames: Some(self.frames()),
+            deadline: self.deadline(),
+            priority: self.priority,
             ..GenerateRequest::default()
         };
         let mut client = DiffusionServiceClient::new(connection.channel.clone());
@@ -172,6 +189,17 @@ impl Generate {
             }
         }
         Ok(sampler)
+    }
+
+    fn deadline(&self) -> Option<Deadline> {
+        self.deadline.map(|ms| Deadline {
+            ms: Some(ms),
+            on_deadline: if self.finish_early {
+                OnDeadline::FinishEarly.into()
+            } else {
+                OnDeadline::Fail.into()
+            },
+        })
     }
 
     fn frames(&self) -> FramePolicy {
@@ -321,6 +349,14 @@ fn print_line(
     writeln!(out, "{}", serde_json::to_string(&line)?)
 }
 
+/// Seconds as milliseconds.
+fn deadline_ms(text: &str) -> Result<u64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.001..=1e9).contains(&seconds) => Ok((seconds * 1e3) as u64),
+        _ => Err("must be a number of seconds, 0.001 to 1000000000".to_owned()),
+    }
+}
+
 /// A sampler by the name of its field in the proto, with dashes.
 fn sampler_named(name: &str) -> Result<Sampler, String> {
     let names = sampler::ALL.map(|(known, sampler)| (known.replace('_', "-"), sampler));
@@ -346,6 +382,8 @@ impl Infill {
             template: parts,
             sampling: Some(sampling),
             frames: Some(options.frames()),
+            deadline: options.deadline(),
+            priority: options.priority,
             ..InfillRequest::default()
         };
         let mut client = DiffusionServiceClient::new(connection.channel.clone());

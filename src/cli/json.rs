@@ -33,6 +33,8 @@ pub(super) struct Accepted<'a> {
     top_p: Option<f64>,
     entropy_bound: Option<f64>,
     remask_rate: Option<f64>,
+    deadline_ms: Option<u64>,
+    predicted_seconds: f64,
 }
 
 /// An intermediate state: all tokens, or those that changed and where.
@@ -138,6 +140,8 @@ impl<'a> From<&'a v1::Accepted> for Line<'a> {
                 Some(Sampler::Remask(v1::Remask { rate })) => rate,
                 _ => None,
             },
+            deadline_ms: accepted.deadline_ms,
+            predicted_seconds: accepted.predicted_seconds,
         })
     }
 }

@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::request::Caller;
+use super::request::{Caller, Deadline, OnDeadline};
 use crate::sync::Mutex;
 
 /// Why there is no room for a request.
@@ -49,8 +49,71 @@ pub(super) struct Admission {
 #[derive(Debug, Default)]
 struct Waiting {
     all: u64,
+    /// Canvases that have not ended.
+    canvases: u64,
     /// Callers that have something waiting.
-    callers: HashMap<Caller, u64>,
+    callers: HashMap<Caller, Own>,
+}
+
+/// What waits of one caller.
+#[derive(Debug, Default)]
+struct Own {
+    all: u64,
+    /// The same by request.
+    requests: HashMap<u64, Waits>,
+}
+
+/// What waits of one request.
+#[derive(Clone, Copy, Debug)]
+struct Waits {
+    nanos: u64,
+    canvases: u32,
+    /// The deadline that must not be missed, if there is one.
+    must: Option<Instant>,
+}
+
+/// What a request asks room for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    /// The request, by order of arrival.
+    pub(super) number: u64,
+    /// Its canvases.
+    pub(super) canvases: u32,
+    /// Evaluations of each.
+    pub(super) evaluations: u64,
+    /// Predicted nanoseconds of an evaluation of one canvas.
+    pub(super) cost: u64,
+    /// When it must be finished.
+    pub(super) deadline: Option<Deadline>,
+    /// Canvases that share a pass, where there are as many.
+    pub(super) per_pass: u32,
+}
+
+impl Asked {
+    fn waits(&self, evaluations: u64) -> Waits {
+        Waits {
+            nanos: self.nanos(evaluations),
+            canvases: self.canvases,
+            must: self
+                .deadline
+                .filter(|deadline| deadline.then == OnDeadline::Fail)
+                .map(|deadline| deadline.at),
+        }
+    }
+
+    fn nanos(&self, evaluations: u64) -> u64 {
+        let canvas = evaluations.max(1).saturating_mul(self.cost);
+        canvas.saturating_mul(self.canvases.into())
+    }
+}
+
+/// A deadline that would be missed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Missed {
+    /// Time to it.
+    pub(super) left: Duration,
+    /// Time that is needed, as predicted.
+    pub(super) predicted: Duration,
 }
 
 impl Admission {
@@ -77,19 +140,12 @@ impl Admission {
         self.waiting.lock().all == 0
     }
 
-    /// Takes room for `canvases` canvases of `evaluations` evaluations that cost `cost` nanoseconds each: for all of
-    /// them, or for none.
-    pub(super) fn admit(
-        self: &Arc<Self>,
-        caller: &Caller,
-        canvases: u32,
-        evaluations: u64,
-        cost: u64,
-    ) -> Result<Vec<Permit>, NoRoom> {
-        let nanos = evaluations.max(1).saturating_mul(cost);
-        let needed = nanos.saturating_mul(canvases.into());
+    /// Takes room for the canvases of `request`: for all of them, or for none.
+    pub(super) fn admit(self: &Arc<Self>, caller: &Caller, request: Asked) -> Result<Vec<Permit>, NoRoom> {
+        let nanos = request.evaluations.max(1).saturating_mul(request.cost);
+        let needed = request.nanos(request.evaluations);
         let mut waiting = self.waiting.lock();
-        let own = waiting.callers.get(caller).copied().unwrap_or(0);
+        let own = waiting.callers.get(caller).map_or(0, |own| own.all);
         let callers = waiting.callers.len().max(1) as u64;
         if needed > self.caller_limit {
             return Err(NoRoom::Request(self.room(needed, self.caller_limit, 0)));
@@ -105,15 +161,102 @@ impl Admission {
             return Err(NoRoom::Caller(self.room(own, self.caller_limit, until_room)));
         }
         waiting.all += needed;
-        *waiting.callers.entry(caller.clone()).or_default() += needed;
+        let own = waiting.callers.entry(caller.clone()).or_default();
+        own.all += needed;
+        own.requests
+            .insert(request.number, request.waits(request.evaluations));
+        waiting.canvases += u64::from(request.canvases);
         drop(waiting);
         let permit = |_| Permit {
             admission: Arc::clone(self),
             caller: caller.clone(),
-            cost,
+            request: request.number,
+            cost: request.cost,
             nanos,
         };
-        Ok((0..canvases).map(permit).collect())
+        Ok((0..request.canvases).map(permit).collect())
+    }
+
+    /// How long `evaluations` evaluations of every canvas of `request` will take beside what waits now.
+    ///
+    /// Callers take turns, and so do the requests of one: whoever waits gets as much as this does until it is
+    /// finished, or all that it wants. Nearer deadlines of the same caller go first.
+    pub(super) fn predicted(&self, caller: &Caller, request: &Asked, evaluations: u64) -> Duration {
+        let waiting = self.waiting.lock();
+        let own = waiting.callers.get(caller);
+        let requests = own.iter().flat_map(|own| own.requests.values().copied());
+        self.predicted_beside(&waiting, caller, requests, request.waits(evaluations), request)
+    }
+
+    /// The first deadline that must not be missed and would be, were `request` admitted: its own, or a later one of
+    /// the same caller. What is predicted may be wrong by a factor of `doubt`, and a pass that runs takes `pass`.
+    pub(super) fn misses(
+        &self,
+        caller: &Caller,
+        request: &Asked,
+        doubt: f64,
+        pass: Duration,
+    ) -> Option<Missed> {
+        let now = Instant::now();
+        let new = request.waits(request.evaluations);
+        let at = new.must?;
+        let waiting = self.waiting.lock();
+        let own = waiting.callers.get(caller);
+        let running = own.iter().flat_map(|own| own.requests.values().copied());
+        let all: Vec<Waits> = running.chain([new]).collect();
+        let missed = |(index, waits): (usize, &Waits)| {
+            let must = waits.must.filter(|must| *must >= at)?;
+            let others = all.iter().enumerate().filter(|(other, _)| *other != index);
+            let others = others.map(|(_, waits)| *waits);
+            let predicted = self.predicted_beside(&waiting, caller, others, *waits, request);
+            let predicted = predicted.mul_f64(doubt) + pass;
+            let left = must.saturating_duration_since(now);
+            (predicted > left).then_some((must, Missed { left, predicted }))
+        };
+        let first = all
+            .iter()
+            .enumerate()
+            .filter_map(missed)
+            .min_by_key(|(at, _)| *at);
+        first.map(|(_, missed)| missed)
+    }
+
+    /// How long it takes until all that waits of a request is done, beside the `requests` of the same caller and what
+    /// others have, once `new` is admitted.
+    fn predicted_beside(
+        &self,
+        waiting: &Waiting,
+        caller: &Caller,
+        requests: impl Iterator<Item = Waits>,
+        Waits {
+            nanos: needed,
+            canvases,
+            must,
+        }: Waits,
+        new: &Asked,
+    ) -> Duration {
+        let (mut first, mut patient) = (needed, 0u64);
+        for other in requests {
+            match (must, other.must) {
+                (Some(own), Some(other_deadline)) if other_deadline <= own => {
+                    first = first.saturating_add(other.nanos);
+                }
+                (Some(_), Some(_)) => {}
+                (Some(_), None) => patient = patient.saturating_add(other.nanos),
+                // Half of the time is for who is patient, so that those who are not take as much at most.
+                (None, _) => patient = patient.saturating_add(other.nanos.min(needed)),
+            }
+        }
+        let own = first.saturating_add(patient.min(if must.is_some() { first } else { u64::MAX }));
+        let callers = waiting.callers.iter().filter(|(name, _)| *name != caller);
+        let all = callers.fold(own, |sum, (_, other)| sum.saturating_add(other.all.min(own)));
+        // However urgent, its evaluations follow each other, and each takes as long as those that share its pass.
+        let company = waiting
+            .canvases
+            .saturating_add(new.canvases.into())
+            .min(new.per_pass.max(1).into());
+        let chain = (needed / u64::from(canvases.max(1))).saturating_mul(company);
+        Duration::from_nanos((all / self.workers).max(chain))
     }
 
     fn room(&self, waiting: u64, limit: u64, until_room: u64) -> Room {
@@ -125,12 +268,18 @@ impl Admission {
         }
     }
 
-    fn give_back(&self, caller: &Caller, nanos: u64) {
+    fn give_back(&self, caller: &Caller, request: u64, nanos: u64) {
         let mut waiting = self.waiting.lock();
         waiting.all = waiting.all.saturating_sub(nanos);
         if let Some(own) = waiting.callers.get_mut(caller) {
-            *own = own.saturating_sub(nanos);
-            if *own == 0 {
+            own.all = own.all.saturating_sub(nanos);
+            if let Some(left) = own.requests.get_mut(&request) {
+                left.nanos = left.nanos.saturating_sub(nanos);
+                if left.nanos == 0 {
+                    own.requests.remove(&request);
+                }
+            }
+            if own.all == 0 {
                 waiting.callers.remove(caller);
             }
         }
@@ -142,6 +291,7 @@ impl Admission {
 pub(super) struct Permit {
     admission: Arc<Admission>,
     caller: Caller,
+    request: u64,
     /// Predicted nanoseconds of one evaluation.
     cost: u64,
     nanos: u64,
@@ -153,7 +303,7 @@ impl Permit {
         let left = evaluations.saturating_mul(self.cost);
         let back = self.nanos.saturating_sub(left);
         if back > 0 {
-            self.admission.give_back(&self.caller, back);
+            self.admission.give_back(&self.caller, self.request, back);
             self.nanos = left;
         }
         back / self.cost.max(1)
@@ -162,7 +312,9 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.admission.give_back(&self.caller, self.nanos);
+        self.admission.give_back(&self.caller, self.request, self.nanos);
+        let mut waiting = self.admission.waiting.lock();
+        waiting.canvases = waiting.canvases.saturating_sub(1);
     }
 }
 
@@ -182,10 +334,87 @@ mod tests {
         Arc::new(Admission::new(Duration::from_secs(10), 0.6, 1))
     }
 
+    /// Canvases of a request of its own.
+    fn wants(canvases: u32, evaluations: u64, cost: u64) -> Asked {
+        static REQUESTS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        Asked {
+            number: REQUESTS.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
+            canvases,
+            evaluations,
+            cost,
+            deadline: None,
+            per_pass: 1,
+        }
+    }
+
+    #[test]
+    fn predictions_share_the_time_with_who_waits() {
+        let admission = admission();
+        let second = 1_000 * MILLISECOND;
+        let predicted = |name: &str, seconds| {
+            let request = wants(1, seconds, second);
+            admission.predicted(&caller(name), &request, seconds).as_secs()
+        };
+        assert_eq!(predicted("a", 2), 2, "alone");
+        let _of_a = admission.admit(&caller("a"), wants(1, 3, second)).unwrap();
+        let _of_b = admission.admit(&caller("b"), wants(1, 4, second)).unwrap();
+        assert_eq!(predicted("c", 1), 3, "a turn of each");
+        assert_eq!(predicted("c", 10), 17, "until all is done");
+        let wide = Asked {
+            per_pass: 8,
+            ..wants(1, 10, second)
+        };
+        let chain = admission.predicted(&caller("c"), &wide, 10).as_secs();
+        assert_eq!(chain, 30, "three canvases share each of its passes");
+        // Until "a" has had two for this request and two for the other one, "b" has had its four.
+        assert_eq!(predicted("a", 2), 8);
+    }
+
+    #[test]
+    fn a_nearer_deadline_is_refused_where_it_would_break_a_later_one() {
+        let admission = admission();
+        let (now, second) = (Instant::now(), 1_000 * MILLISECOND);
+        let within = |seconds, of| Asked {
+            deadline: Some(Deadline {
+                at: now + Duration::from_secs(seconds),
+                then: OnDeadline::Fail,
+            }),
+            ..wants(1, of, second)
+        };
+        let misses = |request: Asked| {
+            let missed = admission.misses(&caller("a"), &request, 1.0, Duration::ZERO)?;
+            Some((missed.left.as_secs_f64().round(), missed.predicted.as_secs()))
+        };
+        assert_eq!(misses(within(4, 5)), Some((4.0, 5)), "its own");
+        assert_eq!(misses(within(6, 3)), None);
+        let _later = admission.admit(&caller("a"), within(6, 3)).unwrap();
+        assert_eq!(misses(within(4, 2)), None, "there is room before it");
+        assert_eq!(
+            misses(within(5, 4)),
+            Some((6.0, 7)),
+            "it would push the later one out"
+        );
+        assert_eq!(misses(within(60, 4)), None, "later ones wait");
+        let early = Deadline {
+            at: now + Duration::from_secs(1),
+            then: OnDeadline::FinishEarly,
+        };
+        let early = Asked {
+            deadline: Some(early),
+            ..wants(1, 2, second)
+        };
+        assert_eq!(misses(early), None);
+        // Without a deadline half of the time is enough.
+        let _patient = admission.admit(&caller("a"), wants(1, 2, second)).unwrap();
+        assert_eq!(misses(within(5, 2)), Some((6.0, 7)));
+    }
+
     #[test]
     fn room_is_taken_whole_and_given_back() {
         let admission = admission();
-        let mut permits = admission.admit(&caller("a"), 2, 40, 50 * MILLISECOND).unwrap();
+        let mut permits = admission
+            .admit(&caller("a"), wants(2, 40, 50 * MILLISECOND))
+            .unwrap();
         assert_eq!(admission.waiting(), Duration::from_secs(4));
         permits[0].keep(39);
         assert_eq!(admission.waiting(), Duration::from_millis(3950));
@@ -203,7 +432,8 @@ mod tests {
     #[test]
     fn the_three_refusals_are_told_apart() {
         let admission = admission();
-        let ask = |name: &str, seconds: u64| admission.admit(&caller(name), 1, seconds, 1_000 * MILLISECOND);
+        let ask =
+            |name: &str, seconds: u64| admission.admit(&caller(name), wants(1, seconds, 1_000 * MILLISECOND));
         let _first = ask("a", 5).unwrap();
         assert!(matches!(ask("a", 7), Err(NoRoom::Request(room)) if room.waiting == Duration::from_secs(7)));
         assert!(matches!(ask("a", 3), Err(NoRoom::Caller(room)) if room.waiting == Duration::from_secs(5)));
@@ -224,14 +454,19 @@ mod tests {
         for (own, others, asked) in [(5, 0, 3), (5, 4, 3), (6, 1, 2), (2, 6, 5), (3, 6, 4)] {
             let admission = admission();
             let second = 1_000 * MILLISECOND;
-            let mut mine = admission.admit(&caller("a"), 1, own, second).unwrap().remove(0);
+            let mut mine = admission
+                .admit(&caller("a"), wants(1, own, second))
+                .unwrap()
+                .remove(0);
             let mut theirs = (others > 0).then(|| {
                 admission
-                    .admit(&caller("b"), 1, others, second)
+                    .admit(&caller("b"), wants(1, others, second))
                     .unwrap()
                     .remove(0)
             });
-            let refused = admission.admit(&caller("a"), 1, asked, second).unwrap_err();
+            let refused = admission
+                .admit(&caller("a"), wants(1, asked, second))
+                .unwrap_err();
             let (NoRoom::Server(room) | NoRoom::Caller(room) | NoRoom::Request(room)) = refused;
             let promised = room.retry_after.as_secs();
             let (mut mine_left, mut theirs_left, mut clock) = (own, others, 0);
@@ -245,7 +480,7 @@ mod tests {
                     theirs.as_mut().unwrap().keep(theirs_left);
                 }
                 clock += 1;
-                if admission.admit(&caller("a"), 1, asked, second).is_ok() {
+                if admission.admit(&caller("a"), wants(1, asked, second)).is_ok() {
                     break;
                 }
             }

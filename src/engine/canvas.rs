@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::plan::Plan;
 use crate::diffusion::sampler::row::{self, BadScores, Scratch};
-use crate::diffusion::sampler::{Candidate, CanvasView, Commit, Evaluation, HittingTimes, Second};
+use crate::diffusion::sampler::{Candidate, CanvasView, Commit, Evaluation, HittingTimes, Second, finish};
 use crate::diffusion::{Draws, Token};
 use crate::models::ServedModel;
 
@@ -25,6 +25,7 @@ pub struct Canvas {
     committed_at: Vec<u32>,
     step: u32,
     nfe: u32,
+    finished_early: bool,
 }
 
 impl Canvas {
@@ -49,6 +50,7 @@ impl Canvas {
             draws,
             step: 0,
             nfe: 0,
+            finished_early: false,
         };
         canvas.pass_over_steps_without_evaluation();
         canvas
@@ -99,6 +101,11 @@ impl Canvas {
         self.plan.sampler.evaluations_left(&self.view()).max(1)
     }
 
+    /// Whether its last step was taken in place of several.
+    pub fn finished_early(&self) -> bool {
+        self.finished_early
+    }
+
     /// Whether every step is taken.
     pub fn is_done(&self) -> bool {
         self.step >= self.total()
@@ -135,13 +142,29 @@ impl Canvas {
         self.plan.sampler.evaluation(&self.view())
     }
 
+    /// Returns the evaluation that finishes a canvas that is not done at once.
+    pub fn finish(&self) -> Evaluation {
+        finish(&self.view(), &self.model().manifest().process(), self.time())
+    }
+
+    /// Positions that may still change, whichever the next evaluation is about.
+    pub fn movable(&self) -> usize {
+        self.view().movable(self.model().graph().mask()).count()
+    }
+
     /// Evaluations of the step that begins with `first`, at most.
     pub fn evaluations(&self, first: &Evaluation) -> u32 {
+        if first.finishes {
+            return 1;
+        }
         self.plan.sampler.evaluations(first)
     }
 
     /// Returns the second evaluation of the step, where the sampler has one, given the candidates of `first`.
     pub fn second(&self, first: &Evaluation, candidates: &[Candidate]) -> Option<Second> {
+        if first.finishes {
+            return None;
+        }
         self.plan.sampler.second(&self.view(), first, candidates)
     }
 
@@ -159,7 +182,16 @@ impl Canvas {
     /// Ends the step of `evaluation`, its last, with what its rows and those of an evaluation before it gave, in
     /// this order; `evaluations` were spent.
     pub fn commit(&mut self, evaluation: &Evaluation, candidates: Vec<Candidate>, evaluations: u32) {
-        let commit = self.plan.sampler.commit(&self.view(), evaluation, candidates);
+        let commit = if evaluation.finishes {
+            Commit {
+                set: candidates,
+                masked: Vec::new(),
+                step: self.total(),
+            }
+        } else {
+            self.plan.sampler.commit(&self.view(), evaluation, candidates)
+        };
+        self.finished_early |= evaluation.finishes;
         self.nfe += evaluations;
         // What is set in a step carries its number, also where the canvas is done early.
         self.apply(&commit, evaluation.step + 1);

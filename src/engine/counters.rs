@@ -72,18 +72,20 @@ impl Counters {
             AdmitError::Running { .. } => "running",
             AdmitError::Exists(_) => "id_exists",
             AdmitError::Model { .. } => "model_failed",
+            AdmitError::Deadline { .. } => "deadline",
             AdmitError::Draining => "draining",
         };
         self.refused.get_or_create(&Refusal { reason }).inc();
     }
 
-    pub(super) fn count_done(&self) {
-        self.count_ending("done");
+    pub(super) fn count_done(&self, early: bool) {
+        self.count_ending(if early { "finished_early" } else { "done" });
     }
 
     pub(super) fn count_failure(&self, failure: &Failure) {
         self.count_ending(match failure {
             Failure::Cancelled => "cancelled",
+            Failure::Deadline => "deadline",
             Failure::ShutDown => "shut_down",
             Failure::Abandoned => "abandoned",
             Failure::Model { .. } => "model_failed",

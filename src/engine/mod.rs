@@ -41,7 +41,7 @@ use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use tokio::sync::watch;
 
-use admission::Admission;
+use admission::{Admission, Asked};
 pub use admission::{NoRoom, Room};
 use budget::Budget;
 use canvas::Canvas;
@@ -50,7 +50,7 @@ pub use counters::Counters;
 use plan::Plan;
 pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::Queue;
-pub use request::{AdmitError, Caller, Generation, Publish, Request};
+pub use request::{AdmitError, Caller, Deadline, Generation, OnDeadline, Publish, Request};
 use watchdog::Watchdog;
 use work::{Origin, Place, Tally, Work};
 
@@ -110,6 +110,7 @@ struct Shared {
     running: DashMap<String, Running>,
     /// Requests so far.
     requests: AtomicU64,
+    started: Instant,
     draining: AtomicBool,
 }
 
@@ -136,6 +137,9 @@ impl Shared {
 fn end_all(work: Vec<Work>, failure: &Failure) {
     work.into_iter().for_each(|work| work.end(failure.clone()));
 }
+
+/// What a request may take that must be whole by its deadline, of what is predicted.
+const DOUBT: f64 = 1.3;
 
 /// How long shutting down waits for threads in the middle of a pass or a load.
 const LAST_PASS: Duration = Duration::from_secs(5);
@@ -200,6 +204,7 @@ impl Engine {
             workers: AtomicU64::new(0),
             running: DashMap::new(),
             requests: AtomicU64::new(0),
+            started: Instant::now(),
             draining: AtomicBool::new(false),
         });
         // Its drop ends the threads that there are, where the system does not give all.
@@ -245,11 +250,21 @@ impl Engine {
         }
         let gaps = request.template.iter().filter(|token| token.is_none()).count();
         let evaluations = request.sampling.most_evaluations(gaps, &request.model);
-        let cost = shared.costs.predicted(&request.model, request.template.len());
-        let (origin, mut place) = self.register(&request)?;
-        let permits = shared
-            .admission
-            .admit(&request.caller, request.canvases, evaluations, cost)?;
+        let asked = Asked {
+            number: shared.requests.fetch_add(1, Ordering::AcqRel),
+            canvases: request.canvases,
+            evaluations,
+            cost: shared.costs.predicted(&request.model, request.template.len()),
+            deadline: request.deadline,
+            per_pass: u32::try_from(shared.options.batch_tokens / request.template.len().max(1))
+                .unwrap_or(u32::MAX),
+        };
+        let predicted = shared.admission.predicted(&request.caller, &asked, evaluations);
+        if let Some(deadline) = request.deadline {
+            self.check_deadline(&request, &asked, deadline)?;
+        }
+        let (origin, mut place) = self.register(&request, asked.number)?;
+        let permits = shared.admission.admit(&request.caller, asked)?;
         place.canvases = request.canvases;
         let place = Arc::new(place);
         let plan = Arc::new(Plan::new(&request.model, request.sampling));
@@ -267,15 +282,54 @@ impl Engine {
         Ok(Generation {
             initial,
             canvases,
+            predicted,
             id: request.id,
             number: origin.number,
             shared: Arc::clone(shared),
         })
     }
 
+    /// Refuses what cannot be done in time, as far as times are known.
+    fn check_deadline(&self, request: &Request, asked: &Asked, deadline: Deadline) -> Result<(), AdmitError> {
+        let shared = &self.shared;
+        let is_known = shared
+            .costs
+            .known(request.model.address(), request.template.len())
+            .is_some();
+        let left = deadline.at.saturating_duration_since(Instant::now());
+        let running = if shared.admission.is_idle() {
+            1
+        } else {
+            asked.per_pass.max(1)
+        };
+        let pass = Duration::from_nanos(asked.cost.saturating_mul(running.into()));
+        let missed = if left.is_zero() {
+            Some((left, pass))
+        } else if !is_known {
+            None
+        } else {
+            match deadline.then {
+                OnDeadline::Fail => {
+                    let missed = shared.admission.misses(&request.caller, asked, DOUBT, pass);
+                    // Of another one, what it would come too late counts.
+                    missed.map(|missed| (left, left + missed.predicted.saturating_sub(missed.left)))
+                }
+                OnDeadline::FinishEarly => {
+                    let first = shared.admission.predicted(&request.caller, asked, 1) + pass;
+                    (first > left).then_some((left, first))
+                }
+            }
+        };
+        let refusal = |(left, predicted)| AdmitError::Deadline {
+            left,
+            predicted,
+            then: deadline.then,
+        };
+        missed.map_or(Ok(()), |missed| Err(refusal(missed)))
+    }
+
     /// Enters a request under its id, for as long as the place lives.
-    fn register(&self, request: &Request) -> Result<(Arc<Origin>, Place), AdmitError> {
-        let number = self.shared.requests.fetch_add(1, Ordering::AcqRel);
+    fn register(&self, request: &Request, number: u64) -> Result<(Arc<Origin>, Place), AdmitError> {
         let cancelled = Arc::new(AtomicBool::new(false));
         match self.shared.running.entry(request.id.clone()) {
             Entry::Occupied(_) => return Err(AdmitError::Exists(request.id.clone())),
@@ -301,6 +355,8 @@ impl Engine {
             caller: request.caller.clone(),
             cancelled,
             publish: request.publish,
+            deadline: request.deadline,
+            priority: request.priority,
             admitted: Instant::now(),
             shared: Arc::clone(&self.shared),
         };
@@ -415,6 +471,8 @@ impl Drop for Engine {
     }
 }
 
+#[cfg(test)]
+mod deadlines_test;
 #[cfg(test)]
 mod failures_test;
 #[cfg(all(test, feature = "shuttle"))]

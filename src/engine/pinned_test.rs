@@ -76,6 +76,8 @@ fn request(models: &[Arc<ServedModel>; 3], number: u32) -> Request {
         seed: u64::from(number) * 1_000_003,
         canvases: 1 + number % 3,
         publish: Publish::Steps,
+        deadline: None,
+        priority: 0,
     }
 }
 

@@ -49,6 +49,8 @@ pub struct Outcome {
     pub seed: u64,
     /// Where the time went.
     pub timings: Timings,
+    /// Whether the deadline made it end before its last step.
+    pub early: bool,
 }
 
 /// Where the time of a canvas went.
@@ -70,6 +72,9 @@ pub enum Failure {
     /// `Cancel` was called.
     #[error("the request was cancelled")]
     Cancelled,
+    /// The deadline has passed before the canvas was finished.
+    #[error("the deadline has passed before the canvas was finished")]
+    Deadline,
     /// The server shut down before the canvas was finished.
     #[error("the server shut down before the canvas was finished")]
     ShutDown,
@@ -114,6 +119,7 @@ impl State {
         let phase = Phase::Done(Arc::new(Outcome {
             seed: canvas.seed(),
             timings,
+            early: canvas.finished_early(),
         }));
         Self {
             phase,

@@ -1,7 +1,7 @@
 //! What goes into the engine, and what comes out.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -47,6 +47,28 @@ pub struct Request {
     pub canvases: u32,
     /// Whether intermediate states are wanted, or the end alone.
     pub publish: Publish,
+    /// When all canvases must be finished, if at some time.
+    pub deadline: Option<Deadline>,
+    /// Of the requests of one caller, those of higher priority go first for half of its time.
+    pub priority: i32,
+}
+
+/// When a request must be finished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadline {
+    /// The time.
+    pub at: Instant,
+    /// What happens when it is too near.
+    pub then: OnDeadline,
+}
+
+/// What happens when a deadline is too near.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDeadline {
+    /// The request is refused when it cannot be met, and ended when it has passed.
+    Fail,
+    /// The last evaluation that there is time for fills all that is left.
+    FinishEarly,
 }
 
 /// Which states a canvas publishes.
@@ -69,6 +91,21 @@ pub enum AdmitError {
     Running {
         /// Requests that run.
         running: usize,
+    },
+    /// The deadline cannot be met.
+    #[error(
+        "the deadline is in {:.3} s and cannot be met: {} about {:.3} s",
+        .left.as_secs_f64(),
+        match .then { OnDeadline::Fail => "the request takes", OnDeadline::FinishEarly => "a first evaluation takes" },
+        .predicted.as_secs_f64()
+    )]
+    Deadline {
+        /// Time to the deadline.
+        left: Duration,
+        /// Time that is needed at least, as predicted.
+        predicted: Duration,
+        /// What was to happen at the deadline.
+        then: OnDeadline,
     },
     /// A running request has this id.
     #[error("a request with id {0:?} is running")]
@@ -95,6 +132,8 @@ pub struct Generation {
     pub initial: Vec<State>,
     /// The newest state of every canvas.
     pub canvases: Vec<watch::Receiver<State>>,
+    /// When the last canvas will be finished, as predicted.
+    pub predicted: Duration,
     pub(super) id: String,
     pub(super) number: u64,
     pub(super) shared: Arc<Shared>,

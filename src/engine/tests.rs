@@ -111,6 +111,8 @@ pub(super) fn request(model: &Arc<ServedModel>, number: u32) -> Request {
         seed: u64::from(number) * 17,
         canvases: 1 + number % 2,
         publish: Publish::Steps,
+        deadline: None,
+        priority: 0,
     }
 }
 

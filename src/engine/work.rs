@@ -1,19 +1,27 @@
 //! A canvas and what goes with it from worker to worker.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
 use super::admission::Permit;
 use super::canvas::Canvas;
-use super::queue::{FlowDescription, FlowKey, Lane, Weight};
-use super::request::Caller;
+use super::queue::{FlowDescription, FlowKey, Lane, Urgency, Weight};
+use super::request::{Caller, Deadline, OnDeadline};
 use super::{Counters, Failure, Phase, Publish, Shared, State, Timings};
 use crate::diffusion::sampler::Evaluation;
 use crate::models::{ServedModel, Waiting};
 use crate::sync::Mutex;
+
+/// Passes that a canvas is taken to wait for at most, before it has had its first.
+const FIRST_WAIT: u32 = 8;
+/// What a wait and a pass may take, of what they took the last time.
+const DOUBT: f64 = 1.25;
+/// Time that is kept for telling the result.
+const LAST_WORDS: Duration = Duration::from_millis(10);
 
 /// The request that canvases come from.
 #[derive(Debug)]
@@ -25,8 +33,35 @@ pub(super) struct Origin {
     pub(super) caller: Caller,
     pub(super) cancelled: Arc<AtomicBool>,
     pub(super) publish: Publish,
+    pub(super) deadline: Option<Deadline>,
+    pub(super) priority: i32,
     pub(super) admitted: Instant,
     pub(super) shared: Arc<Shared>,
+}
+
+impl Origin {
+    fn urgency(&self) -> Urgency {
+        let since_start = |deadline: Deadline| {
+            let time = deadline.at.saturating_duration_since(self.shared.started);
+            u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+        };
+        Urgency {
+            priority: Reverse(self.priority),
+            // Whoever finishes early needs no turn before others but regular ones: what it gets before its deadline is
+            // its share, and were the nearest deadline first, those behind it would have nothing until theirs is near.
+            deadline: self
+                .deadline
+                .filter(|deadline| deadline.then == OnDeadline::Fail)
+                .map_or(u64::MAX, since_start),
+        }
+    }
+
+    /// The deadline by which canvases end with what they have.
+    fn finish_by(&self) -> Option<Instant> {
+        self.deadline
+            .filter(|deadline| deadline.then == OnDeadline::FinishEarly)
+            .map(|deadline| deadline.at)
+    }
 }
 
 /// The place of a request among those that run; free again when the last of its canvases has ended, whether or
@@ -115,7 +150,8 @@ impl Ticket {
                 .evaluations
                 .fetch_add(state.nfe.into(), Ordering::AcqRel);
         }
-        self.let_go(Counters::count_done);
+        let early = matches!(&state.phase, Phase::Done(outcome) if outcome.early);
+        self.let_go(|counters| counters.count_done(early));
         self.tell(|newest| *newest = state);
     }
 
@@ -155,6 +191,8 @@ pub(super) struct Work {
     alone: bool,
     /// Since when it has waited for its next step.
     pub(super) ready: Instant,
+    /// How long it has waited for the last one.
+    waited: Duration,
     pub(super) timings: Timings,
     /// Evaluations that have been counted.
     counted: u32,
@@ -185,6 +223,7 @@ impl Work {
             ticket: Arc::new(ticket),
             alone: false,
             ready: origin.admitted,
+            waited: Duration::ZERO,
             timings: Timings::default(),
             counted: 0,
             attempts: 0,
@@ -214,6 +253,9 @@ impl Work {
         let output = model.output();
         let rows = if output.all_rows {
             self.canvas.tokens().len()
+        } else if self.origin.finish_by().is_some() {
+            // Its deadline can make it ask for all that is left.
+            self.canvas.movable()
         } else {
             self.evaluation.positions.len()
         };
@@ -242,17 +284,43 @@ impl Work {
             length: self.canvas.tokens().len(),
             alone: key.alone.map(|_| key),
         };
-        let caller = self.origin.caller.clone();
-        self.origin
-            .shared
-            .queue
-            .join(key, &FlowDescription { caller, lane });
+        let description = FlowDescription {
+            caller: self.origin.caller.clone(),
+            lane,
+            urgency: self.origin.urgency(),
+        };
+        self.origin.shared.queue.join(key, &description);
+    }
+
+    /// Takes note that a pass has taken this, which will last `pass` as predicted. Where the deadline leaves no time
+    /// for another one after it, its evaluation becomes the last.
+    pub(super) fn taken(&mut self, pass: Duration) {
+        let now = Instant::now();
+        let waited = now.saturating_duration_since(self.ready);
+        let longest = if self.canvas.nfe() > 0 {
+            waited.max(self.waited)
+        } else {
+            // Its model may have been loaded meanwhile: that says nothing of the next wait.
+            waited.min(pass * FIRST_WAIT)
+        };
+        self.waited = waited;
+        let Some(deadline) = self.origin.finish_by() else {
+            return;
+        };
+        let next = (longest + pass).mul_f64(DOUBT) + LAST_WORDS;
+        if now + pass + next > deadline && self.canvas.evaluations_left() > 1 {
+            self.evaluation = self.canvas.finish();
+        }
     }
 
     /// Why this should not go on, if it should not.
     pub(super) fn is_over(&self) -> Option<Failure> {
+        let too_late =
+            |deadline: Deadline| deadline.then == OnDeadline::Fail && Instant::now() >= deadline.at;
         if self.origin.cancelled.load(Ordering::Acquire) {
             Some(Failure::Cancelled)
+        } else if self.origin.deadline.is_some_and(too_late) {
+            Some(Failure::Deadline)
         } else if self.ticket.progress.is_closed() {
             Some(Failure::Abandoned)
         } else {

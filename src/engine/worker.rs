@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::pass::{Pass, Passed};
 use super::queue::Limits;
@@ -32,6 +33,8 @@ fn work(shared: &Arc<Shared>, index: usize) {
         let Some((mut session, mut batch)) = sessions.check_out(batch, &shared.loader) else {
             continue;
         };
+        let pass_time = predicted(shared, &batch);
+        batch.iter_mut().for_each(|work| work.taken(pass_time));
         let watch = shared.watchdog.watch(session.network(), &model, &batch);
         // A panic leaves every canvas either before or after its step: tokens move at once.
         let result = catch_unwind(AssertUnwindSafe(|| {
@@ -102,6 +105,21 @@ fn work(shared: &Arc<Shared>, index: usize) {
             }
         }
     }
+}
+
+/// How long the next pass of `batch` will take.
+fn predicted(shared: &Shared, batch: &[Work]) -> Duration {
+    let Some(first) = batch.first() else {
+        return Duration::ZERO;
+    };
+    let cost = shared
+        .costs
+        .predicted(first.canvas.model(), first.canvas.tokens().len());
+    let rounds = batch
+        .iter()
+        .map(|work| work.canvas.evaluations(&work.evaluation))
+        .max();
+    Duration::from_nanos(cost.saturating_mul(batch.len() as u64)) * rounds.unwrap_or(1)
 }
 
 fn limits(shared: &Shared) -> Limits {

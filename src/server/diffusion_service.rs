@@ -1,6 +1,7 @@
 //! `denoised.v1.DiffusionService`: translates requests, admits them, streams what happens.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures_util::stream::{BoxStream, StreamExt};
 use tonic::{Request, Response, Status};
@@ -10,9 +11,9 @@ use super::sampler;
 use super::status::{FieldError, not_found};
 use super::stream::{View, deliver, events};
 use super::template::Template;
-use super::{Service, caller};
+use super::{Service, caller, deadline};
 use crate::config::LimitsConfig;
-use crate::engine::{Caller, Publish};
+use crate::engine::{Caller, Deadline, OnDeadline, Publish};
 use crate::models::ServedModel;
 use crate::proto::v1;
 use crate::proto::v1::diffusion_service_server::DiffusionService;
@@ -26,6 +27,29 @@ struct Call {
     sampling: Option<v1::Sampling>,
     frames: Option<v1::FramePolicy>,
     keep_after_end: bool,
+    deadline: Option<Deadline>,
+    priority: i32,
+}
+
+/// Who calls, when, and how long the call may take.
+struct Arrival {
+    caller: Caller,
+    at: Instant,
+    timeout: Option<Duration>,
+}
+
+impl Arrival {
+    fn of<T>(request: &Request<T>) -> Self {
+        Self {
+            caller: caller::of(request),
+            at: Instant::now(),
+            timeout: deadline::timeout(request.metadata()),
+        }
+    }
+
+    fn deadline(&self, asked: Option<v1::Deadline>) -> Result<Option<Deadline>, FieldError> {
+        deadline::deadline(asked, self.timeout, self.at)
+    }
 }
 
 /// Events of a request, of either call.
@@ -38,6 +62,9 @@ impl Service {
         F: FnOnce(&ServedModel, &LimitsConfig) -> Result<Template, Status> + Send + 'static,
     {
         let (service, id) = (self.clone(), asked.id.clone());
+        let until = asked
+            .deadline
+            .filter(|deadline| deadline.then == OnDeadline::Fail);
         // Reading text and laying out canvases take their time.
         let start = move || {
             let template = template(&asked.model, &service.limits)?;
@@ -47,6 +74,7 @@ impl Service {
             self.text.run(start).await?,
             id,
             self.unread,
+            until.map(|deadline| deadline.at),
             Arc::clone(&self.engine),
         ))
     }
@@ -55,7 +83,7 @@ impl Service {
     fn start(&self, asked: Call, template: Template) -> Result<Events, Status> {
         let resolved = request::sampling(asked.sampling, &template, &asked.model, &self.limits)?;
         let frames = request::frames(asked.frames)?;
-        let accepted = accepted(&asked, &resolved, &template);
+        let mut accepted = accepted(&asked, &resolved, &template);
         let generation = self.engine.admit(crate::engine::Request {
             id: asked.id.clone(),
             caller: asked.caller,
@@ -69,7 +97,10 @@ impl Service {
             } else {
                 Publish::Steps
             },
+            deadline: asked.deadline,
+            priority: asked.priority,
         })?;
+        accepted.predicted_seconds = generation.predicted.as_secs_f64();
         tracing::debug!(request = %asked.id, model = %asked.model, length = accepted.length, steps = accepted.total, samples = resolved.samples, "admitted");
         let view = View {
             model: asked.model,
@@ -111,6 +142,11 @@ fn accepted(asked: &Call, resolved: &request::Resolved, template: &Template) -> 
         keep_after_end: asked.keep_after_end,
         length: template.length() as u32,
         total: sampling.steps(template.gaps(), &asked.model),
+        deadline_ms: asked.deadline.map(|deadline| {
+            let left = deadline.at.saturating_duration_since(Instant::now());
+            u64::try_from(left.as_millis()).unwrap_or(u64::MAX)
+        }),
+        predicted_seconds: 0.0,
     }
 }
 
@@ -123,13 +159,15 @@ impl DiffusionService for Service {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let caller = caller::of(&request);
+        let arrival = Arrival::of(&request);
         let asked = request.into_inner();
         let (prompt, length) = (asked.prompt_as, asked.length);
         let asked = Call {
             model: self.model(asked.model)?,
             id: request::id(asked.request_id)?,
-            caller,
+            deadline: arrival.deadline(asked.deadline)?,
+            priority: asked.priority,
+            caller: arrival.caller,
             sampling: asked.sampling,
             frames: asked.frames,
             keep_after_end: asked.keep_after_end,
@@ -146,13 +184,15 @@ impl DiffusionService for Service {
         &self,
         request: Request<v1::InfillRequest>,
     ) -> Result<Response<Self::InfillStream>, Status> {
-        let caller = caller::of(&request);
+        let arrival = Arrival::of(&request);
         let asked = request.into_inner();
         let parts = asked.template;
         let asked = Call {
             model: self.model(asked.model)?,
             id: request::id(asked.request_id)?,
-            caller,
+            deadline: arrival.deadline(asked.deadline)?,
+            priority: asked.priority,
+            caller: arrival.caller,
             sampling: asked.sampling,
             frames: asked.frames,
             // A template says itself what comes after its gaps.

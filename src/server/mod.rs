@@ -5,6 +5,7 @@
 
 mod caller;
 mod connections;
+mod deadline;
 mod diffusion_service;
 #[cfg(test)]
 mod documented_test;

@@ -68,6 +68,17 @@ impl From<AdmitError> for Status {
             AdmitError::Model {
                 model, retry_after, ..
             } => model_failed(message, model, retry_after),
+            AdmitError::Deadline { left, predicted, .. } => {
+                let numbers = [
+                    ("left_seconds".to_owned(), format!("{:.3}", left.as_secs_f64())),
+                    (
+                        "predicted_seconds".to_owned(),
+                        format!("{:.3}", predicted.as_secs_f64()),
+                    ),
+                ];
+                let details = ErrorDetails::with_error_info("DEADLINE_TOO_NEAR", DOMAIN, numbers);
+                Self::with_error_details(Code::DeadlineExceeded, message, details)
+            }
             AdmitError::Exists(id) => {
                 let details =
                     ErrorDetails::with_resource_info("request", id, "", "choose another request_id");
@@ -84,6 +95,11 @@ impl From<Failure> for Status {
         match failure {
             Failure::Cancelled | Failure::Abandoned => Self::cancelled(message),
             Failure::Model { model, .. } => model_failed(message, model, Duration::from_secs(1)),
+            Failure::Deadline => {
+                let nothing = [] as [(String, String); 0];
+                let details = ErrorDetails::with_error_info("DEADLINE_PASSED", DOMAIN, nothing);
+                Self::with_error_details(Code::DeadlineExceeded, message, details)
+            }
             Failure::ShutDown => unavailable(message),
             Failure::Worker { request } => {
                 let details =

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use crate::diffusion::Token;
-use crate::engine::{Engine, Generation, Outcome, Phase, State};
+use crate::engine::{Engine, Failure, Generation, Outcome, Phase, State};
 use crate::models::ServedModel;
 use crate::proto::v1;
 use crate::proto::v1::event::Event;
@@ -85,11 +85,12 @@ pub(super) fn events(
 }
 
 /// Hands `events` of a request to its connection, from a task of its own: a client that reads nothing for
-/// `unread` ends its request, although its stream is not asked for anything any more.
+/// `unread` ends its request, although its stream is not asked for anything any more. So does its deadline `until`.
 pub(super) fn deliver(
     mut events: BoxStream<'static, Result<Event, Status>>,
     request: String,
     unread: Duration,
+    until: Option<std::time::Instant>,
     engine: Arc<Engine>,
 ) -> BoxStream<'static, Result<Event, Status>> {
     let (sender, receiver) = mpsc::channel::<Option<Result<Event, Status>>>(1);
@@ -106,9 +107,19 @@ pub(super) fn deliver(
                     return;
                 }
             };
+            let too_late = async {
+                match until {
+                    Some(until) => tokio::time::sleep_until(until.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
             let event = tokio::select! {
                 event = events.next() => event,
                 () = sender.closed() => return,
+                () = too_late => {
+                    room.send(Some(Err(Failure::Deadline.into())));
+                    return;
+                }
             };
             let ended = event.is_none();
             room.send(event);
@@ -318,7 +329,11 @@ impl Follower {
                 sampling_ms: ms(timings.sampling),
                 total_ms: ms(timings.total),
             }),
-            finish_reason: v1::FinishReason::Done.into(),
+            finish_reason: if outcome.early {
+                v1::FinishReason::Deadline.into()
+            } else {
+                v1::FinishReason::Done.into()
+            },
         })
     }
 }

@@ -70,6 +70,8 @@ impl Subject {
             seed,
             canvases: 1,
             publish: Publish::Steps,
+            deadline: None,
+            priority: 0,
         })?;
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         let state = runtime.block_on(async {

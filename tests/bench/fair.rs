@@ -63,6 +63,8 @@ impl Bench {
             seed: self.requests.into(),
             canvases,
             publish: Publish::End,
+            deadline: None,
+            priority: 0,
         };
         Ok(self.engine.admit(request)?)
     }

@@ -27,6 +27,11 @@ struct Latency {
 }
 
 pub(crate) fn run(threads: usize) -> Result<Value> {
+    with_server(threads, async |url| under(&url).await)
+}
+
+/// Has the demo model served while `work` talks to the server at its URL.
+pub(crate) fn with_server(threads: usize, work: impl AsyncFnOnce(String) -> Result<Value>) -> Result<Value> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut config = Config::default();
@@ -39,7 +44,7 @@ pub(crate) fn run(threads: usize) -> Result<Value> {
         let url = format!("http://{}", server.address());
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(server.run(async move { drop(stopped.await) }));
-        let rows = under(&url).await;
+        let rows = work(url).await;
         drop(stop);
         serving.await?;
         rows

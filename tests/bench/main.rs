@@ -10,6 +10,7 @@
     reason = "a program"
 )]
 
+mod deadlines;
 mod engine;
 mod fair;
 mod load;
@@ -33,6 +34,8 @@ enum Part {
     Fair,
     /// The server under load.
     Load,
+    /// Deadlines under load.
+    Deadlines,
 }
 
 #[derive(Parser)]
@@ -96,6 +99,10 @@ fn main() -> Result<()> {
             load::run(arguments.threads)?;
             return Ok(());
         }
+        Some(Part::Deadlines) => {
+            deadlines::run(arguments.threads)?;
+            return Ok(());
+        }
         Some(Part::Rows) | None => {}
     }
     let rows = rows::run(arguments.turns);
@@ -120,8 +127,10 @@ fn main() -> Result<()> {
         "waiting": fair::waiting(arguments.turns)?,
         "neighbours": fair::neighbours(arguments.threads, arguments.turns)?,
     });
+    let deadlines = deadlines::run(arguments.threads)?;
     let numbers = json!({
         "threads": arguments.threads, "rows": rows, "generation": subjects, "load": load, "fair": fair,
+        "deadlines": deadlines,
     });
     std::fs::write(&arguments.out, serde_json::to_vec_pretty(&numbers)?)?;
     println!("\nnumbers: {}", arguments.out.display());

@@ -58,6 +58,7 @@ pub(super) fn all_masked(process: &Process, canvas: &CanvasView<'_>, uncertainty
         sigma: process.total_noise(t),
         law: Law::Affine(LEAVE),
         uncertainty,
+        finishes: false,
         positions: canvas.movable(process.graph.mask()).collect(),
     }
 }

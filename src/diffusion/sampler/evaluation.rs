@@ -1,7 +1,7 @@
 //! What a sampler decides: what is asked of the network next, and what becomes of the canvas then.
 
-use super::{HittingTimes, RowLaw};
-use crate::diffusion::{Draws, Token};
+use super::{Discretization, HittingTimes, RowLaw, Tweedie};
+use crate::diffusion::{Draws, Process, Token};
 
 /// A canvas between two steps, as samplers see it.
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +47,23 @@ pub struct Evaluation {
     pub uncertainty: Uncertainty,
     /// Positions whose rows are needed, ascending.
     pub positions: Vec<usize>,
+    /// Whether it is the canvas's last, whatever its sampler has left to do: see [`finish`].
+    pub finishes: bool,
+}
+
+/// The evaluation that finishes a canvas at once: all the noise that is left at time `t` is removed in one step, by
+/// Tweedie's law, and on absorbing graphs nothing stays masked.
+pub fn finish(canvas: &CanvasView<'_>, process: &Process, t: f64) -> Evaluation {
+    Evaluation {
+        step: canvas.step,
+        draw: canvas.step,
+        t,
+        sigma: process.total_noise(t),
+        law: Law::Affine(Tweedie.denoise(&process.graph, &process.schedule, t)),
+        uncertainty: Uncertainty::None,
+        positions: canvas.movable(process.graph.mask()).collect(),
+        finishes: true,
+    }
 }
 
 /// The law of a token's move, given its row of log-scores.

@@ -106,6 +106,7 @@ fn next_hits(canvas: &CanvasView<'_>, process: &Process, time: impl Fn(u32) -> f
         sigma: process.total_noise(t),
         law: Law::Affine(LEAVE),
         uncertainty: Uncertainty::None,
+        finishes: false,
         positions: (0..steps.len()).filter(|&i| steps[i] == step).collect(),
     }
 }

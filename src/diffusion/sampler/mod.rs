@@ -33,7 +33,7 @@ pub mod theta_trapezoidal;
 mod tweedie;
 
 pub use euler::Euler;
-pub use evaluation::{Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Second, Uncertainty};
+pub use evaluation::{Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Second, Uncertainty, finish};
 pub use hitting_times::HittingTimes;
 pub use row::TokenChoice;
 pub use tweedie::Tweedie;

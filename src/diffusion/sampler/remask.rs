@@ -58,6 +58,7 @@ impl Sampler for Remask {
             sigma: self.process.total_noise(t),
             law: Law::Affine(LEAVE),
             uncertainty: Uncertainty::None,
+            finishes: false,
             positions: self.leaving(canvas).collect(),
         }
     }

@@ -33,6 +33,7 @@ impl Sampler for Stepwise {
             sigma: schedule.total_noise(t),
             law: Law::Affine(self.grid.law(self.discretization, graph, schedule, canvas.step)),
             uncertainty: Uncertainty::None,
+            finishes: false,
             positions: canvas.movable(graph.mask()).collect(),
         }
     }

@@ -47,6 +47,7 @@ impl ThetaTrapezoidal {
             sigma: self.process.total_noise(t),
             law,
             uncertainty: Uncertainty::None,
+            finishes: false,
             positions,
         }
     }

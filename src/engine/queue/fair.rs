@@ -7,8 +7,9 @@
 //! returning flow starts at the present virtual time, which goes on with all that is given, shared by those who
 //! wait: idle time earns nothing, and whoever waits is not passed by new ones for ever.
 //!
-//! Half of a caller's time goes to that of its requests which has been given least in all: a short request beside
-//! long ones, whose evaluations cost little, waits for one pass and then goes on, as long as that pass lasted. The
+//! Of a caller's requests the most urgent goes first ([`Urgency`]): that of the highest priority, and of those the one
+//! whose deadline is nearest, and of those the one with the least virtual time. But half of a caller's time goes to
+//! whichever of its patient requests, without priority and deadline, has been given least in all: a short request beside long ones, whose evaluations cost little, waits for one pass and then goes on, as long as that pass lasted. The
 //! other half goes by virtual time, so that an endless row of short ones does not starve a long one.
 //!
 //! A pass is headed by whose turn it is and filled, in the same order, with others that can share it. Whoever
@@ -17,6 +18,7 @@
 //! Pure data, no clock and no lock. Every operation is logarithmic in what waits, but for re-listing a caller in a
 //! lane that it has advanced in since, which happens at most once for each time that it was charged.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 
@@ -36,13 +38,40 @@ pub(in crate::engine) struct FlowKey {
     pub(in crate::engine) alone: Option<u32>,
 }
 
-/// Caller and lane of a flow.
+/// How urgent a request is among those of its caller: the smaller, the more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::engine) struct Urgency {
+    /// Higher priorities are more urgent.
+    pub(in crate::engine) priority: Reverse<i32>,
+    /// Nanoseconds of the deadline, from whatever start; the largest number without one.
+    pub(in crate::engine) deadline: u64,
+}
+
+impl Urgency {
+    /// Whether it has neither priority nor deadline to go by.
+    fn is_patient(self) -> bool {
+        self >= Self::default()
+    }
+}
+
+impl Default for Urgency {
+    fn default() -> Self {
+        Self {
+            priority: Reverse(0),
+            deadline: u64::MAX,
+        }
+    }
+}
+
+/// Caller, lane and urgency of a flow.
 #[derive(Clone, Debug)]
 pub(in crate::engine) struct FlowDescription<C, L> {
     /// The caller.
     pub(in crate::engine) caller: C,
     /// Items of the same lane can share a pass.
     pub(in crate::engine) lane: L,
+    /// How urgent it is among the flows of its caller.
+    pub(in crate::engine) urgency: Urgency,
 }
 
 /// Share that an item takes of a pass.
@@ -69,6 +98,7 @@ pub(in crate::engine) struct Pass {
 struct Flow<L, T> {
     caller: CallerNumber,
     lane: L,
+    urgency: Urgency,
     time: VirtualTime,
     /// Predicted time of all that was taken.
     given: u64,
@@ -80,6 +110,14 @@ struct Flow<L, T> {
     members: usize,
 }
 
+/// Where a flow stands in the orders.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    time: VirtualTime,
+    urgency: Urgency,
+    given: u64,
+}
+
 #[derive(Debug)]
 struct CallerFlow<C, L> {
     name: C,
@@ -87,9 +125,9 @@ struct CallerFlow<C, L> {
     /// The present virtual time of its requests.
     now: VirtualTime,
     /// Flows with items that wait.
-    waiting: BTreeSet<(VirtualTime, FlowKey)>,
-    /// The same by what they were given.
-    by_given: BTreeSet<(u64, FlowKey)>,
+    waiting: BTreeSet<(Urgency, VirtualTime, FlowKey)>,
+    /// The patient ones by what they were given.
+    patient: BTreeSet<(u64, FlowKey)>,
     /// Predicted time of the passes that went to whoever was given least, less that of the others.
     ahead_of_turns: i64,
     lanes: HashMap<L, CallerInLane>,
@@ -99,7 +137,7 @@ struct CallerFlow<C, L> {
 
 #[derive(Debug, Default)]
 struct CallerInLane {
-    waiting: BTreeSet<(VirtualTime, FlowKey)>,
+    waiting: BTreeSet<(Urgency, VirtualTime, FlowKey)>,
     /// The time under which the lane lists the caller; never later than the caller's own.
     listed: VirtualTime,
 }
@@ -168,7 +206,7 @@ where
             time: now,
             now: 0,
             waiting: BTreeSet::new(),
-            by_given: BTreeSet::new(),
+            patient: BTreeSet::new(),
             ahead_of_turns: 0,
             lanes: HashMap::new(),
             flows: 0,
@@ -178,6 +216,7 @@ where
         let flow = Flow {
             caller: number,
             lane: description.lane,
+            urgency: description.urgency,
             time: caller.now,
             given: 0,
             last: 0,
@@ -223,8 +262,10 @@ where
                 caller.time = caller.time.max(self.now.saturating_sub(flow.last));
                 self.backlogged.insert((caller.time, flow.caller));
             }
-            caller.waiting.insert((flow.time, key));
-            caller.by_given.insert((flow.given, key));
+            caller.waiting.insert((flow.urgency, flow.time, key));
+            if flow.urgency.is_patient() {
+                caller.patient.insert((flow.given, key));
+            }
             let lane = self.lanes.entry(flow.lane).or_default();
             let here = caller.lanes.entry(flow.lane).or_insert_with(|| {
                 lane.callers.insert((caller.time, flow.caller));
@@ -233,7 +274,7 @@ where
                     listed: caller.time,
                 }
             });
-            here.waiting.insert((flow.time, key));
+            here.waiting.insert((flow.urgency, flow.time, key));
         }
         flow.items.insert(index, item);
         self.lanes.entry(flow.lane).or_default().items += 1;
@@ -259,13 +300,12 @@ where
         let Some(caller) = self.callers.get_mut(&number) else {
             return Vec::new();
         };
-        let to_least_given = caller.ahead_of_turns <= 0;
-        let order = if to_least_given {
-            &caller.by_given
-        } else {
-            &caller.waiting
-        };
-        let Some(&(_, key)) = order.first() else {
+        let least_given = caller.patient.first().filter(|_| caller.ahead_of_turns <= 0);
+        let to_least_given = least_given.is_some();
+        let first = least_given
+            .map(|(_, key)| *key)
+            .or(caller.waiting.first().map(|(_, _, key)| *key));
+        let Some(key) = first else {
             return Vec::new();
         };
         let Some((lane, waiting)) = self
@@ -296,7 +336,11 @@ where
                 None
             };
         }
-        if let Some(caller) = self.callers.get_mut(&number) {
+        if let Some(caller) = self
+            .callers
+            .get_mut(&number)
+            .filter(|caller| !caller.patient.is_empty() || to_least_given)
+        {
             let time = i64::try_from(time_of_pass).unwrap_or(i64::MAX);
             let turn = if to_least_given {
                 time
@@ -330,7 +374,12 @@ where
         };
         let items: Vec<T> = std::mem::take(&mut flow.items).into_values().collect();
         if !items.is_empty() {
-            let (number, place, lane) = (flow.caller, (flow.time, flow.given), flow.lane);
+            let (number, lane) = (flow.caller, flow.lane);
+            let place = Place {
+                time: flow.time,
+                urgency: flow.urgency,
+                given: flow.given,
+            };
             self.count_out(lane, items.len());
             self.unlist(key, number, place, lane);
         }
@@ -349,27 +398,34 @@ where
     fn pop(&mut self, key: FlowKey, cost: u64) -> Option<T> {
         let flow = self.flows.get_mut(&key)?;
         let (_, item) = flow.items.pop_first()?;
-        let (number, before, lane) = (flow.caller, (flow.time, flow.given), flow.lane);
-        let after = (before.0.saturating_add(cost), before.1.saturating_add(cost));
-        (flow.time, flow.given) = after;
+        let (number, lane, urgency) = (flow.caller, flow.lane, flow.urgency);
+        let before = Place {
+            time: flow.time,
+            urgency,
+            given: flow.given,
+        };
+        flow.time = flow.time.saturating_add(cost);
+        flow.given = flow.given.saturating_add(cost);
+        let (time, given) = (flow.time, flow.given);
         flow.last = cost;
         let again = !flow.items.is_empty();
         self.count_out(lane, 1);
         if let Some(caller) = self.callers.get_mut(&number) {
             let share = |of: usize| cost / of.max(1) as u64;
-            caller.now = caller.now.max(before.0) + share(caller.waiting.len());
+            caller.now = caller.now.max(before.time) + share(caller.waiting.len());
             self.now += share(self.backlogged.len());
             self.backlogged.remove(&(caller.time, number));
             caller.time = caller.time.saturating_add(cost);
             self.backlogged.insert((caller.time, number));
             if again {
-                caller.waiting.remove(&(before.0, key));
-                caller.waiting.insert((after.0, key));
-                caller.by_given.remove(&(before.1, key));
-                caller.by_given.insert((after.1, key));
+                caller.waiting.remove(&(urgency, before.time, key));
+                caller.waiting.insert((urgency, time, key));
+                if caller.patient.remove(&(before.given, key)) {
+                    caller.patient.insert((given, key));
+                }
                 if let Some(here) = caller.lanes.get_mut(&lane) {
-                    here.waiting.remove(&(before.0, key));
-                    here.waiting.insert((after.0, key));
+                    here.waiting.remove(&(urgency, before.time, key));
+                    here.waiting.insert((urgency, time, key));
                 }
             }
         }
@@ -386,21 +442,21 @@ where
         }
     }
 
-    /// Takes a flow that has nothing left to wait out of the orders, where it stands under its time and what it
-    /// was given, and its caller where this was its last.
-    fn unlist(&mut self, key: FlowKey, number: CallerNumber, (time, given): (VirtualTime, u64), lane: L) {
+    /// Takes a flow that has nothing left to wait out of the orders, and its caller where this was its last.
+    fn unlist(&mut self, key: FlowKey, number: CallerNumber, place: Place, lane: L) {
+        let Place { time, urgency, given } = place;
         let Some(caller) = self.callers.get_mut(&number) else {
             return;
         };
-        caller.waiting.remove(&(time, key));
-        caller.by_given.remove(&(given, key));
+        caller.waiting.remove(&(urgency, time, key));
+        caller.patient.remove(&(given, key));
         if caller.waiting.is_empty() {
             self.backlogged.remove(&(caller.time, number));
         }
         let Some(here) = caller.lanes.get_mut(&lane) else {
             return;
         };
-        here.waiting.remove(&(time, key));
+        here.waiting.remove(&(urgency, time, key));
         if here.waiting.is_empty() {
             let listed = here.listed;
             caller.lanes.remove(&lane);
@@ -421,7 +477,7 @@ where
             let caller = self.callers.get_mut(&number)?;
             let here = caller.lanes.get_mut(&lane)?;
             if caller.time == listed {
-                return here.waiting.first().map(|(_, key)| *key);
+                return here.waiting.first().map(|(_, _, key)| *key);
             }
             // Times only grow, so whoever was listed earlier is at its place after this.
             callers.remove(&(listed, number));
@@ -463,9 +519,66 @@ mod tests {
     fn add(order: &mut Order, request: u64, caller: &'static str, lane: u32, items: u32, cost: u64) {
         for index in 0..items {
             let lane = (lane, cost);
-            order.join(key(request), &FlowDescription { caller, lane });
+            let urgency = Urgency::default();
+            order.join(
+                key(request),
+                &FlowDescription {
+                    caller,
+                    lane,
+                    urgency,
+                },
+            );
             order.push(key(request), index, (request, index)).unwrap();
         }
+    }
+
+    fn add_urgent(order: &mut Order, request: u64, lane: Lane, urgency: Urgency, items: u32) {
+        for index in 0..items {
+            let description = FlowDescription {
+                caller: "one",
+                lane,
+                urgency,
+            };
+            order.join(key(request), &description);
+            order.push(key(request), index, (request, index)).unwrap();
+        }
+    }
+
+    fn urgency(priority: i32, deadline: u64) -> Urgency {
+        Urgency {
+            priority: Reverse(priority),
+            deadline,
+        }
+    }
+
+    #[test]
+    fn priority_comes_before_deadline_and_deadline_before_the_rest() {
+        let mut order = Order::new();
+        for (request, urgency) in [
+            (2, urgency(0, 900)),
+            (3, urgency(0, 500)),
+            (4, urgency(1, u64::MAX)),
+            (5, urgency(1, 800)),
+        ] {
+            add_urgent(&mut order, request, (0, 10), urgency, 4);
+        }
+        let taken: Vec<u64> = (0..8)
+            .flat_map(|_| take(&mut order, 2))
+            .map(|(request, _)| request)
+            .collect();
+        assert_eq!(taken, [5, 5, 5, 5, 4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2]);
+    }
+
+    #[test]
+    fn half_of_the_time_is_for_who_has_neither() {
+        let mut order = Order::new();
+        add_urgent(&mut order, 1, (0, 10), urgency(0, 500), 10);
+        add_urgent(&mut order, 2, (1, 10), Urgency::default(), 5);
+        add_urgent(&mut order, 3, (2, 10), urgency(-1, 100), 5);
+        let taken: Vec<u64> = (0..20).map(|_| take(&mut order, 1)[0].0).collect();
+        let of = |request| taken[..10].iter().filter(|taken| **taken == request).count();
+        assert_eq!(of(1), 5, "{taken:?}");
+        assert!(of(2) >= 2 && of(3) >= 2, "{taken:?}");
     }
 
     fn take(order: &mut Order, room: usize) -> Vec<(u64, u32)> {
@@ -665,6 +778,7 @@ mod tests {
             &FlowDescription {
                 caller: "one",
                 lane: (9, 10),
+                urgency: Urgency::default(),
             },
         );
         order.push(alone, 2, (1, 2)).unwrap();

@@ -7,7 +7,7 @@ use super::request::Caller;
 use super::work::Work;
 use crate::sync::{Condvar, Mutex};
 use fair::Pass;
-pub(super) use fair::{FlowDescription, FlowKey, Weight};
+pub(super) use fair::{FlowDescription, FlowKey, Urgency, Weight};
 
 /// Canvases that can share a pass: of one model and length, but for those that have to run alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
