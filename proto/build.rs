@@ -2,13 +2,13 @@
 
 fn main() {
     println!("cargo::rerun-if-changed=proto");
-    #[cfg(feature = "serve")]
+    #[cfg(feature = "client")]
     if let Err(error) = compile() {
         println!("cargo::error=proto: {error}");
     }
 }
 
-#[cfg(feature = "serve")]
+#[cfg(feature = "client")]
 fn compile() -> Result<(), Box<dyn std::error::Error>> {
     let files = [
         "denoised/v1/diffusion_service.proto",

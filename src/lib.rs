@@ -4,6 +4,8 @@ pub mod allocator;
 pub mod bundle;
 #[cfg(feature = "serve")]
 pub mod cli;
+#[cfg(feature = "client")]
+pub mod client;
 #[cfg(feature = "serve")]
 pub mod config;
 pub mod diffusion;
@@ -13,7 +15,7 @@ pub mod engine;
 pub mod models;
 #[cfg(feature = "onnx")]
 pub mod network;
-#[cfg(feature = "serve")]
+#[cfg(feature = "client")]
 pub mod proto;
 #[cfg(feature = "serve")]
 pub mod server;

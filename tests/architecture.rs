@@ -12,7 +12,7 @@ struct Part {
 
 const ASYNC_AND_WIRE: [&str; 5] = ["tokio::", "tonic::", "tonic_health::", "prost::", "hyper::"];
 
-const ROOT: [Part; 12] = [
+const ROOT: [Part; 13] = [
     Part {
         folder: "diffusion",
         may_use: &[],
@@ -77,6 +77,11 @@ const ROOT: [Part; 12] = [
         ],
     },
     Part {
+        folder: "client",
+        may_use: &["proto"],
+        never: &["ort::", "tracing::", "tokio::spawn"],
+    },
+    Part {
         folder: "proto",
         may_use: &[],
         never: &["tokio::", "ort::"],
@@ -106,7 +111,15 @@ const ROOT: [Part; 12] = [
     },
     Part {
         folder: "cli",
-        may_use: &["proto", "server", "config", "telemetry", "network", "allocator"],
+        may_use: &[
+            "client",
+            "proto",
+            "server",
+            "config",
+            "telemetry",
+            "network",
+            "allocator",
+        ],
         never: &["ort::"],
     },
 ];

@@ -1,6 +1,6 @@
 //! The built binary: serve, its signals and errors, and the client commands.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ impl Serving {
         Self::start_with(&mut denoised())
     }
 
-    fn start_with(command: &mut Command) -> Self {
+    pub fn start_with(command: &mut Command) -> Self {
         let mut child = command
             .args(["serve", "--listen", "127.0.0.1:0"])
             .stdout(Stdio::piped())
@@ -42,7 +42,7 @@ impl Serving {
         Self { child, address }
     }
 
-    fn terminate(&self) {
+    pub fn terminate(&self) {
         let killed = Command::new("kill")
             .arg(self.child.id().to_string())
             .status()
@@ -226,6 +226,23 @@ fn mistakes_end_with_one_line_and_the_right_code() {
         (vec!["generate", "--model", "a@b"], 64, "NAME@VERSION"),
         (vec!["generate", "--sampler", "magic"], 64, "tweedie"),
         (
+            vec!["generate", "--sampler", "remask", "--normalize"],
+            64,
+            "tweedie or euler",
+        ),
+        (
+            vec!["generate", "--temperature", "-1"],
+            64,
+            "is -1, must be 0 to 100",
+        ),
+        (
+            vec!["generate", "--sampler", "first-hitting", "--steps", "5"],
+            64,
+            "sampling.steps",
+        ),
+        (vec!["generate", "--file", "/nowhere.txt"], 64, "/nowhere.txt"),
+        (vec!["detokenize", "5", "five"], 64, "\"five\" is no token id"),
+        (
             vec!["generate", "--model", "unheard-of"],
             70,
             "\"unheard-of\" is not known; there are world-english@1",
@@ -242,6 +259,98 @@ fn mistakes_end_with_one_line_and_the_right_code() {
         if arguments[0] != "dance" && says != "tweedie" {
             assert_eq!(error.trim().lines().count(), 1, "{error}");
         }
+    }
+}
+
+#[test]
+fn options_that_are_no_numbers_say_what_is_allowed() {
+    for (arguments, says) in [
+        (["--seed", "-1"], "0 to 18446744073709551615"),
+        (["--seed", "x"], "0 to 18446744073709551615"),
+        (["--deadline", "0"], "0.001 to"),
+        (["--connect-timeout", "0"], "1..=3600"),
+    ] {
+        let output = denoised().arg("generate").args(arguments).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(64), "{error}");
+        assert!(error.contains(says) && error.contains(arguments[0]), "{error}");
+    }
+}
+
+#[test]
+fn prompts_and_tokens_come_from_standard_input_and_files_too() {
+    let server = Serving::start();
+    let url = format!("http://{}", server.address);
+    let fed = |arguments: &[&str], input: &str| {
+        let mut child = denoised()
+            .args(arguments)
+            .args(["--server", &url])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        succeeds(&child.wait_with_output().unwrap())
+    };
+    let text = "And God said, Let there be light";
+    let sampling = ["--length", "16", "--steps", "4", "--seed", "3"];
+    let asked = fed(&[&["generate", text][..], &sampling].concat(), "");
+    assert!(asked.starts_with(text));
+    assert_eq!(
+        fed(
+            &[&["generate", "-"][..], &sampling].concat(),
+            &format!("{text}\n")
+        ),
+        asked
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompt.txt");
+    std::fs::write(&file, text).unwrap();
+    let file = file.to_str().unwrap();
+    assert_eq!(
+        fed(&[&["generate", "--file", file][..], &sampling].concat(), ""),
+        asked
+    );
+    let filled = fed(&["infill", "-", "--steps", "4"], "He said[[3]].\n");
+    assert!(
+        filled.starts_with("He said") && filled.ends_with(".\n"),
+        "{filled}"
+    );
+    let ids = fed(&["tokenize", text], "");
+    assert!(
+        ids.split_whitespace().all(|id| id.parse::<u32>().is_ok()),
+        "{ids}"
+    );
+    assert_eq!(fed(&["tokenize", "-"], text), ids);
+    assert_eq!(fed(&["detokenize", "-"], &ids), format!("{text}\n"));
+    let words: Vec<&str> = std::iter::once("detokenize")
+        .chain(ids.split_whitespace())
+        .collect();
+    assert_eq!(fed(&words, ""), format!("{text}\n"));
+}
+
+#[test]
+fn what_speaks_no_grpc_is_said_to() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            stream
+                .write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+                .ok();
+        }
+    });
+    for arguments in [&["generate", "--retries", "0"][..], &["models"]] {
+        let output = denoised()
+            .args(arguments)
+            .args(["--server", &url])
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(69), "{error}");
+        assert!(error.contains("speaks no gRPC"), "{error}");
+        assert_eq!(error.trim().lines().count(), 1, "{error}");
     }
 }
 

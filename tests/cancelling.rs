@@ -8,7 +8,8 @@ use denoised::config::Config;
 use denoised::diffusion::{Graph, GraphKind};
 use denoised::network::closed_form::ClosedForm;
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
-use denoised::proto::v1::{CancelRequest, GenerateRequest, Sampling};
+use denoised::proto::v1::event::Event;
+use denoised::proto::v1::{CancelRequest, GenerateRequest, Resume, Sampling, frame};
 use tonic::Code;
 
 use crate::support::{Gate, TestServer, config, generate};
@@ -176,9 +177,14 @@ async fn what_still_runs_when_the_grace_is_over_is_told() {
         tokio::task::yield_now().await;
     }
     gate.open();
+    let (mut accepted, mut last) = (None, None);
     let status = loop {
         match stream.message().await {
-            Ok(Some(_)) => {}
+            Ok(Some(message)) => match message.event.and_then(|event| event.event) {
+                Some(Event::Accepted(first)) => accepted = Some(first),
+                Some(Event::Frame(frame)) => last = Some(frame),
+                other => panic!("{other:?}"),
+            },
             Ok(None) => panic!("the request finished"),
             Err(status) => break status,
         }
@@ -186,4 +192,25 @@ async fn what_still_runs_when_the_grace_is_over_is_told() {
     assert_eq!(status.code(), Code::Unavailable, "{status}");
     assert!(evaluations.load(Ordering::Acquire) < 4000);
     stopping.await.unwrap();
+    // The last word is a state from which another server goes on to the same end.
+    let (accepted, last) = (accepted.unwrap(), last.unwrap());
+    assert!(
+        matches!(last.content, Some(frame::Content::Keyframe(_))),
+        "{last:?}"
+    );
+    let (other, _, gate) = watched_with(&config).await;
+    gate.open();
+    let ask = |frames| GenerateRequest {
+        resume: Some(Resume {
+            accepted: Some(accepted.clone()),
+            frames,
+            finished: Vec::new(),
+        }),
+        ..GenerateRequest::default()
+    };
+    let resumed = generate(&mut other.client(), ask(vec![last])).await.unwrap();
+    let undisturbed = generate(&mut other.client(), ask(Vec::new())).await.unwrap();
+    assert_eq!(resumed.tokens(), undisturbed.tokens());
+    assert_eq!(resumed.results[0].nfe, undisturbed.results[0].nfe);
+    other.stop().await;
 }

@@ -2,35 +2,14 @@
 
 use std::time::Duration;
 
-use denoised::diffusion::{Graph, GraphKind};
-use denoised::network::closed_form::ClosedForm;
-use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 use denoised::proto::v1::{Deadline, FinishReason, GenerateRequest, OnDeadline, Sampling};
 use tonic::{Code, Request};
 use tonic_types::StatusExt;
 
-use crate::support::{TestServer, config, generate};
-
-/// Takes 10 ms for an evaluation.
-struct Slow(ClosedForm);
-
-impl ScoreNetwork for Slow {
-    fn log_score(
-        &mut self,
-        batch: &Batch<'_>,
-        read: &mut dyn FnMut(ScoreRows<'_>),
-    ) -> Result<(), NetworkError> {
-        std::thread::sleep(Duration::from_millis(10));
-        self.0.log_score(batch, read)
-    }
-}
+use crate::support::{TestServer, closed_form, config, generate, slowly};
 
 async fn slow_server() -> TestServer {
-    let network = || {
-        let graph = Graph::new(GraphKind::Absorbing, 6);
-        Ok(Box::new(Slow(ClosedForm::independent(graph, &[0.2; 5]))) as Box<dyn ScoreNetwork>)
-    };
-    let server = TestServer::with_network(&config(), Box::new(network)).await;
+    let server = TestServer::with_network(&config(), slowly(10, closed_form())).await;
     // Costs are known once something has run.
     let few = request(4, None);
     assert_eq!(

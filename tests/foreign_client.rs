@@ -101,6 +101,16 @@ fn grpcurl_generates_infills_reflects_and_is_told_its_mistakes() {
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && error.contains(says), "{error}");
     }
+    // Details of errors are shown by name, since their types are reflected.
+    let refused = call(
+        r#"{"sampling": {"steps": 0}}"#,
+        "denoised.v1.DiffusionService/Generate",
+    );
+    let error = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        error.contains("google.rpc.BadRequest") && error.contains("fieldViolations"),
+        "{error}"
+    );
     let (code, log) = server.stop();
     assert_eq!(code, Some(0), "{log}");
 }

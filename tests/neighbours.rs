@@ -21,7 +21,9 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::support::{Gate, TestServer, closed_form, closed_form_manifest, config, generate, publish};
+use crate::support::{
+    Gate, TestServer, closed_form, closed_form_manifest, config, generate, publish, slowly,
+};
 
 const ENDLESS: &[u8] = include_bytes!("fixtures/networks/endless.onnx");
 
@@ -93,29 +95,11 @@ async fn siblings_of_a_failed_canvas_deliver_before_the_error_is_told() {
     server.stop().await;
 }
 
-/// Takes 20 ms for an evaluation.
-struct Slow(ClosedForm);
-
-impl ScoreNetwork for Slow {
-    fn log_score(
-        &mut self,
-        batch: &Batch<'_>,
-        read: &mut dyn FnMut(ScoreRows<'_>),
-    ) -> Result<(), NetworkError> {
-        std::thread::sleep(Duration::from_millis(20));
-        self.0.log_score(batch, read)
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_nobody_reads_is_ended_and_says_so() {
     let mut config = config();
     config.server.unread_seconds = 1;
-    let network = || {
-        let graph = Graph::new(GraphKind::Absorbing, 6);
-        Ok(Box::new(Slow(ClosedForm::independent(graph, &[0.2; 5]))) as Box<dyn ScoreNetwork>)
-    };
-    let server = TestServer::with_network(&config, Box::new(network)).await;
+    let server = TestServer::with_network(&config, slowly(20, closed_form())).await;
     // A window of a few bytes: not even the first event fits, and nothing is read in advance.
     let narrow = Endpoint::from_shared(server.url.clone())
         .unwrap()

@@ -11,6 +11,7 @@ use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
 use denoised::models::{Models, NetworkSource, ServedModel};
 use denoised::network::closed_form::ClosedForm;
+use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use denoised::proto::v1::event::Event;
 use denoised::proto::v1::generate_request::PromptAs;
@@ -239,4 +240,28 @@ pub fn publish_files(
     }
     writer.describe(&mut manifest).unwrap();
     writer.commit(&folder.join(version.to_string())).unwrap();
+}
+
+/// The networks of `source`, each evaluation of which takes so many milliseconds.
+pub fn slowly(ms: u64, source: NetworkSource) -> NetworkSource {
+    Box::new(move || {
+        let network = source()?;
+        Ok(Box::new(Slow { ms, network }) as Box<dyn ScoreNetwork>)
+    })
+}
+
+struct Slow {
+    ms: u64,
+    network: Box<dyn ScoreNetwork>,
+}
+
+impl ScoreNetwork for Slow {
+    fn log_score(
+        &mut self,
+        batch: &Batch<'_>,
+        read: &mut dyn FnMut(ScoreRows<'_>),
+    ) -> Result<(), NetworkError> {
+        std::thread::sleep(Duration::from_millis(self.ms));
+        self.network.log_score(batch, read)
+    }
 }

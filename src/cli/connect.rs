@@ -16,15 +16,16 @@ use crate::telemetry::{self, Log};
 /// Log filter of a server that lives for one command: not that it is ended, for that is how it should be.
 const QUIET: &str = "warn,denoised::server=error,denoised::server::repository=warn";
 
-/// How long a server may take to answer at all.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// Where the server is.
 #[derive(Debug, Args)]
 pub(super) struct Target {
-    /// URL of a running server, such as http://127.0.0.1:50051. Without, one is started for this command.
-    #[arg(long, value_name = "URL", env = "DENOISED_SERVER")]
-    server: Option<String>,
+    /// URL of a running server, such as http://127.0.0.1:50051; several, with commas between, are asked in turn when
+    /// one goes away. Without, one is started for this command.
+    #[arg(long, value_name = "URL", env = "DENOISED_SERVER", value_delimiter = ',')]
+    server: Vec<String>,
+    /// Seconds that a server may take to answer at all, 1 to 3600.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    connect_timeout: u64,
     /// TOML file with settings for the server that this command starts; not read with --server.
     #[arg(long, value_name = "FILE", env = "DENOISED_CONFIG")]
     config: Option<PathBuf>,
@@ -36,7 +37,10 @@ pub(super) struct Target {
 /// A connection, and the server behind it if it is ours.
 #[derive(Debug)]
 pub(super) struct Connection {
+    /// The first server that answers.
     pub(super) channel: Channel,
+    /// All of them, beginning with that one.
+    pub(super) servers: Vec<Channel>,
     own: Option<Own>,
 }
 
@@ -49,26 +53,42 @@ struct Own {
 
 impl Target {
     pub(super) async fn connect(&self) -> Result<Connection, Failed> {
-        let (url, own) = match &self.server {
-            Some(url) => (url.clone(), None),
-            None => {
-                let (url, own) = self.start().await?;
-                (url, Some(own))
-            }
+        let (urls, own) = if self.server.is_empty() {
+            let (url, own) = self.start().await?;
+            (vec![url], Some(own))
+        } else {
+            (self.server.clone(), None)
         };
-        if !url.starts_with("http://") {
-            // Anything else would be spoken in plaintext all the same.
-            let problem = format!("--server {url}: must begin with http://; TLS is not spoken yet");
-            return Err(Failed::usage(problem));
+        let mut endpoints = Vec::with_capacity(urls.len());
+        for url in urls {
+            if !url.starts_with("http://") {
+                // Anything else would be spoken in plaintext all the same.
+                let problem = format!("--server {url}: must begin with http://; TLS is not spoken yet");
+                return Err(Failed::usage(problem));
+            }
+            let endpoint = Endpoint::from_shared(url.clone())
+                .map_err(|e| Failed::usage(format!("--server {url}: {e}")))?
+                .connect_timeout(Duration::from_secs(self.connect_timeout));
+            endpoints.push((url, endpoint));
         }
-        let endpoint = Endpoint::from_shared(url.clone())
-            .map_err(|e| Failed::usage(format!("--server {url}: {e}")))?
-            .connect_timeout(CONNECT_TIMEOUT);
-        let channel = endpoint
-            .connect()
-            .await
-            .map_err(|e| Failed::unavailable(format!("no server answers at {url}: {}", root_cause(&e))))?;
-        Ok(Connection { channel, own })
+        let mut nobody = Vec::new();
+        for index in 0..endpoints.len() {
+            let (url, endpoint) = &endpoints[index];
+            match endpoint.connect().await {
+                Ok(channel) => {
+                    let others = endpoints.iter().cycle().skip(index + 1).take(endpoints.len() - 1);
+                    let others = others.map(|(_, other)| other.connect_lazy());
+                    let servers = std::iter::once(channel.clone()).chain(others).collect();
+                    return Ok(Connection {
+                        channel,
+                        servers,
+                        own,
+                    });
+                }
+                Err(error) => nobody.push(format!("no server answers at {url}: {}", root_cause(&error))),
+            }
+        }
+        Err(Failed::unavailable(nobody.join("; ")))
     }
 
     async fn start(&self) -> Result<(String, Own), Failed> {
@@ -107,7 +127,7 @@ impl Target {
 impl Connection {
     /// Ends our own server, if there is one, and waits for it.
     pub(super) async fn close(self) -> Result<(), Failed> {
-        drop(self.channel);
+        drop((self.channel, self.servers));
         let Some(own) = self.own else { return Ok(()) };
         let _already_over = own.stop.send(()).is_err();
         own.serving.await.map_err(Failed::software)

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -10,14 +11,13 @@ use tonic::Status;
 
 use super::connect::{Connection, Target};
 use super::view::View;
-use super::{Failed, INTERRUPTED, json, template};
-use crate::proto::v1::diffusion_service_client::DiffusionServiceClient;
-use crate::proto::v1::event::Event;
+use super::{Failed, INTERRUPTED, input, json, template, tokens};
+use crate::client::{self, Client, Event, Retry};
 use crate::proto::v1::generate_request::PromptAs;
 use crate::proto::v1::sampling::Sampler;
 use crate::proto::v1::{
-    CanvasResult, Deadline, EntropyBounded, Euler, FramePolicy, GenerateRequest, GenerateResponse,
-    InfillRequest, InfillResponse, ModelReference, OnDeadline, Remask, Sampling, Tweedie, frame_policy,
+    CanvasResult, Deadline, EntropyBounded, Euler, FramePolicy, GenerateRequest, InfillRequest, OnDeadline,
+    Remask, Sampling, Tweedie, frame_policy,
 };
 use crate::server::sampler;
 
@@ -55,20 +55,20 @@ pub(super) struct Generate {
     #[arg(long, value_name = "X", requires = "sampler", allow_negative_numbers = true)]
     remask_rate: Option<f64>,
     /// Seed of all random choices: the same seed gives the same text. Drawn by default.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = seed)]
     seed: Option<u64>,
     /// Independent texts to draw; 1 by default.
     #[arg(long, value_name = "N")]
     num_samples: Option<u32>,
     /// 0 takes the likeliest tokens, 1 follows the model; the model's default or 1 otherwise.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     temperature: Option<f64>,
     /// Choose among this many likeliest tokens; all by default.
     #[arg(long, value_name = "N")]
     top_k: Option<u32>,
     /// Choose among the likeliest tokens that hold this share of the probability; the model's default or 1
     /// otherwise.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     top_p: Option<f64>,
     /// Seconds that the answer may take, from 0.001.
     #[arg(long, value_name = "SECONDS", value_parser = deadline_ms)]
@@ -85,6 +85,9 @@ pub(super) struct Generate {
         allow_negative_numbers = true
     )]
     priority: i32,
+    /// Times in a row that the request goes on by itself when the server goes away; 5 by default.
+    #[arg(long, value_name = "N", default_value_t = 5, hide_default_value = true)]
+    retries: u32,
     /// Print one JSON object per event and line.
     #[arg(long, conflicts_with = "live")]
     json: bool,
@@ -95,9 +98,12 @@ pub(super) struct Generate {
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(..=60_000))]
     pace: Option<u32>,
     /// The prompt; for infill the template, where [[N]] is a gap of N tokens, \[ a bracket that opens
-    /// no gap and \\ a backslash.
+    /// no gap and \\ a backslash. With - it is read from standard input.
     #[arg(value_name = "TEXT", default_value = "")]
     text: String,
+    /// Read the prompt or template from a file; - is standard input.
+    #[arg(long, value_name = "FILE", conflicts_with = "text")]
+    file: Option<PathBuf>,
 }
 
 /// When intermediate states are shown.
@@ -118,15 +124,16 @@ pub(super) struct Infill {
     options: Generate,
 }
 
-type Events = BoxStream<'static, Result<Option<Event>, Status>>;
+type Events = BoxStream<'static, Result<Event, Status>>;
 
 impl Generate {
     pub(super) async fn run(self) -> Result<(), Failed> {
-        let (model, sampling) = (self.model_reference()?, self.sampling()?);
+        let (model, sampling) = (tokens::model(self.model.as_deref())?, self.sampling()?);
+        let prompt = self.text()?;
         let connection = self.target.connect().await?;
         let request = GenerateRequest {
             model,
-            prompt_as: Some(PromptAs::Prompt(self.text.clone())),
+            prompt_as: Some(PromptAs::Prompt(prompt)),
             length: self.length,
             sampling: Some(sampling),
             frames: Some(self.frames()),
@@ -134,24 +141,16 @@ impl Generate {
             priority: self.priority,
             ..GenerateRequest::default()
         };
-        let mut client = DiffusionServiceClient::new(connection.channel.clone());
-        let events = client.generate(request).await.map(|response| {
-            let event =
-                |message: Result<GenerateResponse, Status>| Ok(message?.event.and_then(|event| event.event));
-            response.into_inner().map(event).boxed()
-        });
-        drop(client);
-        self.finish(connection, events).await
+        self.finish(connection, request.into()).await
     }
 
-    fn model_reference(&self) -> Result<Option<ModelReference>, Failed> {
-        let Some(text) = &self.model else { return Ok(None) };
-        let (name, version) = crate::server::models::parse_reference(text)
-            .ok_or_else(|| Failed::usage(format!("--model {text}: must be NAME or NAME@VERSION")))?;
-        Ok(Some(ModelReference {
-            name: name.to_owned(),
-            version: version.unwrap_or(0),
-        }))
+    /// The prompt or template, wherever it is.
+    fn text(&self) -> Result<String, Failed> {
+        match &self.file {
+            Some(file) => input::read(file),
+            None if self.text == "-" => input::read(Path::new("-")),
+            None => Ok(self.text.clone()),
+        }
     }
 
     fn sampling(&self) -> Result<Sampling, Failed> {
@@ -234,15 +233,19 @@ impl Generate {
     }
 
     /// Shows the events and leaves terminal and server in order, whatever happened.
-    async fn finish(&self, connection: Connection, events: Result<Events, Status>) -> Result<(), Failed> {
+    async fn finish(&self, connection: Connection, request: client::Request) -> Result<(), Failed> {
         let mut view = self.view();
-        let shown = match events {
-            Ok(events) => tokio::select! {
-                shown = self.show(events, &mut view) => shown,
-                // The stream is dropped, which cancels the request.
-                _ = tokio::signal::ctrl_c() => Err(Failed { code: INTERRUPTED, message: String::new() }),
-            },
-            Err(status) => Err(status.into()),
+        let retry = Retry {
+            times: self.retries,
+            ..Retry::default()
+        };
+        let client = Client::of(connection.servers.clone()).with_retry(retry);
+        let events = client.run(request).into_stream().boxed();
+        drop(client);
+        let shown = tokio::select! {
+            shown = self.show(events, &mut view) => shown,
+            // The stream is dropped, which cancels the request.
+            _ = tokio::signal::ctrl_c() => Err(Failed { code: INTERRUPTED, message: String::new() }),
         };
         let cleared = Failed::unless_closed(view.clear(&mut io::stdout()));
         let closed = connection.close().await;
@@ -263,15 +266,26 @@ impl Generate {
         let mut finished = BTreeMap::new();
         let mut ended = Ok(());
         while let Some(event) = events.next().await {
-            let is_frame = matches!(event, Ok(Some(Event::Frame(_))));
+            let is_frame = matches!(event, Ok(Event::Frame(_)));
             let shown = match event {
-                Ok(Some(event)) if self.json => print_line(&event, &mut finished, &mut out),
-                Ok(Some(Event::Frame(frame))) => view.show(&frame, &mut out),
-                Ok(Some(Event::Result(result))) => {
+                Ok(event) if self.json => print_line(&event, &mut finished, &mut out),
+                Ok(Event::Frame(frame)) => view.show(&frame, &mut out),
+                Ok(Event::Result(result)) => {
                     finished.insert(result.canvas, result);
                     Ok(())
                 }
-                Ok(Some(Event::Accepted(_)) | None) => Ok(()),
+                Ok(Event::Accepted(_)) => Ok(()),
+                // A line beneath a drawing would move it.
+                Ok(Event::Resumed(_)) if matches!(view, View::Terminal(_)) => Ok(()),
+                Ok(Event::Resumed(resumed)) => {
+                    let told = Failed::from(resumed.after).message;
+                    writeln!(
+                        io::stderr(),
+                        "denoised: {told}; going on ({} of {})",
+                        resumed.attempt,
+                        resumed.of
+                    )
+                }
                 Err(status) => {
                     ended = Err(status.into());
                     break;
@@ -339,7 +353,8 @@ fn print_line(
     out: &mut impl Write,
 ) -> io::Result<()> {
     let line: json::Line<'_> = match event {
-        Event::Accepted(accepted) => accepted.into(),
+        Event::Accepted(accepted) => accepted.as_ref().into(),
+        Event::Resumed(resumed) => resumed.into(),
         Event::Frame(frame) => frame.into(),
         Event::Result(result) => {
             finished.insert(result.canvas, result.clone());
@@ -347,6 +362,11 @@ fn print_line(
         }
     };
     writeln!(out, "{}", serde_json::to_string(&line)?)
+}
+
+fn seed(text: &str) -> Result<u64, String> {
+    text.parse()
+        .map_err(|_| format!("must be a whole number, 0 to {}", u64::MAX))
 }
 
 /// Seconds as milliseconds.
@@ -374,8 +394,8 @@ impl Infill {
                 "--length: a template's length follows from its text and gaps",
             ));
         }
-        let parts = template::parse(&options.text).map_err(|e| Failed::usage(format!("template: {e}")))?;
-        let (model, sampling) = (options.model_reference()?, options.sampling()?);
+        let parts = template::parse(&options.text()?).map_err(|e| Failed::usage(format!("template: {e}")))?;
+        let (model, sampling) = (tokens::model(options.model.as_deref())?, options.sampling()?);
         let connection = options.target.connect().await?;
         let request = InfillRequest {
             model,
@@ -386,13 +406,6 @@ impl Infill {
             priority: options.priority,
             ..InfillRequest::default()
         };
-        let mut client = DiffusionServiceClient::new(connection.channel.clone());
-        let events = client.infill(request).await.map(|response| {
-            let event =
-                |message: Result<InfillResponse, Status>| Ok(message?.event.and_then(|event| event.event));
-            response.into_inner().map(event).boxed()
-        });
-        drop(client);
-        options.finish(connection, events).await
+        options.finish(connection, request.into()).await
     }
 }

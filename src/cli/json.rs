@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::client;
 use crate::proto::v1;
 use crate::proto::v1::sampling::Sampler;
 use crate::server::sampler;
@@ -14,6 +15,15 @@ pub(super) enum Line<'a> {
     Accepted(Accepted<'a>),
     Frame(Frame<'a>),
     Result(Finished<'a>),
+    Resumed(Resumed<'a>),
+}
+
+/// The server has gone away, and the request goes on.
+#[derive(Debug, Serialize)]
+pub(super) struct Resumed<'a> {
+    attempt: u32,
+    of: u32,
+    after: &'a str,
 }
 
 /// The request as the server understood it.
@@ -142,6 +152,16 @@ impl<'a> From<&'a v1::Accepted> for Line<'a> {
             },
             deadline_ms: accepted.deadline_ms,
             predicted_seconds: accepted.predicted_seconds,
+        })
+    }
+}
+
+impl<'a> From<&'a client::Resumed> for Line<'a> {
+    fn from(resumed: &'a client::Resumed) -> Self {
+        Self::Resumed(Resumed {
+            attempt: resumed.attempt,
+            of: resumed.of,
+            after: resumed.after.message(),
         })
     }
 }

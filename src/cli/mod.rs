@@ -6,11 +6,13 @@
 mod cells;
 mod connect;
 mod generate;
+mod input;
 mod json;
 mod live;
 mod models;
 mod serve;
 mod template;
+mod tokens;
 mod view;
 
 use std::fmt::Display;
@@ -57,6 +59,12 @@ enum Command {
     /// List what a server serves.
     #[command(after_help = EXIT_CODES)]
     Models(models::ListModels),
+    /// Turn text into a model's tokens.
+    #[command(after_help = EXIT_CODES)]
+    Tokenize(tokens::Tokenize),
+    /// Turn a model's tokens into text.
+    #[command(after_help = EXIT_CODES)]
+    Detokenize(tokens::Detokenize),
 }
 
 /// Why a command failed, with what the shell is told.
@@ -126,7 +134,12 @@ impl From<Status> for Failed {
         // A connection that breaks off has a code of its own making, and a cause.
         let broken_off = std::error::Error::source(&status).is_some();
         if broken_off {
-            Self::unavailable(format!("the server has gone away ({message})"))
+            Self::unavailable(format!(
+                "the server has gone away, or it speaks no gRPC ({message})"
+            ))
+        } else if message.contains("grpc-status header missing") {
+            // tonic's words for an answer that is plain HTTP.
+            Self::unavailable(format!("what answers there speaks no gRPC ({message})"))
         } else if status.code() == tonic::Code::Unavailable {
             Self::unavailable(message)
         } else if status.code() == tonic::Code::InvalidArgument {
@@ -165,6 +178,8 @@ pub fn main() -> ExitCode {
             Command::Generate(generate) => generate.run().await,
             Command::Infill(infill) => infill.run().await,
             Command::Models(models) => models.run().await,
+            Command::Tokenize(tokenize) => tokenize.run().await,
+            Command::Detokenize(detokenize) => detokenize.run().await,
         }
     });
     // Text that never ends to be read must not keep the process from ending.

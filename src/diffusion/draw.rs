@@ -28,6 +28,8 @@ const POSITION_BITS: u32 = 24;
 const BLOCK_WORDS: u128 = 16;
 /// The step under which the initial canvas is drawn.
 const PRIOR_STEP: u32 = u32::MAX;
+/// The step under which a canvas that is finished early draws what is left: never that of a step that was taken.
+pub(super) const FINISHING_STEP: u32 = u32::MAX - 1;
 
 impl Draws {
     /// The draws of canvas number `canvas` of a request with this `seed`.

@@ -10,6 +10,24 @@ use crate::diffusion::sampler::{Candidate, CanvasView, Commit, Evaluation, Hitti
 use crate::diffusion::{Draws, Token};
 use crate::models::ServedModel;
 
+/// A canvas between two steps, as the outside keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CanvasState {
+    /// Token ids, masks included.
+    pub tokens: Vec<Token>,
+    /// For every position, the number of steps after which it got its present token.
+    pub committed_at: Vec<u32>,
+    /// Steps taken.
+    pub step: u32,
+    /// Evaluations spent.
+    pub nfe: u32,
+}
+
+/// A state that a canvas can never be in.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct BadState(String);
+
 /// A row of tokens on its way from noise to text.
 #[derive(Clone, Debug)]
 pub struct Canvas {
@@ -54,6 +72,68 @@ impl Canvas {
         };
         canvas.pass_over_steps_without_evaluation();
         canvas
+    }
+
+    /// The canvas that [`Self::new`] gives, at a later state of it.
+    ///
+    /// # Errors
+    /// When such a canvas can never be in this state; what cannot be told from a state that was is harmless.
+    pub fn resume(
+        plan: &Arc<Plan>,
+        template: &[Option<Token>],
+        seed: u64,
+        index: u64,
+        state: CanvasState,
+    ) -> Result<Self, BadState> {
+        let fresh = Self::new(plan, template, seed, index);
+        let (length, total, graph) = (template.len(), fresh.total(), plan.model.graph());
+        let most = plan.sampler.evaluations_left(&fresh.view()).max(1);
+        if state.tokens.len() != length || state.committed_at.len() != length {
+            return Err(BadState(format!(
+                "it has not the {length} positions of the canvas"
+            )));
+        }
+        if state.step > total || u64::from(state.nfe) > most {
+            let problem = format!("it is beyond the {total} steps or {most} evaluations of the canvas");
+            return Err(BadState(problem));
+        }
+        for (position, (&token, clamped)) in state.tokens.iter().zip(template).enumerate() {
+            if token as usize >= graph.states() {
+                return Err(BadState(format!(
+                    "token {token} at position {position} does not exist"
+                )));
+            }
+            if clamped.is_some_and(|clamped| clamped != token) {
+                return Err(BadState(format!(
+                    "position {position} is clamped to another token"
+                )));
+            }
+            let committed_at = state.committed_at[position];
+            let never = clamped.is_some() || Some(token) == graph.mask();
+            if committed_at > state.step || (never && committed_at > 0) {
+                return Err(BadState(format!(
+                    "position {position} cannot have got its token after {committed_at} steps"
+                )));
+            }
+        }
+        let mut canvas = Self {
+            tokens: state.tokens,
+            committed_at: state.committed_at,
+            step: state.step,
+            nfe: state.nfe,
+            ..fresh
+        };
+        let fits = if canvas.is_done() {
+            canvas.masked() == 0
+        } else {
+            plan.sampler.can_be(&canvas.view())
+        };
+        if !fits {
+            let problem = format!("what is masked cannot be so after {} steps", canvas.step);
+            return Err(BadState(problem));
+        }
+        canvas.pass_over_steps_without_evaluation();
+        Ok(canvas)
     }
 
     /// The model that denoises this canvas.

@@ -9,6 +9,11 @@ use crate::sync::Mutex;
 /// Before anything is measured: what an evaluation of one canvas is taken to cost.
 const UNKNOWN: Duration = Duration::from_millis(5);
 
+/// How much slower than the mean a pass is taken to be, at most.
+const SLOWER: f64 = 2.0;
+/// What is left of a mean after a refusal.
+const DOUBTED: f64 = 0.98;
+
 /// Measured times, kept for lengths up to each power of two: a caller cannot make this grow.
 #[derive(Debug, Default)]
 pub(super) struct Costs {
@@ -23,9 +28,19 @@ impl Costs {
         let mut measured = self.measured.lock();
         measured
             .entry((model.address(), bucket(length)))
-            // A pass that the system kept waiting says little of the next one.
-            .and_modify(|mean| *mean += (per_token.min(4.0 * *mean) - *mean) / 8.0)
+            // A pass that the system kept waiting says little of the next one: what counts is how many are slower,
+            // not by how much.
+            .and_modify(|mean| *mean += (per_token.min(SLOWER * *mean) - *mean) / 8.0)
             .or_insert(per_token);
+    }
+
+    /// Takes note that a request was refused on a prediction: as long as nothing runs nothing is measured, and one bad
+    /// spell would be believed for ever.
+    pub(super) fn doubt(&self, model: &ServedModel, length: usize) {
+        let mut measured = self.measured.lock();
+        if let Some(mean) = measured.get_mut(&(model.address(), bucket(length))) {
+            *mean *= DOUBTED;
+        }
     }
 
     /// Nanoseconds that an evaluation of one canvas of `length` will take, at least 1; a guess where nothing of
@@ -98,7 +113,19 @@ mod tests {
             "short canvases cost more a token"
         );
         assert_eq!(costs.predicted(&fast, 128), 128_000);
+        costs.doubt(&fast, 128);
+        assert_eq!(
+            costs.predicted(&fast, 128),
+            125_440,
+            "a little less after a refusal"
+        );
+        for _ in 0..64 {
+            costs.measured(&fast, 128, 4, Duration::from_micros(512));
+        }
         costs.measured(&fast, 32, 1, Duration::from_secs(1));
-        assert_eq!(costs.predicted(&fast, 32), 128_000, "no more than a longer one");
+        assert!(
+            costs.predicted(&fast, 32).abs_diff(128_000) < 100,
+            "no more than a longer one"
+        );
     }
 }

@@ -71,6 +71,7 @@ impl Counters {
             AdmitError::NoRoom(NoRoom::Request(_)) => "too_much",
             AdmitError::Running { .. } => "running",
             AdmitError::Exists(_) => "id_exists",
+            AdmitError::State { .. } => "bad_state",
             AdmitError::Model { .. } => "model_failed",
             AdmitError::Deadline { .. } => "deadline",
             AdmitError::Draining => "draining",

@@ -45,12 +45,13 @@ use admission::{Admission, Asked};
 pub use admission::{NoRoom, Room};
 use budget::Budget;
 use canvas::Canvas;
+pub use canvas::CanvasState;
 use cost::Costs;
 pub use counters::Counters;
 use plan::Plan;
 pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::Queue;
-pub use request::{AdmitError, Caller, Deadline, Generation, OnDeadline, Publish, Request};
+pub use request::{AdmitError, Caller, Deadline, Generation, OnDeadline, Publish, Request, Resume};
 use watchdog::Watchdog;
 use work::{Origin, Place, Tally, Work};
 
@@ -157,6 +158,19 @@ fn spawn(shared: &Shared, name: String, run: impl FnOnce() + Send + 'static) -> 
     Ok(())
 }
 
+/// Builds the canvases of these numbers, each from its state where one is known.
+fn build(numbers: &[u32], request: &mut Request) -> Result<Vec<Canvas>, AdmitError> {
+    let plan = Arc::new(Plan::new(&request.model, request.sampling));
+    let (template, seed) = (&request.template, request.seed);
+    let states = &mut request.resume.states;
+    let canvas = |&canvas: &u32| match states.remove(&canvas) {
+        None => Ok(Canvas::new(&plan, template, seed, canvas.into())),
+        Some(state) => Canvas::resume(&plan, template, seed, canvas.into(), state)
+            .map_err(|problem| AdmitError::State { canvas, problem }),
+    };
+    numbers.iter().map(canvas).collect()
+}
+
 /// Lets work wait again that has waited for something else.
 fn put_into(shared: &Arc<Shared>) -> Put<Work> {
     let shared = Arc::clone(shared);
@@ -232,7 +246,7 @@ impl Engine {
         admitted
     }
 
-    fn try_admit(&self, request: Request) -> Result<Generation, AdmitError> {
+    fn try_admit(&self, mut request: Request) -> Result<Generation, AdmitError> {
         let shared = &self.shared;
         if shared.draining.load(Ordering::Acquire) {
             return Err(AdmitError::Draining);
@@ -250,9 +264,12 @@ impl Engine {
         }
         let gaps = request.template.iter().filter(|token| token.is_none()).count();
         let evaluations = request.sampling.most_evaluations(gaps, &request.model);
+        let numbers: Vec<u32> = (0..request.canvases)
+            .filter(|number| !request.resume.finished.contains(number))
+            .collect();
         let asked = Asked {
             number: shared.requests.fetch_add(1, Ordering::AcqRel),
-            canvases: request.canvases,
+            canvases: numbers.len() as u32,
             evaluations,
             cost: shared.costs.predicted(&request.model, request.template.len()),
             deadline: request.deadline,
@@ -264,22 +281,28 @@ impl Engine {
             self.check_deadline(&request, &asked, deadline)?;
         }
         let (origin, mut place) = self.register(&request, asked.number)?;
-        let permits = shared.admission.admit(&request.caller, asked)?;
-        place.canvases = request.canvases;
+        let permits = if numbers.is_empty() {
+            Vec::new()
+        } else {
+            shared.admission.admit(&request.caller, asked)?
+        };
+        let built = build(&numbers, &mut request)?;
+        place.canvases = asked.canvases;
         let place = Arc::new(place);
-        let plan = Arc::new(Plan::new(&request.model, request.sampling));
-        let (canvases, work): (Vec<_>, Vec<_>) = permits
-            .into_iter()
-            .zip(0u32..)
-            .map(|(permit, index)| {
-                let canvas = Canvas::new(&plan, &request.template, request.seed, index.into());
-                let (work, receiver) = Work::new(canvas, &origin, index, permit, &place);
-                (receiver, work)
-            })
-            .unzip();
+        let (mut canvases, mut work) = (Vec::with_capacity(numbers.len()), Vec::new());
+        for ((permit, canvas), &number) in permits.into_iter().zip(built).zip(&numbers) {
+            if canvas.is_done() {
+                canvases.push(watch::channel(State::done(&canvas, Timings::default())).1);
+                continue;
+            }
+            let (item, receiver) = Work::new(canvas, &origin, number, permit, &place);
+            canvases.push(receiver);
+            work.push(item);
+        }
         let initial = canvases.iter().map(|newest| newest.borrow().clone()).collect();
         shared.put(work);
         Ok(Generation {
+            numbers,
             initial,
             canvases,
             predicted,
@@ -325,7 +348,11 @@ impl Engine {
             predicted,
             then: deadline.then,
         };
-        missed.map_or(Ok(()), |missed| Err(refusal(missed)))
+        let Some(missed) = missed else { return Ok(()) };
+        if shared.admission.is_idle() {
+            shared.costs.doubt(&request.model, request.template.len());
+        }
+        Err(refusal(missed))
     }
 
     /// Enters a request under its id, for as long as the place lives.

@@ -78,6 +78,7 @@ fn request(models: &[Arc<ServedModel>; 3], number: u32) -> Request {
         publish: Publish::Steps,
         deadline: None,
         priority: 0,
+        resume: Resume::default(),
     }
 }
 

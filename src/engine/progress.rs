@@ -114,6 +114,14 @@ impl State {
         }
     }
 
+    /// The last state of a canvas that was ended.
+    pub(super) fn failed(canvas: &Canvas, failure: Failure) -> Self {
+        Self {
+            phase: Phase::Failed(failure),
+            ..Self::running(canvas)
+        }
+    }
+
     /// The state of a finished canvas.
     pub(super) fn done(canvas: &Canvas, timings: Timings) -> Self {
         let phase = Phase::Done(Arc::new(Outcome {

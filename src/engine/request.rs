@@ -1,11 +1,13 @@
 //! What goes into the engine, and what comes out.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
 use super::admission::NoRoom;
+use super::canvas::{BadState, CanvasState};
 use super::plan::Sampling;
 use super::{Shared, State};
 use crate::diffusion::Token;
@@ -49,8 +51,19 @@ pub struct Request {
     pub publish: Publish,
     /// When all canvases must be finished, if at some time.
     pub deadline: Option<Deadline>,
-    /// Of the requests of one caller, those of higher priority go first for half of its time.
+    /// Of the requests of one caller, those of higher priority go first.
     pub priority: i32,
+    /// Where its canvases go on that have been under way before.
+    pub resume: Resume,
+}
+
+/// What is known of canvases that have been under way before, by number.
+#[derive(Clone, Debug, Default)]
+pub struct Resume {
+    /// States to go on from; canvases without one begin anew.
+    pub states: BTreeMap<u32, CanvasState>,
+    /// Canvases that are not run, since their results are known.
+    pub finished: BTreeSet<u32>,
 }
 
 /// When a request must be finished.
@@ -92,6 +105,14 @@ pub enum AdmitError {
         /// Requests that run.
         running: usize,
     },
+    /// A canvas can never be in the state that it is to go on from.
+    #[error("canvas {canvas} cannot go on from there: {problem}")]
+    State {
+        /// Number of the canvas.
+        canvas: u32,
+        /// The problem.
+        problem: BadState,
+    },
     /// The deadline cannot be met.
     #[error(
         "the deadline is in {:.3} s and cannot be met: {} about {:.3} s",
@@ -128,7 +149,9 @@ pub enum AdmitError {
 /// A request that runs. Dropping it ends its canvases: those that wait at once, one in a pass after it.
 #[derive(Debug)]
 pub struct Generation {
-    /// The state in which every canvas began, however far it has come since.
+    /// Number of every canvas that is run.
+    pub numbers: Vec<u32>,
+    /// The state in which every one of them began, however far it has come since.
     pub initial: Vec<State>,
     /// The newest state of every canvas.
     pub canvases: Vec<watch::Receiver<State>>,

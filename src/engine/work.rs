@@ -131,6 +131,12 @@ impl Ticket {
         self.tell(|state| state.phase = Phase::Failed(failure));
     }
 
+    /// The same of a canvas that is at hand, in the state that it is in.
+    fn end_at(&self, canvas: &Canvas, failure: Failure) {
+        self.let_go(|counters| counters.count_failure(&failure));
+        self.tell(|state| *state = State::failed(canvas, failure));
+    }
+
     /// Changes the newest state of a canvas that has not ended.
     fn tell(&self, change: impl FnOnce(&mut State)) {
         self.progress.send_if_modified(|state| {
@@ -360,7 +366,8 @@ impl Work {
 
     /// Ends the canvas.
     pub(super) fn end(self, failure: Failure) {
-        self.ticket.end(failure);
+        // Whoever goes on elsewhere goes on from here.
+        self.ticket.end_at(&self.canvas, failure);
     }
 }
 

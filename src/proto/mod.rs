@@ -19,3 +19,28 @@ pub mod v1 {
 
 /// The compiled proto files, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// One bit an entry, least significant first.
+pub fn bits(flags: impl Iterator<Item = bool>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (i, flag) in flags.enumerate() {
+        if i % 8 == 0 {
+            bytes.push(0);
+        }
+        if let (true, Some(byte)) = (flag, bytes.last_mut()) {
+            *byte |= 1 << (i % 8);
+        }
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_least_significant_first() {
+        let flags = [true, false, false, true, false, false, false, false, true];
+        assert_eq!(bits(flags.into_iter()), [0b0000_1001, 1]);
+    }
+}

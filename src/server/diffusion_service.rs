@@ -7,13 +7,14 @@ use futures_util::stream::{BoxStream, StreamExt};
 use tonic::{Request, Response, Status};
 
 use super::request;
+use super::resume::{self, Repeated, States};
 use super::sampler;
 use super::status::{FieldError, not_found};
 use super::stream::{View, deliver, events};
 use super::template::Template;
 use super::{Service, caller, deadline};
 use crate::config::LimitsConfig;
-use crate::engine::{Caller, Deadline, OnDeadline, Publish};
+use crate::engine::{Caller, Deadline, OnDeadline, Publish, Resume};
 use crate::models::ServedModel;
 use crate::proto::v1;
 use crate::proto::v1::diffusion_service_server::DiffusionService;
@@ -29,6 +30,8 @@ struct Call {
     keep_after_end: bool,
     deadline: Option<Deadline>,
     priority: i32,
+    /// States to go on from, and the length that their canvases had.
+    resume: Option<(States, u32)>,
 }
 
 /// Who calls, when, and how long the call may take.
@@ -52,10 +55,65 @@ impl Arrival {
     }
 }
 
+/// What both calls say.
+struct Words {
+    model: Option<v1::ModelReference>,
+    sampling: Option<v1::Sampling>,
+    frames: Option<v1::FramePolicy>,
+    keep_after_end: bool,
+    request_id: String,
+    deadline: Option<v1::Deadline>,
+    priority: i32,
+}
+
 /// Events of a request, of either call.
 type Events = BoxStream<'static, Result<Event, Status>>;
 
 impl Service {
+    /// A call in its own words, or in those of the request that it goes on with, whose template comes with it.
+    fn call(
+        &self,
+        arrival: Arrival,
+        words: Words,
+        resume: Option<Repeated>,
+    ) -> Result<(Call, Option<Vec<v1::TemplatePart>>), Status> {
+        let deadline = arrival.deadline(words.deadline)?;
+        let (words, parts, resume) = match resume {
+            None => (words, None, None),
+            Some(repeated) => {
+                let request_id = if words.request_id.is_empty() {
+                    repeated.request_id
+                } else {
+                    words.request_id
+                };
+                let words = Words {
+                    model: Some(repeated.model),
+                    sampling: Some(repeated.sampling),
+                    keep_after_end: repeated.keep_after_end,
+                    request_id,
+                    ..words
+                };
+                (
+                    words,
+                    Some(repeated.template),
+                    Some((repeated.states, repeated.length)),
+                )
+            }
+        };
+        let call = Call {
+            id: request::id(words.request_id)?,
+            caller: arrival.caller,
+            model: self.model(words.model)?,
+            sampling: words.sampling,
+            frames: words.frames,
+            keep_after_end: words.keep_after_end,
+            deadline,
+            priority: words.priority,
+            resume,
+        };
+        Ok((call, parts))
+    }
+
     /// One path for both calls: a prompt is a template with one gap at its end, which `template` makes.
     async fn stream<F>(&self, asked: Call, template: F) -> Result<Events, Status>
     where
@@ -80,9 +138,20 @@ impl Service {
     }
 
     /// Admits a request.
-    fn start(&self, asked: Call, template: Template) -> Result<Events, Status> {
+    fn start(&self, mut asked: Call, template: Template) -> Result<Events, Status> {
         let resolved = request::sampling(asked.sampling, &template, &asked.model, &self.limits)?;
         let frames = request::frames(asked.frames)?;
+        let resume = match asked.resume.take() {
+            Some((_, length)) if length as usize != template.length() => {
+                let problem = format!(
+                    "is {length}, but its template has {} positions",
+                    template.length()
+                );
+                return Err(FieldError::new("resume.accepted.length", problem).into());
+            }
+            Some((states, _)) => states.check(&template, &resolved, &asked.model)?,
+            None => Resume::default(),
+        };
         let mut accepted = accepted(&asked, &resolved, &template);
         let generation = self.engine.admit(crate::engine::Request {
             id: asked.id.clone(),
@@ -99,6 +168,7 @@ impl Service {
             },
             deadline: asked.deadline,
             priority: asked.priority,
+            resume,
         })?;
         accepted.predicted_seconds = generation.predicted.as_secs_f64();
         tracing::debug!(request = %asked.id, model = %asked.model, length = accepted.length, steps = accepted.total, samples = resolved.samples, "admitted");
@@ -160,19 +230,35 @@ impl DiffusionService for Service {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let arrival = Arrival::of(&request);
-        let asked = request.into_inner();
+        let mut asked = request.into_inner();
+        let resume = asked.resume.take().map(resume::repeated).transpose()?;
+        if resume.is_some() {
+            resume::nothing_beside(&[
+                ("model", asked.model.is_some()),
+                ("prompt", asked.prompt_as.is_some()),
+                ("length", asked.length.is_some()),
+                ("sampling", asked.sampling.is_some()),
+                ("keep_after_end", asked.keep_after_end),
+            ])?;
+        }
         let (prompt, length) = (asked.prompt_as, asked.length);
-        let asked = Call {
-            model: self.model(asked.model)?,
-            id: request::id(asked.request_id)?,
-            deadline: arrival.deadline(asked.deadline)?,
-            priority: asked.priority,
-            caller: arrival.caller,
-            sampling: asked.sampling,
-            frames: asked.frames,
-            keep_after_end: asked.keep_after_end,
+        let (asked, parts) = self.call(
+            arrival,
+            Words {
+                model: asked.model,
+                sampling: asked.sampling,
+                frames: asked.frames,
+                keep_after_end: asked.keep_after_end,
+                request_id: asked.request_id,
+                deadline: asked.deadline,
+                priority: asked.priority,
+            },
+            resume,
+        )?;
+        let template = move |model: &_, limits: &_| match parts {
+            Some(parts) => request::template(parts, model, limits),
+            None => request::prompt(prompt, length, model, limits),
         };
-        let template = move |model: &_, limits: &_| request::prompt(prompt, length, model, limits);
         let out = self.stream(asked, template).await?.map(|event| {
             let event = Some(v1::Event { event: Some(event?) });
             Ok(v1::GenerateResponse { event })
@@ -185,19 +271,31 @@ impl DiffusionService for Service {
         request: Request<v1::InfillRequest>,
     ) -> Result<Response<Self::InfillStream>, Status> {
         let arrival = Arrival::of(&request);
-        let asked = request.into_inner();
-        let parts = asked.template;
-        let asked = Call {
-            model: self.model(asked.model)?,
-            id: request::id(asked.request_id)?,
-            deadline: arrival.deadline(asked.deadline)?,
-            priority: asked.priority,
-            caller: arrival.caller,
-            sampling: asked.sampling,
-            frames: asked.frames,
-            // A template says itself what comes after its gaps.
-            keep_after_end: true,
-        };
+        let mut asked = request.into_inner();
+        let resume = asked.resume.take().map(resume::repeated).transpose()?;
+        if resume.is_some() {
+            resume::nothing_beside(&[
+                ("model", asked.model.is_some()),
+                ("template", !asked.template.is_empty()),
+                ("sampling", asked.sampling.is_some()),
+            ])?;
+        }
+        let own_parts = asked.template;
+        let (asked, parts) = self.call(
+            arrival,
+            Words {
+                model: asked.model,
+                sampling: asked.sampling,
+                frames: asked.frames,
+                // A template says itself what comes after its gaps.
+                keep_after_end: true,
+                request_id: asked.request_id,
+                deadline: asked.deadline,
+                priority: asked.priority,
+            },
+            resume,
+        )?;
+        let parts = parts.unwrap_or(own_parts);
         let template = move |model: &_, limits: &_| request::template(parts, model, limits);
         let out = self.stream(asked, template).await?.map(|event| {
             let event = Some(v1::Event { event: Some(event?) });

@@ -14,6 +14,7 @@ pub mod models;
 mod pace;
 mod repository;
 pub(crate) mod request;
+mod resume;
 pub mod sampler;
 mod server_service;
 mod status;
@@ -370,6 +371,8 @@ impl Server {
                 tonic_reflection::server::Builder::configure()
                     .register_encoded_file_descriptor_set(DESCRIPTORS)
                     .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                    // Details of errors, so that clients without generated code can show them.
+                    .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
             };
             match (builder().build_v1(), builder().build_v1alpha()) {
                 (Ok(v1), Ok(v1alpha)) => routes = routes.add_service(v1).add_service(v1alpha),

@@ -68,6 +68,7 @@ impl From<AdmitError> for Status {
             AdmitError::Model {
                 model, retry_after, ..
             } => model_failed(message, model, retry_after),
+            AdmitError::State { .. } => FieldError::new("resume.frames", message).into(),
             AdmitError::Deadline { left, predicted, .. } => {
                 let numbers = [
                     ("left_seconds".to_owned(), format!("{:.3}", left.as_secs_f64())),

@@ -15,8 +15,8 @@ use tonic::Status;
 use crate::diffusion::Token;
 use crate::engine::{Engine, Failure, Generation, Outcome, Phase, State};
 use crate::models::ServedModel;
-use crate::proto::v1;
 use crate::proto::v1::event::Event;
+use crate::proto::{bits, v1};
 
 use super::pace::Pace;
 use super::request::{FrameText, Frames, When};
@@ -50,14 +50,15 @@ pub(super) fn events(
     let canvases: SelectAll<_> = std::mem::take(&mut generation.canvases)
         .into_iter()
         .zip(std::mem::take(&mut generation.initial))
-        .enumerate()
-        .map(|(index, (states, initial))| {
+        .zip(std::mem::take(&mut generation.numbers))
+        .map(|((states, initial), canvas)| {
             canvas_events(Follower {
-                canvas: index as u32,
+                canvas,
                 initial: Some(initial),
                 states,
                 view: Arc::clone(&view),
                 sent: None,
+                last_word: false,
                 pace: Pace::new(view.frames.min_interval),
                 written: Written::default(),
             })
@@ -162,6 +163,8 @@ struct Follower {
     states: watch::Receiver<State>,
     view: Arc<View>,
     sent: Option<Sent>,
+    /// Whether the last state before the server goes away has been told.
+    last_word: bool,
     pace: Pace,
     written: Written,
 }
@@ -190,6 +193,11 @@ impl Follower {
             }
             let state = self.states.borrow_and_update().clone();
             match &state.phase {
+                // The last word of a server that goes away is what there is to go on from.
+                Phase::Failed(Failure::ShutDown) if !self.last_word => {
+                    self.last_word = true;
+                    return Ok(Event::Frame(self.frame(&state, Last::Yes).await?));
+                }
                 Phase::Failed(failure) => return Err(failure.clone().into()),
                 Phase::Done(outcome) => {
                     let last_frame_is_out = self.sent.as_ref().is_some_and(|sent| sent.last);
@@ -355,33 +363,8 @@ fn delta(before: &Sent, after: &State) -> v1::Delta {
     }
 }
 
-/// One bit an entry, least significant first.
-fn bits(flags: impl Iterator<Item = bool>) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for (i, flag) in flags.enumerate() {
-        if i % 8 == 0 {
-            bytes.push(0);
-        }
-        if let (true, Some(byte)) = (flag, bytes.last_mut()) {
-            *byte |= 1 << (i % 8);
-        }
-    }
-    bytes
-}
-
 #[expect(clippy::needless_pass_by_value, reason = "made to be handed to map_err")]
 fn decoding(error: crate::bundle::TokenizerError) -> Status {
     tracing::error!(%error, "tokens could not be decoded");
     Status::internal("the tokens could not be decoded; the server's log has the details")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bits_are_least_significant_first() {
-        let flags = [true, false, false, true, false, false, false, false, true];
-        assert_eq!(bits(flags.into_iter()), [0b0000_1001, 1]);
-    }
 }

@@ -9,7 +9,7 @@ use denoised::bundle::Bundle;
 use denoised::diffusion::sampler::TimeGrid;
 use denoised::diffusion::{SamplerKind, TokenChoice};
 use denoised::engine::plan::Sampling;
-use denoised::engine::{Caller, Engine, EngineOptions, Phase, Publish, Request};
+use denoised::engine::{Caller, Engine, EngineOptions, Phase, Publish, Request, Resume};
 use denoised::models::ServedModel;
 use denoised::network::onnx::{Device, OnnxNetwork, OnnxOptions};
 
@@ -72,6 +72,7 @@ impl Subject {
             publish: Publish::Steps,
             deadline: None,
             priority: 0,
+            resume: Resume::default(),
         })?;
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         let state = runtime.block_on(async {

@@ -8,7 +8,7 @@ use denoised::bundle::{FORMAT, MODEL, Manifest, demo};
 use denoised::diffusion::sampler::TimeGrid;
 use denoised::diffusion::{GraphKind, Parameterization, SamplerKind, Schedule, TokenChoice};
 use denoised::engine::plan::Sampling;
-use denoised::engine::{Caller, Engine, EngineOptions, Generation, Phase, Publish, Request};
+use denoised::engine::{Caller, Engine, EngineOptions, Generation, Phase, Publish, Request, Resume};
 use denoised::models::ServedModel;
 use denoised::network::onnx::{Device, OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
@@ -65,6 +65,7 @@ impl Bench {
             publish: Publish::End,
             deadline: None,
             priority: 0,
+            resume: Resume::default(),
         };
         Ok(self.engine.admit(request)?)
     }

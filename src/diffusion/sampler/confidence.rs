@@ -5,7 +5,9 @@
 //! a heuristic for few evaluations, on absorbing graphs.
 
 use super::FINAL_TIME;
-use super::evaluation::{Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Uncertainty};
+use super::evaluation::{
+    Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Uncertainty, something_is_left,
+};
 use super::{LEAVE, TimeGrid};
 use crate::diffusion::Process;
 
@@ -36,6 +38,10 @@ impl Sampler for Confidence {
             &surest(&uncertainties(&candidates), share),
             steps,
         )
+    }
+
+    fn can_be(&self, canvas: &CanvasView<'_>) -> bool {
+        something_is_left(&self.process, canvas)
     }
 
     fn time(&self, canvas: &CanvasView<'_>) -> f64 {

@@ -7,7 +7,7 @@ use super::TimeGrid;
 use super::confidence::{
     all_masked, ascending, even_share, set_some, steps, time_of_the_masked, uncertainties,
 };
-use super::evaluation::{Candidate, CanvasView, Commit, Evaluation, Sampler, Uncertainty};
+use super::evaluation::{Candidate, CanvasView, Commit, Evaluation, Sampler, Uncertainty, something_is_left};
 use crate::diffusion::Process;
 
 /// See the module.
@@ -36,6 +36,10 @@ impl Sampler for EntropyBounded {
         let least = even_share(candidates.len(), steps.saturating_sub(canvas.step));
         let taken = within_entropy(&uncertainties(&candidates), self.bound, least);
         set_some(evaluation, &candidates, &taken, steps)
+    }
+
+    fn can_be(&self, canvas: &CanvasView<'_>) -> bool {
+        something_is_left(&self.process, canvas)
     }
 
     fn time(&self, canvas: &CanvasView<'_>) -> f64 {

@@ -1,7 +1,8 @@
 //! What a sampler decides: what is asked of the network next, and what becomes of the canvas then.
 
 use super::{Discretization, HittingTimes, RowLaw, Tweedie};
-use crate::diffusion::{Draws, Process, Token};
+use crate::diffusion::draw::FINISHING_STEP;
+use crate::diffusion::{Draws, GraphKind, Process, Token};
 
 /// A canvas between two steps, as samplers see it.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +57,7 @@ pub struct Evaluation {
 pub fn finish(canvas: &CanvasView<'_>, process: &Process, t: f64) -> Evaluation {
     Evaluation {
         step: canvas.step,
-        draw: canvas.step,
+        draw: FINISHING_STEP,
         t,
         sigma: process.total_noise(t),
         law: Law::Affine(Tweedie.denoise(&process.graph, &process.schedule, t)),
@@ -124,6 +125,11 @@ pub struct Second {
     pub evaluation: Evaluation,
 }
 
+/// Whether there is something left to do for samplers that end with the last mask.
+pub(super) fn something_is_left(process: &Process, canvas: &CanvasView<'_>) -> bool {
+    process.graph.kind() == GraphKind::Uniform || canvas.movable(process.graph.mask()).next().is_some()
+}
+
 /// A way from noise to tokens: pure functions of a canvas. Made once for a request by
 /// [`SamplerKind::build`](super::SamplerKind::build).
 pub trait Sampler: std::fmt::Debug + Send + Sync {
@@ -165,6 +171,9 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
     fn evaluations_left(&self, canvas: &CanvasView<'_>) -> u64 {
         u64::from(self.steps(canvas.gaps).saturating_sub(canvas.step))
     }
+
+    /// Whether a canvas that is not done can have these tokens at its cursor: asked of states that come from outside.
+    fn can_be(&self, canvas: &CanvasView<'_>) -> bool;
 
     /// The time of a canvas that is not done.
     fn time(&self, canvas: &CanvasView<'_>) -> f64;

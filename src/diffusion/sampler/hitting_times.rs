@@ -8,7 +8,7 @@
 
 use super::evaluation::{Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Uncertainty};
 use super::{Discretization, FINAL_TIME, LEAVE, TimeGrid};
-use crate::diffusion::{Draws, Graph, Process, Schedule};
+use crate::diffusion::{Draws, Graph, Process, Schedule, Token};
 
 /// Chances of being masked still, over the steps of a time grid.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,8 +63,8 @@ pub struct HittingTimes {
     steps: Vec<u32>,
     /// The time of every step, where they are not those of a grid.
     times: Vec<f64>,
-    /// Steps in which something is hit.
-    evaluations: u64,
+    /// Steps in which something is hit, ascending.
+    hits: Vec<u32>,
 }
 
 const NEVER: u32 = u32::MAX;
@@ -75,7 +75,7 @@ impl HittingTimes {
         distinct.sort_unstable();
         distinct.dedup();
         Self {
-            evaluations: distinct.len() as u64,
+            hits: distinct,
             steps,
             times,
         }
@@ -83,8 +83,12 @@ impl HittingTimes {
 
     /// The first step from `step` on in which something is hit.
     fn next(&self, step: u32) -> Option<u32> {
-        let hits = self.steps.iter().copied();
-        hits.filter(|&hit| hit != NEVER && hit >= step).min()
+        self.from(step).first().copied()
+    }
+
+    /// The steps from `step` on in which something is hit.
+    fn from(&self, step: u32) -> &[u32] {
+        &self.hits[self.hits.partition_point(|&hit| hit < step)..]
     }
 
     /// The time of `step`, in continuous time.
@@ -123,8 +127,19 @@ fn set_hits(canvas: &CanvasView<'_>, evaluation: &Evaluation, set: Vec<Candidate
 }
 
 fn hits_left(canvas: &CanvasView<'_>) -> u64 {
-    let all = canvas.hitting_times.map_or(0, |hits| hits.evaluations);
-    all.saturating_sub(u64::from(canvas.nfe))
+    canvas
+        .hitting_times
+        .map_or(0, |hits| hits.from(canvas.step).len() as u64)
+}
+
+/// Whether those are masked, and those alone, who are hit in a step to come.
+fn masked_are_to_be_hit(canvas: &CanvasView<'_>, process: &Process) -> bool {
+    let Some(hits) = canvas.hitting_times else {
+        return false;
+    };
+    let (mask, now) = (process.graph.mask(), canvas.step);
+    let is_right = |(&token, &hit): (&Token, &u32)| hit == NEVER || (Some(token) == mask) == (hit >= now);
+    canvas.tokens.iter().zip(&hits.steps).all(is_right) && hits.next(now).is_some()
 }
 
 /// A discretisation's law for normalised scores, with evaluations only in the steps in which something is hit.
@@ -165,6 +180,10 @@ impl Sampler for GridHits {
 
     fn evaluations_left(&self, canvas: &CanvasView<'_>) -> u64 {
         hits_left(canvas)
+    }
+
+    fn can_be(&self, canvas: &CanvasView<'_>) -> bool {
+        masked_are_to_be_hit(canvas, &self.process)
     }
 
     fn time(&self, canvas: &CanvasView<'_>) -> f64 {
@@ -211,6 +230,10 @@ impl Sampler for FirstHitting {
 
     fn evaluations_left(&self, canvas: &CanvasView<'_>) -> u64 {
         hits_left(canvas)
+    }
+
+    fn can_be(&self, canvas: &CanvasView<'_>) -> bool {
+        masked_are_to_be_hit(canvas, &self.process)
     }
 
     /// A step ends where something is hit.

@@ -84,6 +84,11 @@ impl Sampler for Remask {
         })
     }
 
+    /// Any tokens: what is masked again is chance, too.
+    fn can_be(&self, _canvas: &CanvasView<'_>) -> bool {
+        true
+    }
+
     fn time(&self, canvas: &CanvasView<'_>) -> f64 {
         self.grid.time(canvas.step)
     }

@@ -3,7 +3,9 @@
 //! Where a network's scores are not normalised they have a say in when a position leaves, so that every position
 //! that may move is evaluated in every step.
 
-use super::evaluation::{Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Uncertainty};
+use super::evaluation::{
+    Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Uncertainty, something_is_left,
+};
 use super::{Discretization, TimeGrid};
 use crate::diffusion::{GraphKind, Process};
 
@@ -50,6 +52,10 @@ impl Sampler for Stepwise {
             set,
             masked: Vec::new(),
         }
+    }
+
+    fn can_be(&self, canvas: &CanvasView<'_>) -> bool {
+        something_is_left(&self.process, canvas)
     }
 
     fn time(&self, canvas: &CanvasView<'_>) -> f64 {

@@ -22,7 +22,9 @@
 //! Where the network thinks a token less than half as likely once a neighbour is known, rates would be negative
 //! and are cut off; the order is then the first, with half of Tweedie's error.
 
-use super::evaluation::{Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Second, Uncertainty};
+use super::evaluation::{
+    Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Second, Uncertainty, something_is_left,
+};
 use super::{Discretization, TimeGrid, Tweedie};
 use crate::diffusion::{GraphKind, Process};
 
@@ -124,6 +126,10 @@ impl Sampler for ThetaTrapezoidal {
     /// A step of the grid takes two, the denoising at its end one.
     fn evaluations_left(&self, canvas: &CanvasView<'_>) -> u64 {
         2 * u64::from(self.grid.steps.saturating_sub(canvas.step)) + 1
+    }
+
+    fn can_be(&self, canvas: &CanvasView<'_>) -> bool {
+        something_is_left(&self.process, canvas)
     }
 
     fn time(&self, canvas: &CanvasView<'_>) -> f64 {

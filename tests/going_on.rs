@@ -1,0 +1,112 @@
+//! The command line goes on with a request when its server goes away, and ends with the same text.
+
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
+use serde_json::Value;
+
+use crate::binary::{Serving, denoised};
+
+/// How often a server is killed; `DENOISED_KILLS=50` for more.
+fn kills() -> usize {
+    let asked = std::env::var("DENOISED_KILLS").ok();
+    asked.and_then(|kills| kills.parse().ok()).unwrap_or(3)
+}
+
+const ASKED: [&str; 9] = [
+    "generate",
+    "--json",
+    "--length",
+    "96",
+    "--steps",
+    "48",
+    "--seed",
+    "5",
+    "In the beginning",
+];
+
+/// The events of one run, whose `servers` are told of every frame.
+fn run(servers: &str, mut on_frame: impl FnMut(usize)) -> Vec<Value> {
+    let mut child = denoised()
+        .args(ASKED)
+        .args(["--server", servers])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut events, mut frames) = (Vec::new(), 0);
+    for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+        let event: Value = serde_json::from_str(&line.unwrap()).unwrap();
+        if event.get("frame").is_some() {
+            frames += 1;
+            on_frame(frames);
+        }
+        events.push(event);
+    }
+    let output = child.wait_with_output().unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    events
+}
+
+/// Tokens, steps and text of the only result.
+fn result(events: &[Value]) -> [&Value; 3] {
+    let results: Vec<&Value> = events.iter().filter_map(|event| event.get("result")).collect();
+    assert_eq!(results.len(), 1, "{events:?}");
+    ["tokens", "committed_at", "text"].map(|key| &results[0][key])
+}
+
+fn resumed(events: &[Value]) -> usize {
+    events
+        .iter()
+        .filter(|event| event.get("resumed").is_some())
+        .count()
+}
+
+#[test]
+fn a_killed_server_costs_nothing_but_time() {
+    let mut first = Some(Serving::start());
+    let second = Serving::start();
+    let url = |server: &Serving| format!("http://{}", server.address);
+    let undisturbed = run(&url(&second), |_| {});
+    assert_eq!(resumed(&undisturbed), 0);
+    for kill in 0..kills() {
+        let victim = first.take().unwrap_or_else(Serving::start);
+        let servers = format!("{},{}", url(&victim), url(&second));
+        // Early and late.
+        let (mut victim, at) = (Some(victim), 1 + kill * 5 % 7);
+        let events = run(&servers, |frames| {
+            if frames == at {
+                // Dropping kills.
+                victim.take();
+            }
+        });
+        assert_eq!(result(&events), result(&undisturbed), "killed at frame {at}");
+        assert!(resumed(&events) >= 1, "{events:?}");
+    }
+}
+
+/// SIGTERM and no grace.
+#[test]
+fn a_server_that_is_drained_hands_its_requests_on() {
+    let mut command = denoised();
+    command.env("DENOISED__SERVER__DRAIN_GRACE_SECONDS", "0");
+    let (first, second) = (Serving::start_with(&mut command), Serving::start());
+    let servers = format!("http://{},http://{}", first.address, second.address);
+    let undisturbed = run(&format!("http://{}", second.address), |_| {});
+    let events = run(&servers, |frames| {
+        if frames == 2 {
+            first.terminate();
+        }
+    });
+    assert_eq!(result(&events), result(&undisturbed));
+    let at = events
+        .iter()
+        .position(|event| event.get("resumed").is_some())
+        .unwrap();
+    let after = events[at]["resumed"]["after"].as_str().unwrap();
+    assert!(after.contains("shut down"), "{after}");
+}
