@@ -83,12 +83,17 @@ lint: prerequisites lint-proto ## Check the format and run clippy on all targets
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 
 .PHONY: lint-proto
-lint-proto: ## Lint the protos with buf (skipped by name without it).
+lint-proto: ## Lint the protos with buf, and refuse what would break clients (skipped by name without it).
 	@if ! command -v buf >/dev/null; then
 		echo "make lint-proto: SKIPPED: buf is missing (make test-tools)" >&2
 		exit 0
 	fi
 	buf lint proto
+	buf breaking proto --against proto/v1.binpb
+
+.PHONY: proto-image
+proto-image: ## Take the protos as they are for what later ones must not break; first make lint-proto.
+	buf build proto --exclude-source-info --output proto/v1.binpb
 
 .PHONY: doc
 doc: prerequisites ## Build the API documentation, warnings as errors.

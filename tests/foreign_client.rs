@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use crate::binary::Serving;
 
-fn grpcurl() -> Option<PathBuf> {
+pub fn grpcurl() -> Option<PathBuf> {
     let fetched = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".tools/bin/grpcurl");
     if fetched.exists() {
         return Some(fetched);

@@ -24,6 +24,7 @@ mod infill;
 mod memory;
 mod neighbours;
 mod network;
+mod readme;
 mod repository;
 mod resume;
 mod samplers;

@@ -1,4 +1,6 @@
 //! Events as JSON, one object a line, for machines.
+//!
+#![doc = include_str!("json.md")]
 
 use serde::Serialize;
 use serde_json::Value;
@@ -259,6 +261,8 @@ pub(super) fn plain(name: &str, prefix: &str) -> String {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
     use super::*;
     use serde_json::json;
 
@@ -295,6 +299,44 @@ mod tests {
         assert_eq!(line["result"]["committed_at"], json!([0, 7]));
         assert_eq!(line["result"]["text"], Value::Null);
         assert_eq!(line["result"]["finish_reason"], "done");
+    }
+
+    /// The keys that the tables of `json.md` tell of, by event.
+    fn documented() -> BTreeMap<String, BTreeSet<String>> {
+        let mut events = BTreeMap::new();
+        for section in include_str!("json.md").split("\n## ").skip(1) {
+            let (event, table) = section.split_once('\n').unwrap();
+            let rows = table.lines().filter_map(|line| line.strip_prefix("| `"));
+            let keys = rows.map(|row| row.split('`').next().unwrap().to_owned());
+            events.insert(event.to_owned(), keys.collect());
+        }
+        events
+    }
+
+    #[test]
+    fn every_key_is_documented_and_nothing_else() {
+        let resumed = client::Resumed {
+            attempt: 1,
+            of: 5,
+            after: tonic::Status::unavailable("gone"),
+        };
+        let lines = [
+            value(&v1::Accepted::default()),
+            value(&v1::Frame::default()),
+            value(&v1::CanvasResult::default()),
+            value(&resumed),
+        ];
+        let told: BTreeMap<String, BTreeSet<String>> = lines
+            .iter()
+            .flat_map(|line| line.as_object().unwrap())
+            .map(|(event, facts)| {
+                (
+                    event.clone(),
+                    facts.as_object().unwrap().keys().cloned().collect(),
+                )
+            })
+            .collect();
+        assert_eq!(told, documented());
     }
 
     #[test]
