@@ -8,6 +8,7 @@
     reason = "tests"
 )]
 
+mod allowed;
 mod architecture;
 mod binary;
 mod cancelling;

@@ -182,7 +182,10 @@ pub fn prompt(text: &str) -> PromptAs {
 
 /// A gap of this many positions.
 pub fn gap(positions: u32) -> Part {
-    Part::Gap(Gap { positions })
+    Part::Gap(Gap {
+        positions,
+        allowed: None,
+    })
 }
 
 pub async fn infill(

@@ -28,7 +28,10 @@ pub(super) fn parse(template: &str) -> Result<Vec<TemplatePart>, String> {
             if !text.is_empty() {
                 parts.push(Part::Text(std::mem::take(&mut text)));
             }
-            parts.push(Part::Gap(Gap { positions }));
+            parts.push(Part::Gap(Gap {
+                positions,
+                allowed: None,
+            }));
             rest = after;
         } else {
             text.push(next);
@@ -71,7 +74,10 @@ mod tests {
     fn written(parts: &[TemplatePart]) -> String {
         let write = |part: &TemplatePart| match part.part.clone() {
             Some(Part::Text(text)) => text.replace('\\', r"\\").replace('[', r"\["),
-            Some(Part::Gap(Gap { positions })) => format!("[[{positions}]]"),
+            Some(Part::Gap(Gap {
+                positions,
+                allowed: None,
+            })) => format!("[[{positions}]]"),
             other => panic!("{other:?}"),
         };
         parts.iter().map(write).collect()
@@ -85,7 +91,10 @@ mod tests {
 
     fn gap(positions: u32) -> TemplatePart {
         TemplatePart {
-            part: Some(Part::Gap(Gap { positions })),
+            part: Some(Part::Gap(Gap {
+                positions,
+                allowed: None,
+            })),
         }
     }
 

@@ -19,7 +19,18 @@ pub fn tokens(ids: impl Into<Vec<u32>>) -> Part {
 
 /// Positions of a template to fill.
 pub fn gap(positions: u32) -> Part {
-    Part::Gap(v1::Gap { positions })
+    Part::Gap(v1::Gap {
+        positions,
+        allowed: None,
+    })
+}
+
+/// Positions of a template to fill with tokens of the set of this name.
+pub fn gap_of(positions: u32, set: impl Into<String>) -> Part {
+    Part::Gap(v1::Gap {
+        positions,
+        allowed: Some(set.into()),
+    })
 }
 
 /// A request of either kind; whatever has no method here can be set on the message that it is made from.
@@ -59,6 +70,25 @@ impl Request {
             template: parts.into_iter().map(part).collect(),
             ..v1::InfillRequest::default()
         })
+    }
+
+    /// Adds a set of tokens that gaps can name, by the texts that are one token each.
+    #[must_use]
+    pub fn token_set<T: Into<String>>(
+        mut self,
+        name: impl Into<String>,
+        texts: impl IntoIterator<Item = T>,
+    ) -> Self {
+        let sets = match &mut self {
+            Self::Generate(request) => &mut request.token_sets,
+            Self::Infill(request) => &mut request.token_sets,
+        };
+        sets.push(v1::TokenSet {
+            name: name.into(),
+            ids: Vec::new(),
+            texts: texts.into_iter().map(Into::into).collect(),
+        });
+        self
     }
 
     /// Asks for the model of this name, in its highest version or in this one.

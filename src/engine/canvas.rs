@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use super::plan::Plan;
-use crate::diffusion::sampler::row::{self, BadScores, Scratch};
+use crate::diffusion::sampler::row::{self, RowError, Scratch};
 use crate::diffusion::sampler::{Candidate, CanvasView, Commit, Evaluation, HittingTimes, Second, finish};
 use crate::diffusion::{Draws, Token};
 use crate::models::ServedModel;
@@ -50,11 +50,10 @@ impl Canvas {
     /// The initial canvas: clamped tokens from the template, the limit law everywhere else.
     pub fn new(plan: &Arc<Plan>, template: &[Option<Token>], seed: u64, index: u64) -> Self {
         let mut draws = Draws::new(seed, index);
-        let graph = plan.model.graph();
         let tokens = template
             .iter()
             .enumerate()
-            .map(|(i, token)| token.unwrap_or_else(|| graph.sample_limit(draws.prior(i))))
+            .map(|(i, token)| token.unwrap_or_else(|| initial(plan, i, draws.prior(i))))
             .collect();
         let clamped: Arc<[bool]> = template.iter().map(Option::is_some).collect();
         let mut canvas = Self {
@@ -106,6 +105,12 @@ impl Canvas {
             if clamped.is_some_and(|clamped| clamped != token) {
                 return Err(BadState(format!(
                     "position {position} is clamped to another token"
+                )));
+            }
+            let is_allowed = |allowed: &[Token]| Some(token) == graph.mask() || allowed.contains(&token);
+            if clamped.is_none() && !plan.allowed_at(position).is_none_or(is_allowed) {
+                return Err(BadState(format!(
+                    "token {token} is not allowed at position {position}"
                 )));
             }
             let committed_at = state.committed_at[position];
@@ -311,6 +316,19 @@ impl Canvas {
     }
 }
 
+/// The token that a position begins with, for a uniform `u`: of the limit law, among those that are allowed.
+fn initial(plan: &Plan, position: usize, u: f64) -> Token {
+    let graph = plan.model.graph();
+    match plan.allowed_at(position) {
+        Some(allowed) if graph.mask().is_none() => {
+            let index = (u * allowed.len() as f64) as usize;
+            let token = allowed.get(index).or(allowed.last());
+            token.copied().unwrap_or_else(|| graph.sample_limit(u))
+        }
+        _ => graph.sample_limit(u),
+    }
+}
+
 /// One evaluation of a canvas, position by position.
 #[derive(Debug)]
 pub struct Rows<'a> {
@@ -336,7 +354,7 @@ impl<'a> Rows<'a> {
         log_score: &[f32],
         kept: Option<(&[f32], f64)>,
         scratch: &mut Scratch,
-    ) -> Result<Option<Candidate>, BadScores> {
+    ) -> Result<Option<Candidate>, RowError> {
         let Evaluation {
             law,
             uncertainty,
@@ -345,8 +363,10 @@ impl<'a> Rows<'a> {
         } = self.evaluation;
         let u = self.draws.at(*draw, position);
         let (x, choice) = (self.tokens[position], &self.plan.choice);
-        let token = row::draw_by(law, choice, x, log_score, self.offset, kept, u, scratch)?;
-        let candidate = |token| -> Result<Candidate, BadScores> {
+        let allowed = self.plan.allowed_at(position);
+        let among = row::Choice { choice, allowed };
+        let token = row::draw_by(law, among, x, log_score, self.offset, kept, u, scratch)?;
+        let candidate = |token| -> Result<Candidate, RowError> {
             Ok(Candidate {
                 position,
                 token,

@@ -1,7 +1,7 @@
 //! What an evaluation costs: measured, per model and length, and predicted from that.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::models::ServedModel;
 use crate::sync::Mutex;
@@ -11,14 +11,22 @@ const UNKNOWN: Duration = Duration::from_millis(5);
 
 /// How much slower than the mean a pass is taken to be, at most.
 const SLOWER: f64 = 2.0;
-/// What is left of a mean after a refusal.
-const DOUBTED: f64 = 0.98;
+/// How long a mean is believed by which requests are refused and nothing is measured, and what is left of it then.
+const BELIEVED: Duration = Duration::from_secs(1);
+const DOUBTED: f64 = 0.9;
 
 /// Measured times, kept for lengths up to each power of two: a caller cannot make this grow.
 #[derive(Debug, Default)]
 pub(super) struct Costs {
-    /// Running means of nanoseconds per token of a canvas.
-    measured: Mutex<HashMap<(usize, u32), f64>>,
+    measured: Mutex<HashMap<(usize, u32), Mean>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Mean {
+    /// Nanoseconds per token of a canvas.
+    per_token: f64,
+    /// When it was last measured, or doubted.
+    at: Instant,
 }
 
 impl Costs {
@@ -30,16 +38,24 @@ impl Costs {
             .entry((model.address(), bucket(length)))
             // A pass that the system kept waiting says little of the next one: what counts is how many are slower,
             // not by how much.
-            .and_modify(|mean| *mean += (per_token.min(SLOWER * *mean) - *mean) / 8.0)
-            .or_insert(per_token);
+            .and_modify(|mean| {
+                mean.per_token += (per_token.min(SLOWER * mean.per_token) - mean.per_token) / 8.0;
+                mean.at = Instant::now();
+            })
+            .or_insert(Mean {
+                per_token,
+                at: Instant::now(),
+            });
     }
 
-    /// Takes note that a request was refused on a prediction: as long as nothing runs nothing is measured, and one bad
-    /// spell would be believed for ever.
-    pub(super) fn doubt(&self, model: &ServedModel, length: usize) {
+    /// Takes note that a request was refused on a prediction, `now`: as long as nothing runs nothing is measured, and
+    /// one bad spell would be believed for ever.
+    pub(super) fn doubt(&self, model: &ServedModel, length: usize, now: Instant) {
         let mut measured = self.measured.lock();
-        if let Some(mean) = measured.get_mut(&(model.address(), bucket(length))) {
-            *mean *= DOUBTED;
+        let mean = measured.get_mut(&(model.address(), bucket(length)));
+        if let Some(mean) = mean.filter(|mean| now.saturating_duration_since(mean.at) >= BELIEVED) {
+            mean.per_token *= DOUBTED;
+            mean.at = now;
         }
     }
 
@@ -65,12 +81,12 @@ impl Costs {
             .iter()
             .filter(|((of, _), _)| *of == model)
             .min_by_key(|((_, at), _)| (at.abs_diff(bucket), *at))
-            .map(|(_, per_token)| per_token * length as f64);
+            .map(|(_, mean)| mean.per_token * length as f64);
         // Nor does a canvas cost more than a longer one, which few slow passes could make it seem.
         let longer = measured
             .iter()
             .filter(|((of, at), _)| *of == model && *at > bucket)
-            .map(|((_, at), per_token)| per_token * (1u64 << at) as f64);
+            .map(|((_, at), mean)| mean.per_token * (1u64 << at) as f64);
         let nanos = longer.chain(nearest).reduce(f64::min)?;
         Some((nanos as u64).max(1))
     }
@@ -113,12 +129,12 @@ mod tests {
             "short canvases cost more a token"
         );
         assert_eq!(costs.predicted(&fast, 128), 128_000);
-        costs.doubt(&fast, 128);
-        assert_eq!(
-            costs.predicted(&fast, 128),
-            125_440,
-            "a little less after a refusal"
-        );
+        let later = Instant::now() + BELIEVED;
+        costs.doubt(&fast, 128, Instant::now() + BELIEVED / 2);
+        assert_eq!(costs.predicted(&fast, 128), 128_000, "measured a moment ago");
+        costs.doubt(&fast, 128, later);
+        costs.doubt(&fast, 128, later);
+        assert_eq!(costs.predicted(&fast, 128), 115_200, "doubted once a second");
         for _ in 0..64 {
             costs.measured(&fast, 128, 4, Duration::from_micros(512));
         }

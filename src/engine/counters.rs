@@ -86,6 +86,7 @@ impl Counters {
     pub(super) fn count_failure(&self, failure: &Failure) {
         self.count_ending(match failure {
             Failure::Cancelled => "cancelled",
+            Failure::NothingAllowed => "nothing_allowed",
             Failure::Deadline => "deadline",
             Failure::ShutDown => "shut_down",
             Failure::Abandoned => "abandoned",

@@ -5,7 +5,7 @@ use std::thread;
 
 use super::canvas::Canvas;
 use crate::diffusion::Token;
-use crate::diffusion::sampler::row::{BadScores, Scratch};
+use crate::diffusion::sampler::row::{RowError, Scratch};
 use crate::diffusion::sampler::{Candidate, Evaluation};
 use crate::network::ScoreRows;
 
@@ -42,7 +42,7 @@ pub(super) fn draw(
     asked: &[Task<'_>],
     scores: &ScoreRows<'_>,
     threads: usize,
-) -> Vec<Result<Moves, BadScores>> {
+) -> Vec<Result<Moves, RowError>> {
     let rows: usize = asked.iter().map(|asked| asked.evaluation.positions.len()).sum();
     let useful = (rows * scores.vocab()).div_ceil(ENTRIES_PER_THREAD);
     let threads = threads.min(useful).max(1);
@@ -51,7 +51,7 @@ pub(super) fn draw(
         draw_rows(asked, scores, &range)
     };
     let part = &part;
-    let mut outcomes: Vec<Result<Moves, BadScores>> = vec![Ok(Moves::new()); asked.len()];
+    let mut outcomes: Vec<Result<Moves, RowError>> = vec![Ok(Moves::new()); asked.len()];
     thread::scope(|scope| {
         let others: Vec<_> = (1..threads)
             .map(|index| scope.spawn(move || part(index)))
@@ -72,10 +72,11 @@ pub(super) fn draw(
 }
 
 /// Adds what more rows of a canvas gave to what the rows before them did.
-pub(super) fn add(outcome: &mut Result<Moves, BadScores>, more: Result<Moves, BadScores>) {
+pub(super) fn add(outcome: &mut Result<Moves, RowError>, more: Result<Moves, RowError>) {
     match (&mut *outcome, more) {
         (Ok(moves), Ok(more)) => moves.extend(more),
-        _ => *outcome = Err(BadScores),
+        (Ok(_), Err(error)) => *outcome = Err(error),
+        (Err(_), _) => {}
     }
 }
 
@@ -84,7 +85,7 @@ fn draw_rows(
     asked: &[Task<'_>],
     scores: &ScoreRows<'_>,
     range: &Range<usize>,
-) -> Vec<(usize, Result<Moves, BadScores>)> {
+) -> Vec<(usize, Result<Moves, RowError>)> {
     let (mut drawn, mut scratch, mut row_buffer) = (Vec::new(), Scratch::default(), Vec::new());
     let (mut first, vocab) = (0, scores.vocab());
     for (

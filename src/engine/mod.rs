@@ -160,7 +160,11 @@ fn spawn(shared: &Shared, name: String, run: impl FnOnce() + Send + 'static) -> 
 
 /// Builds the canvases of these numbers, each from its state where one is known.
 fn build(numbers: &[u32], request: &mut Request) -> Result<Vec<Canvas>, AdmitError> {
-    let plan = Arc::new(Plan::new(&request.model, request.sampling));
+    let plan = Arc::new(Plan::new(
+        &request.model,
+        request.sampling,
+        request.allowed.take(),
+    ));
     let (template, seed) = (&request.template, request.seed);
     let states = &mut request.resume.states;
     let canvas = |&canvas: &u32| match states.remove(&canvas) {
@@ -349,9 +353,9 @@ impl Engine {
             then: deadline.then,
         };
         let Some(missed) = missed else { return Ok(()) };
-        if shared.admission.is_idle() {
-            shared.costs.doubt(&request.model, request.template.len());
-        }
+        shared
+            .costs
+            .doubt(&request.model, request.template.len(), Instant::now());
         Err(refusal(missed))
     }
 
@@ -498,6 +502,8 @@ impl Drop for Engine {
     }
 }
 
+#[cfg(test)]
+mod allowed_test;
 #[cfg(test)]
 mod deadlines_test;
 #[cfg(test)]

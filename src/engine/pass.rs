@@ -6,7 +6,7 @@ use super::drawing::{self, Between, Moves, Task};
 use super::work::Work;
 use crate::diffusion::Token;
 use crate::diffusion::sampler::Second;
-use crate::diffusion::sampler::row::BadScores;
+use crate::diffusion::sampler::row::RowError;
 use crate::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
 
 /// Buffers of a pass, reused from pass to pass.
@@ -26,7 +26,7 @@ struct Inputs {
 }
 
 /// Outcome of a pass for one canvas.
-pub(super) type Verdict = Result<(), BadScores>;
+pub(super) type Verdict = Result<(), RowError>;
 
 /// Outcome of a pass.
 #[derive(Debug)]
@@ -137,8 +137,8 @@ impl Inputs {
         asked: &[Task<'_>],
         threads: usize,
         clock: &mut Clock,
-        mut also: impl FnMut(&ScoreRows<'_>, &[Result<Moves, BadScores>]),
-    ) -> Result<Vec<Result<Moves, BadScores>>, NetworkError> {
+        mut also: impl FnMut(&ScoreRows<'_>, &[Result<Moves, RowError>]),
+    ) -> Result<Vec<Result<Moves, RowError>>, NetworkError> {
         let started = Instant::now();
         self.gather(asked);
         let inputs = Batch {
@@ -185,12 +185,12 @@ impl Inputs {
 /// Returns the second evaluation of every canvas that has one; copies the rows that it needs to `kept`.
 fn keep(
     asked: &[Task<'_>],
-    drawn: &[Result<Moves, BadScores>],
+    drawn: &[Result<Moves, RowError>],
     rows: &ScoreRows<'_>,
     kept: &mut Vec<f32>,
 ) -> Vec<Option<Second>> {
     let mut first = 0;
-    let second = |(asked, drawn): (&Task<'_>, &Result<Moves, BadScores>)| {
+    let second = |(asked, drawn): (&Task<'_>, &Result<Moves, RowError>)| {
         let (canvas, evaluation) = (asked.canvas, asked.evaluation);
         let second = drawn
             .as_ref()

@@ -79,6 +79,7 @@ fn request(models: &[Arc<ServedModel>; 3], number: u32) -> Request {
         deadline: None,
         priority: 0,
         resume: Resume::default(),
+        allowed: None,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::diffusion::sampler::{Evaluation, Sampler, TimeGrid, normalized};
-use crate::diffusion::{SamplerKind, TokenChoice};
+use crate::diffusion::{SamplerKind, Token, TokenChoice};
 use crate::models::ServedModel;
 
 /// How a canvas is denoised.
@@ -52,11 +52,28 @@ pub struct Plan {
     pub(super) model: Arc<ServedModel>,
     pub(super) sampler: Box<dyn Sampler>,
     pub(super) choice: TokenChoice,
+    pub(super) allowed: Option<Allowed>,
+}
+
+/// Tokens that may be chosen, position by position.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Allowed {
+    /// Sets of tokens, none empty, each ascending.
+    pub sets: Vec<Vec<Token>>,
+    /// For every position the set that holds there, or none.
+    pub of: Vec<Option<usize>>,
+}
+
+impl Allowed {
+    fn at(&self, position: usize) -> Option<&[Token]> {
+        let set = (*self.of.get(position)?)?;
+        self.sets.get(set).map(Vec::as_slice)
+    }
 }
 
 impl Plan {
     /// The plan of `sampling` for canvases of `model`.
-    pub fn new(model: &Arc<ServedModel>, sampling: Sampling) -> Self {
+    pub fn new(model: &Arc<ServedModel>, sampling: Sampling, allowed: Option<Allowed>) -> Self {
         let process = model.manifest().process();
         Self {
             sampler: sampling
@@ -64,7 +81,13 @@ impl Plan {
                 .build(process, sampling.grid, sampling.is_normalized(model)),
             model: Arc::clone(model),
             choice: sampling.choice,
+            allowed,
         }
+    }
+
+    /// The tokens that may be chosen at a position; all of them where this is `None`.
+    pub(super) fn allowed_at(&self, position: usize) -> Option<&[Token]> {
+        self.allowed.as_ref()?.at(position)
     }
 
     /// Returns the offset that makes log-scores of the network's output in `evaluation`.

@@ -72,6 +72,9 @@ pub enum Failure {
     /// `Cancel` was called.
     #[error("the request was cancelled")]
     Cancelled,
+    /// A position had to leave the mask, and nothing that is allowed there has any weight.
+    #[error("none of the tokens that are allowed at a position can stand there, says the network")]
+    NothingAllowed,
     /// The deadline has passed before the canvas was finished.
     #[error("the deadline has passed before the canvas was finished")]
     Deadline,

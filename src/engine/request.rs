@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::admission::NoRoom;
 use super::canvas::{BadState, CanvasState};
-use super::plan::Sampling;
+use super::plan::{Allowed, Sampling};
 use super::{Shared, State};
 use crate::diffusion::Token;
 use crate::models::ServedModel;
@@ -43,6 +43,8 @@ pub struct Request {
     pub template: Arc<[Option<Token>]>,
     /// How to denoise.
     pub sampling: Sampling,
+    /// Tokens that may be chosen, where not all may.
+    pub allowed: Option<Allowed>,
     /// Seed of all random choices.
     pub seed: u64,
     /// Independent canvases; at least 1.

@@ -41,7 +41,7 @@ fn plan(chain: &Chain, parameterization: Parameterization, sampling: Sampling) -
         max_length: 2,
         ..manifest(GraphKind::Absorbing)
     });
-    Arc::new(Plan::new(&model, sampling))
+    Arc::new(Plan::new(&model, sampling, None))
 }
 
 /// Runs a canvas to its end with the rows that `scores` gives at a total noise; returns its evaluations.

@@ -114,6 +114,7 @@ pub(super) fn request(model: &Arc<ServedModel>, number: u32) -> Request {
         deadline: None,
         priority: 0,
         resume: Resume::default(),
+        allowed: None,
     }
 }
 

@@ -8,6 +8,7 @@ use super::pass::{Pass, Passed};
 use super::queue::Limits;
 use super::work::Work;
 use super::{Failure, Shared, put_into};
+use crate::diffusion::sampler::row::RowError;
 use crate::network::NetworkError;
 
 /// Passes that may fail in a row with a canvas alone, before it is given up.
@@ -59,7 +60,8 @@ fn work(shared: &Arc<Shared>, index: usize) {
                 for (work, verdict) in batch.into_iter().zip(verdicts) {
                     match verdict {
                         Ok(()) => back.extend(work.publish()),
-                        Err(error) => {
+                        Err(RowError::NothingAllowed) => work.end(Failure::NothingAllowed),
+                        Err(error @ RowError::Scores) => {
                             tracing::error!(request = %work.origin.id, canvas = work.index, %error, "a canvas is given up");
                             give_up(work);
                         }

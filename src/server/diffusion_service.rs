@@ -12,6 +12,7 @@ use super::sampler;
 use super::status::{FieldError, not_found};
 use super::stream::{View, deliver, events};
 use super::template::Template;
+use super::token_sets::TokenSets;
 use super::{Service, caller, deadline};
 use crate::config::LimitsConfig;
 use crate::engine::{Caller, Deadline, OnDeadline, Publish, Resume};
@@ -30,6 +31,7 @@ struct Call {
     keep_after_end: bool,
     deadline: Option<Deadline>,
     priority: i32,
+    token_sets: Vec<v1::TokenSet>,
     /// States to go on from, and the length that their canvases had.
     resume: Option<(States, u32)>,
 }
@@ -64,6 +66,7 @@ struct Words {
     request_id: String,
     deadline: Option<v1::Deadline>,
     priority: i32,
+    token_sets: Vec<v1::TokenSet>,
 }
 
 /// Events of a request, of either call.
@@ -89,6 +92,7 @@ impl Service {
                 let words = Words {
                     model: Some(repeated.model),
                     sampling: Some(repeated.sampling),
+                    token_sets: repeated.token_sets,
                     keep_after_end: repeated.keep_after_end,
                     request_id,
                     ..words
@@ -109,15 +113,16 @@ impl Service {
             keep_after_end: words.keep_after_end,
             deadline,
             priority: words.priority,
+            token_sets: words.token_sets,
             resume,
         };
         Ok((call, parts))
     }
 
     /// One path for both calls: a prompt is a template with one gap at its end, which `template` makes.
-    async fn stream<F>(&self, asked: Call, template: F) -> Result<Events, Status>
+    async fn stream<F>(&self, mut asked: Call, template: F) -> Result<Events, Status>
     where
-        F: FnOnce(&ServedModel, &LimitsConfig) -> Result<Template, Status> + Send + 'static,
+        F: FnOnce(&TokenSets, &ServedModel, &LimitsConfig) -> Result<Template, Status> + Send + 'static,
     {
         let (service, id) = (self.clone(), asked.id.clone());
         let until = asked
@@ -125,8 +130,10 @@ impl Service {
             .filter(|deadline| deadline.then == OnDeadline::Fail);
         // Reading text and laying out canvases take their time.
         let start = move || {
-            let template = template(&asked.model, &service.limits)?;
-            service.start(asked, template)
+            let sets = std::mem::take(&mut asked.token_sets);
+            let sets = TokenSets::read(sets, &asked.model, &service.limits)?;
+            let template = template(&sets, &asked.model, &service.limits)?;
+            service.start(asked, template, &sets)
         };
         Ok(deliver(
             self.text.run(start).await?,
@@ -138,7 +145,8 @@ impl Service {
     }
 
     /// Admits a request.
-    fn start(&self, mut asked: Call, template: Template) -> Result<Events, Status> {
+    fn start(&self, mut asked: Call, template: Template, sets: &TokenSets) -> Result<Events, Status> {
+        let allowed = sets.resolve(&template)?;
         let resolved = request::sampling(asked.sampling, &template, &asked.model, &self.limits)?;
         let frames = request::frames(asked.frames)?;
         let resume = match asked.resume.take() {
@@ -169,7 +177,9 @@ impl Service {
             deadline: asked.deadline,
             priority: asked.priority,
             resume,
+            allowed,
         })?;
+        accepted.token_sets = sets.told();
         accepted.predicted_seconds = generation.predicted.as_secs_f64();
         tracing::debug!(request = %asked.id, model = %asked.model, length = accepted.length, steps = accepted.total, samples = resolved.samples, "admitted");
         let view = View {
@@ -217,6 +227,7 @@ fn accepted(asked: &Call, resolved: &request::Resolved, template: &Template) -> 
             u64::try_from(left.as_millis()).unwrap_or(u64::MAX)
         }),
         predicted_seconds: 0.0,
+        token_sets: Vec::new(),
     }
 }
 
@@ -239,9 +250,11 @@ impl DiffusionService for Service {
                 ("length", asked.length.is_some()),
                 ("sampling", asked.sampling.is_some()),
                 ("keep_after_end", asked.keep_after_end),
+                ("token_sets", !asked.token_sets.is_empty()),
+                ("allowed", asked.allowed.is_some()),
             ])?;
         }
-        let (prompt, length) = (asked.prompt_as, asked.length);
+        let (prompt, length, allowed) = (asked.prompt_as, asked.length, asked.allowed);
         let (asked, parts) = self.call(
             arrival,
             Words {
@@ -252,12 +265,13 @@ impl DiffusionService for Service {
                 request_id: asked.request_id,
                 deadline: asked.deadline,
                 priority: asked.priority,
+                token_sets: asked.token_sets,
             },
             resume,
         )?;
-        let template = move |model: &_, limits: &_| match parts {
-            Some(parts) => request::template(parts, model, limits),
-            None => request::prompt(prompt, length, model, limits),
+        let template = move |sets: &_, model: &_, limits: &_| match parts {
+            Some(parts) => request::template(parts, sets, model, limits),
+            None => request::prompt(prompt, length, allowed, sets, model, limits),
         };
         let out = self.stream(asked, template).await?.map(|event| {
             let event = Some(v1::Event { event: Some(event?) });
@@ -277,6 +291,7 @@ impl DiffusionService for Service {
             resume::nothing_beside(&[
                 ("model", asked.model.is_some()),
                 ("template", !asked.template.is_empty()),
+                ("token_sets", !asked.token_sets.is_empty()),
                 ("sampling", asked.sampling.is_some()),
             ])?;
         }
@@ -292,11 +307,12 @@ impl DiffusionService for Service {
                 request_id: asked.request_id,
                 deadline: asked.deadline,
                 priority: asked.priority,
+                token_sets: asked.token_sets,
             },
             resume,
         )?;
         let parts = parts.unwrap_or(own_parts);
-        let template = move |model: &_, limits: &_| request::template(parts, model, limits);
+        let template = move |sets: &_, model: &_, limits: &_| request::template(parts, sets, model, limits);
         let out = self.stream(asked, template).await?.map(|event| {
             let event = Some(v1::Event { event: Some(event?) });
             Ok(v1::InfillResponse { event })

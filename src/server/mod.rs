@@ -21,6 +21,7 @@ mod status;
 mod stream;
 mod template;
 mod text;
+mod token_sets;
 
 pub use template::MASKED;
 
@@ -164,9 +165,12 @@ impl Service {
     fn replace_models(&self, models: Models) {
         let served: Vec<String> = models.iter().map(ToString::to_string).collect();
         tracing::info!(models = served.join(", "), "the models have changed");
-        for retired in self.models.replace(models) {
-            self.engine.retire(&retired);
-        }
+        let (retired, engine) = (self.models.replace(models), Arc::clone(&self.engine));
+        tokio::spawn(async move {
+            // A request can have chosen one of them and not be admitted yet; what it names may not be on disk any more.
+            tokio::time::sleep(LAST_CHOICE).await;
+            retired.iter().for_each(|model| engine.retire(model));
+        });
         let models = self.models.now();
         for model in models.iter().filter(|model| !self.engine.was_ready(model)) {
             let older = models.candidates(Some(model.name()), None);
@@ -396,6 +400,9 @@ async fn set_health(health: &HealthReporter, status: ServingStatus) {
 
 /// How long a pass may go on after it was told to stop: ONNX Runtime stops between two operators.
 const LAST_CHANCE: Duration = Duration::from_secs(5);
+
+/// How long a request may take from choosing its model to being admitted: texts are read in between.
+const LAST_CHOICE: Duration = Duration::from_secs(2);
 
 /// How long connections get to deliver what is already finished.
 const LAST_WORDS: Duration = Duration::from_secs(2);

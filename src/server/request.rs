@@ -14,6 +14,7 @@ use crate::proto::v1;
 use super::sampler;
 use super::status::{FieldError, no_tokenizer};
 use super::template::{Piece, Template};
+use super::token_sets::TokenSets;
 use tonic::Status;
 
 /// Steps taken when none are asked for, at most.
@@ -146,9 +147,12 @@ pub(super) fn id(asked: String) -> Result<String, FieldError> {
 pub(super) fn prompt(
     prompt: Option<v1::generate_request::PromptAs>,
     length: Option<u32>,
+    allowed: Option<String>,
+    sets: &TokenSets,
     model: &ServedModel,
     limits: &LimitsConfig,
 ) -> Result<Template, Status> {
+    sets.check("allowed", allowed.as_deref())?;
     let max = model.manifest().max_length;
     if let Some(length) = length.filter(|length| !(1..=max).contains(&(*length as usize))) {
         let problem = format!("is {length}, must be 1 to {max} (the model's max_length)");
@@ -177,12 +181,13 @@ pub(super) fn prompt(
         let problem = format!("takes {taken} positions, which leaves none of the canvas's {length} to fill");
         return Err(FieldError::new(field, problem).into());
     };
-    Ok(Template::new([prompt, Piece::Gap(gap)]))
+    Ok(Template::new([prompt, Piece::Gap(gap, allowed)]))
 }
 
 /// The template of `Infill`.
 pub(super) fn template(
     parts: Vec<v1::TemplatePart>,
+    sets: &TokenSets,
     model: &ServedModel,
     limits: &LimitsConfig,
 ) -> Result<Template, Status> {
@@ -237,13 +242,14 @@ pub(super) fn template(
                 length += list.ids.len();
                 Piece::Tokens(tokens(&format!("{field}.tokens.ids"), list.ids, model)?)
             }
-            Some(v1::template_part::Part::Gap(v1::Gap { positions: 0 })) => {
+            Some(v1::template_part::Part::Gap(v1::Gap { positions: 0, .. })) => {
                 let field = format!("{field}.gap.positions");
                 return Err(FieldError::new(field, "is 0, must be at least 1").into());
             }
-            Some(v1::template_part::Part::Gap(v1::Gap { positions })) => {
+            Some(v1::template_part::Part::Gap(v1::Gap { positions, allowed })) => {
+                sets.check(&format!("{field}.gap.allowed"), allowed.as_deref())?;
                 length += positions as usize;
-                Piece::Gap(positions as usize)
+                Piece::Gap(positions as usize, allowed)
             }
             None => return Err(FieldError::new(field, "holds none of text, tokens and gap").into()),
         };

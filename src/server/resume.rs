@@ -13,6 +13,7 @@ pub(super) struct Repeated {
     pub(super) model: v1::ModelReference,
     pub(super) template: Vec<v1::TemplatePart>,
     pub(super) sampling: v1::Sampling,
+    pub(super) token_sets: Vec<v1::TokenSet>,
     pub(super) keep_after_end: bool,
     pub(super) request_id: String,
     /// Positions that the canvases had.
@@ -45,6 +46,7 @@ pub(super) fn repeated(resume: v1::Resume) -> Result<Repeated, FieldError> {
         model,
         template: accepted.template,
         sampling,
+        token_sets: accepted.token_sets,
         keep_after_end: accepted.keep_after_end,
         request_id: accepted.request_id,
         length: accepted.length,

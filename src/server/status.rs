@@ -101,6 +101,11 @@ impl From<Failure> for Status {
                 let details = ErrorDetails::with_error_info("DEADLINE_PASSED", DOMAIN, nothing);
                 Self::with_error_details(Code::DeadlineExceeded, message, details)
             }
+            Failure::NothingAllowed => {
+                let nothing = [] as [(String, String); 0];
+                let details = ErrorDetails::with_error_info("NOTHING_ALLOWED", DOMAIN, nothing);
+                Self::with_error_details(Code::FailedPrecondition, message, details)
+            }
             Failure::ShutDown => unavailable(message),
             Failure::Worker { request } => {
                 let details =

@@ -22,8 +22,8 @@ pub(super) enum Piece {
     OpenText(String, Vec<Token>),
     /// Clamped tokens.
     Tokens(Vec<Token>),
-    /// Positions to fill.
-    Gap(usize),
+    /// Positions to fill, and the name of the set of tokens that they may be filled with.
+    Gap(usize, Option<String>),
 }
 
 impl Piece {
@@ -31,7 +31,7 @@ impl Piece {
     pub(super) fn len(&self) -> usize {
         match self {
             Self::Text(_, tokens) | Self::OpenText(_, tokens) | Self::Tokens(tokens) => tokens.len(),
-            Self::Gap(positions) => *positions,
+            Self::Gap(positions, _) => *positions,
         }
     }
 }
@@ -57,6 +57,11 @@ impl Template {
         }
     }
 
+    /// The pieces from left to right, with the positions that each one takes.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = &(Piece, Range<usize>)> {
+        self.pieces.iter()
+    }
+
     /// Positions of the canvas.
     pub(super) fn length(&self) -> usize {
         self.pieces.last().map_or(0, |(_, range)| range.end)
@@ -67,8 +72,9 @@ impl Template {
         let part = |piece: &Piece| match piece {
             Piece::Text(text, _) | Piece::OpenText(text, _) => Part::Text(text.clone()),
             Piece::Tokens(ids) => Part::Tokens(v1::TokenList { ids: ids.clone() }),
-            Piece::Gap(positions) => Part::Gap(v1::Gap {
+            Piece::Gap(positions, allowed) => Part::Gap(v1::Gap {
                 positions: *positions as u32,
+                allowed: allowed.clone(),
             }),
         };
         let pieces = self.pieces.iter().filter(|(_, range)| !range.is_empty());
@@ -84,7 +90,7 @@ impl Template {
         self.pieces
             .iter()
             .map(|(piece, range)| {
-                if matches!(piece, Piece::Gap(_)) {
+                if matches!(piece, Piece::Gap(..)) {
                     range.len()
                 } else {
                     0
@@ -101,7 +107,7 @@ impl Template {
                 Piece::Text(_, tokens) | Piece::OpenText(_, tokens) | Piece::Tokens(tokens) => {
                     tokens.iter().copied().map(Some).collect::<Vec<_>>()
                 }
-                Piece::Gap(positions) => vec![None; *positions],
+                Piece::Gap(positions, _) => vec![None; *positions],
             })
             .collect()
     }
@@ -128,11 +134,11 @@ impl Template {
                     space_is_there = matches!(piece, Piece::OpenText(..));
                     continue;
                 }
-                Piece::Tokens(_) | Piece::Gap(_) => &tokens[range.clone()],
+                Piece::Tokens(_) | Piece::Gap(..) => &tokens[range.clone()],
             };
             let ends = end
                 .and_then(|end| drawn.iter().position(|t| *t == end))
-                .filter(|_| matches!(piece, Piece::Gap(_)));
+                .filter(|_| matches!(piece, Piece::Gap(..)));
             let drawn = &drawn[..ends.unwrap_or(drawn.len())];
             let mut at = range.start;
             for run in drawn.chunk_by(|a, b| (Some(*a) == mask) == (Some(*b) == mask)) {
@@ -206,9 +212,9 @@ mod tests {
         let tokenizer = of(&SEA).unwrap();
         let template = Template::new([
             Piece::Text("the".to_owned(), vec![0]),
-            Piece::Gap(2),
+            Piece::Gap(2, None),
             Piece::Tokens(vec![2]),
-            Piece::Gap(1),
+            Piece::Gap(1, None),
         ]);
         // One after the other, as frames are.
         let mut written = Written::default();
@@ -232,9 +238,9 @@ mod tests {
         let tokenizer = of(&SEA).unwrap();
         let template = Template::new([
             Piece::OpenText("the ".to_owned(), vec![0]),
-            Piece::Gap(2),
+            Piece::Gap(2, None),
             Piece::OpenText(" was ".to_owned(), vec![2]),
-            Piece::Gap(1),
+            Piece::Gap(1, None),
         ]);
         let text = |tokens: &[Token], mask| {
             let text = template.text(tokens, &tokenizer, mask, None, &mut Written::default());
@@ -252,7 +258,7 @@ mod tests {
         let tokenizer = of(&SEA).unwrap();
         let template = Template::new([
             Piece::Tokens(vec![0, 2]),
-            Piece::Gap(3),
+            Piece::Gap(3, None),
             Piece::Text(" was".to_owned(), vec![2]),
         ]);
         // Token 2 ends documents here: clamped it is text like any other.

@@ -73,6 +73,7 @@ impl Subject {
             deadline: None,
             priority: 0,
             resume: Resume::default(),
+            allowed: None,
         })?;
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         let state = runtime.block_on(async {

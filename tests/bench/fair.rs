@@ -66,6 +66,7 @@ impl Bench {
             deadline: None,
             priority: 0,
             resume: Resume::default(),
+            allowed: None,
         };
         Ok(self.engine.admit(request)?)
     }

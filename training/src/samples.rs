@@ -6,7 +6,7 @@ use std::convert::Infallible;
 use burn::Tensor;
 use burn::tensor::{Int, TensorData};
 use denoised::diffusion::Parameterization;
-use denoised::diffusion::sampler::row::{self, BadScores, Scratch};
+use denoised::diffusion::sampler::row::{self, RowError, Scratch};
 use denoised::diffusion::sampler::{TimeGrid, Tweedie};
 use denoised::diffusion::{Draws, Token, TokenChoice};
 use thiserror::Error;
@@ -38,7 +38,7 @@ pub trait HeadRows {
 pub enum SampleError<E: std::error::Error + 'static> {
     /// The network ran, but nothing can be drawn from what it gave.
     #[error(transparent)]
-    Scores(#[from] BadScores),
+    Scores(#[from] RowError),
     /// The network did not run.
     #[error(transparent)]
     Network(E),

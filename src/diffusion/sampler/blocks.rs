@@ -198,6 +198,11 @@ impl Weight {
         Self { lost, ..self }
     }
 
+    /// What entries lose, relative to the row's maximum, if anything.
+    pub(super) fn lost(&self) -> Option<f64> {
+        self.loses().then_some(f64::from(self.lost))
+    }
+
     /// Whether entries lose anything.
     pub(super) fn loses(&self) -> bool {
         self.lost != 0.0

@@ -38,10 +38,16 @@ impl Default for TokenChoice {
     }
 }
 
-/// The network gave a log-score that is NaN or plus infinity, or nothing but zero scores to choose from.
+/// Why no token can be drawn from a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the network's log-scores hold NaN or +infinity, or leave no token to choose")]
-pub struct BadScores;
+pub enum RowError {
+    /// The network gave a log-score that is NaN or plus infinity, or nothing but zero scores to choose from.
+    #[error("the network's log-scores hold NaN or +infinity, or leave no token to choose")]
+    Scores,
+    /// A position must leave, and none of the tokens that are allowed there has any weight.
+    #[error("none of the tokens that are allowed at a position can stand there, says the network")]
+    NothingAllowed,
+}
 
 /// Buffers of [`draw`], reused from row to row.
 #[derive(Clone, Debug, Default)]
@@ -60,7 +66,7 @@ pub struct Scratch {
 /// `offset` is added to every entry in f64.
 ///
 /// # Errors
-/// [`BadScores`] when no law can be made of the row.
+/// [`RowError`] when no law can be made of the row.
 pub fn draw(
     law: &RowLaw,
     choice: &TokenChoice,
@@ -69,7 +75,40 @@ pub fn draw(
     offset: f64,
     u: Uniforms,
     scratch: &mut Scratch,
-) -> Result<Option<Token>, BadScores> {
+) -> Result<Option<Token>, RowError> {
+    draw_among(
+        law,
+        Choice {
+            choice,
+            allowed: None,
+        },
+        x,
+        log_score,
+        offset,
+        u,
+        scratch,
+    )
+}
+
+/// A choice, among all tokens or some.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice<'a> {
+    /// How the token is chosen.
+    pub choice: &'a TokenChoice,
+    /// The tokens that may be chosen, ascending; all of them where this is `None`.
+    pub allowed: Option<&'a [Token]>,
+}
+
+/// The same with a choice among some tokens: leaving is decided by the whole row.
+fn draw_among(
+    law: &RowLaw,
+    Choice { choice, allowed }: Choice<'_>,
+    x: Token,
+    log_score: &[f32],
+    offset: f64,
+    u: Uniforms,
+    scratch: &mut Scratch,
+) -> Result<Option<Token>, RowError> {
     let row = Row::new(log_score, x as usize);
     let Moves {
         weight,
@@ -81,34 +120,73 @@ pub fn draw(
     if u.leave * (moving + staying) >= moving {
         return Ok(None);
     }
-    pick(&row, weight, choice, u.token, scratch).map(Some)
+    let Some(allowed) = allowed else {
+        return pick(&row, weight, choice, u.token, scratch).map(Some);
+    };
+    let tokens: Vec<Token> = allowed.iter().copied().filter(|&token| token != x).collect();
+    let of = |&token: &Token| f64::from(log_score[token as usize]);
+    let top = tokens.iter().map(of).fold(f64::NEG_INFINITY, f64::max);
+    let mut weights: Vec<f64> = tokens
+        .iter()
+        .map(|token| match weight.lost() {
+            // Relative to the likeliest of them, which can be far below the row's.
+            None => (of(token) - top).exp(),
+            Some(lost) => ((of(token) - f64::from(row.maximum())).exp() - lost).max(0.0),
+        })
+        .collect();
+    match pick_some(choice, &mut weights, u.token) {
+        Some(index) => Ok(Some(tokens[index])),
+        // It has to leave, and must not stay.
+        None if law.stay == 0.0 && law.stay_slope == 0.0 => Err(RowError::NothingAllowed),
+        None => Ok(None),
+    }
+}
+
+/// Chooses among few tokens by their weights; `None` when none has any.
+fn pick_some(choice: &TokenChoice, weights: &mut [f64], u: f64) -> Option<usize> {
+    // What is not a number comes of rows that have no finite entry here.
+    weights
+        .iter_mut()
+        .filter(|w| !w.is_finite())
+        .for_each(|w| *w = 0.0);
+    if choice.temperature == 0.0 {
+        let order = likelier(weights);
+        return (0..weights.len())
+            .min_by(|a, b| order(a, b))
+            .filter(|&best| weights[best] > 0.0);
+    }
+    if weights.iter().all(|weight| *weight == 0.0) {
+        return None;
+    }
+    shape(choice, weights);
+    inverse(weights, u)
 }
 
 /// Draws what becomes of token `x` under any law: [`draw`] for affine ones. `kept` is the row of the step's
 /// first evaluation with its offset, for laws that need it.
 ///
 /// # Errors
-/// [`BadScores`] when no law can be made of the rows.
+/// [`RowError`] when no law can be made of the rows.
 #[expect(
     clippy::too_many_arguments,
     reason = "the same as of `draw`, and one row more"
 )]
 pub fn draw_by(
     law: &Law,
-    choice: &TokenChoice,
+    among: Choice<'_>,
     x: Token,
     log_score: &[f32],
     offset: f64,
     kept: Option<(&[f32], f64)>,
     u: Uniforms,
     scratch: &mut Scratch,
-) -> Result<Option<Token>, BadScores> {
+) -> Result<Option<Token>, RowError> {
     match law {
-        Law::Affine(law) => draw(law, choice, x, log_score, offset, u, scratch),
+        Law::Affine(law) => draw_among(law, among, x, log_score, offset, u, scratch),
         Law::Jump { gain, kept: less } => {
             let bad = |row: &[f32]| Row::new(row, x as usize).maximum().is_infinite();
             if bad(log_score) || kept.is_some_and(|(row, _)| bad(row)) {
-                return Err(BadScores);
+                return Err(RowError::Scores);
             }
             scratch.read = None;
             let weights = &mut scratch.weights;
@@ -117,7 +195,7 @@ pub fn draw_by(
             let score = |log_score: f32, offset: f64| (f64::from(log_score) + offset).min(600.0).exp();
             weights.extend(log_score.iter().map(|&l| gain * score(l, offset)));
             if *less != 0.0 {
-                let (kept, offset) = kept.ok_or(BadScores)?;
+                let (kept, offset) = kept.ok_or(RowError::Scores)?;
                 for (weight, &l) in weights.iter_mut().zip(kept) {
                     *weight -= less * score(l, offset);
                 }
@@ -127,10 +205,16 @@ pub fn draw_by(
             weights.iter_mut().filter(|w| **w < 0.0).for_each(|w| *w = 0.0);
             let rate: f64 = weights.iter().sum();
             if !rate.is_finite() {
-                return Err(BadScores);
+                return Err(RowError::Scores);
             }
             if u.leave >= -(-rate).exp_m1() {
                 return Ok(None);
+            }
+            let Choice { choice, allowed } = among;
+            if let Some(allowed) = allowed {
+                let mut some: Vec<f64> = allowed.iter().map(|&y| weights[y as usize]).collect();
+                let index = pick_some(choice, &mut some, u.token);
+                return Ok(index.map(|index| allowed[index]));
             }
             if choice.temperature == 0.0 {
                 let likeliest = |best: Option<usize>, y: usize| match best {
@@ -138,12 +222,12 @@ pub fn draw_by(
                     _ => Some(y),
                 };
                 let best = (0..weights.len()).fold(None, likeliest);
-                return best.map(|y| Some(y as Token)).ok_or(BadScores);
+                return best.map(|y| Some(y as Token)).ok_or(RowError::Scores);
             }
             shape(choice, weights);
             inverse(weights, u.token)
                 .map(|y| Some(y as Token))
-                .ok_or(BadScores)
+                .ok_or(RowError::Scores)
         }
     }
 }
@@ -154,18 +238,18 @@ pub fn draw_by(
 /// Before temperature, top-k and top-p; scores are taken as normalised.
 ///
 /// # Errors
-/// [`BadScores`] when no law can be made of the row, or none was drawn from.
+/// [`RowError`] when no law can be made of the row, or none was drawn from.
 pub fn uncertainty(
     of: Uncertainty,
     x: Token,
     token: Token,
     log_score: &[f32],
     scratch: &mut Scratch,
-) -> Result<f64, BadScores> {
+) -> Result<f64, RowError> {
     if of == Uncertainty::None {
         return Ok(0.0);
     }
-    let (top, sum) = scratch.read.ok_or(BadScores)?;
+    let (top, sum) = scratch.read.ok_or(RowError::Scores)?;
     let mean = if of == Uncertainty::NegLogProb {
         f64::from(log_score[token as usize] - top)
     } else {
@@ -173,7 +257,7 @@ pub fn uncertainty(
     };
     let uncertainty = sum.ln() - mean;
     if uncertainty.is_nan() {
-        Err(BadScores)
+        Err(RowError::Scores)
     } else {
         Ok(uncertainty.max(0.0))
     }
@@ -193,11 +277,11 @@ struct Moves {
 }
 
 /// Weighs moving against staying.
-fn moves(law: &RowLaw, row: &Row<'_>, offset: f64, sums: &mut Vec<f64>) -> Result<Moves, BadScores> {
+fn moves(law: &RowLaw, row: &Row<'_>, offset: f64, sums: &mut Vec<f64>) -> Result<Moves, RowError> {
     // Scores are kept relative to their maximum, so that no sum overflows.
     let top = row.maximum();
     if top.is_infinite() {
-        return Err(BadScores);
+        return Err(RowError::Scores);
     }
     let mut weight = Weight::new(top);
     row.sums(&weight, sums);
@@ -215,7 +299,7 @@ fn moves(law: &RowLaw, row: &Row<'_>, offset: f64, sums: &mut Vec<f64>) -> Resul
     let staying = law.stay_weight(total).max(0.0);
     let whole = moving + staying;
     if whole.is_nan() || whole <= 0.0 {
-        return Err(BadScores);
+        return Err(RowError::Scores);
     }
     Ok(Moves {
         weight,
@@ -232,7 +316,7 @@ fn pick(
     choice: &TokenChoice,
     u: f64,
     scratch: &mut Scratch,
-) -> Result<Token, BadScores> {
+) -> Result<Token, RowError> {
     let Scratch { sums, weights, .. } = scratch;
     let found = if choice.temperature == 0.0 {
         row.likeliest()
@@ -256,7 +340,7 @@ fn pick(
         temper(choice.temperature, weights);
         inverse(weights, u)
     };
-    found.map(|y| y as Token).ok_or(BadScores)
+    found.map(|y| y as Token).ok_or(RowError::Scores)
 }
 
 /// Inverse CDF of a row whose block sums are known: looks into one block.
@@ -462,7 +546,7 @@ mod tests {
                     u,
                     &mut Scratch::default()
                 ),
-                Err(BadScores)
+                Err(RowError::Scores)
             );
         }
     }
@@ -578,7 +662,7 @@ mod tests {
         let certain = [0.0, f32::NEG_INFINITY, f32::NEG_INFINITY];
         let [drawn, fresh] = &mut [after_drawing(&certain, 2), Scratch::default()];
         let of = |scratch| uncertainty(Uncertainty::Entropy, 2, 0, &certain, scratch);
-        assert_eq!((of(drawn), of(fresh)), (Ok(0.0), Err(BadScores)));
+        assert_eq!((of(drawn), of(fresh)), (Ok(0.0), Err(RowError::Scores)));
     }
 
     #[test]
