@@ -314,3 +314,41 @@ async fn text_can_be_left_out_of_frames_but_never_of_results() {
     }
     server.stop().await;
 }
+
+/// Positions of the closed form are independent: a token's log-probability is that of the law, whenever it came.
+#[tokio::test(flavor = "multi_thread")]
+async fn log_probabilities_are_those_of_the_network() {
+    let server = TestServer::with_network(&config(), closed_form()).await;
+    let part = |part| TemplatePart { part: Some(part) };
+    let tokens = part(template_part::Part::Tokens(TokenList { ids: vec![4, 4] }));
+    for (name, sampler) in denoised::server::sampler::ALL {
+        let request = InfillRequest {
+            template: vec![tokens.clone(), part(gap(10))],
+            sampling: Some(Sampling {
+                sampler: Some(sampler),
+                // They change the choice, not what is told of it.
+                temperature: Some(2.0),
+                top_k: Some(4),
+                ..Sampling::default()
+            }),
+            ..InfillRequest::default()
+        };
+        let answer = infill(&mut server.client(), request).await.unwrap();
+        let result = &answer.results[0];
+        for (position, &told) in result.log_probabilities.iter().enumerate() {
+            let token = result.tokens[position] as usize;
+            let law = [0.3f64, 0.25, 0.2, 0.15, 0.1][token].ln();
+            let wanted = if position < 2 { 0.0 } else { law };
+            assert!(
+                (f64::from(told) - wanted).abs() < 1e-3,
+                "{name} at {position}: {told}, not {wanted}"
+            );
+        }
+        let last = answer.frames.last().unwrap();
+        let Some(frame::Content::Keyframe(key)) = &last.content else {
+            panic!("{last:?}")
+        };
+        assert_eq!(key.log_probabilities, result.log_probabilities, "{name}");
+    }
+    server.stop().await;
+}

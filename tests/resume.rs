@@ -61,7 +61,11 @@ fn resume(of: &Answer, frames: Vec<Frame>, finished: Vec<u32>) -> InfillRequest 
     }
 }
 
-/// Canvas, tokens, steps of their commits, evaluations and seed: all that may not depend on when and where it was made.
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// Canvas, tokens, steps and log-probabilities of their commits, evaluations and seed: all that may not depend on when and where it was made.
 type Facts = (u32, Vec<u32>, Vec<u32>, u32, u64);
 
 fn facts(answer: &Answer) -> Vec<Facts> {
@@ -72,7 +76,7 @@ fn facts(answer: &Answer) -> Vec<Facts> {
             (
                 result.canvas,
                 result.tokens.clone(),
-                result.committed_at.clone(),
+                [result.committed_at.clone(), bits(&result.log_probabilities)].concat(),
                 result.nfe,
                 result.seed,
             )
@@ -261,6 +265,10 @@ fn mutate(request: &mut InfillRequest, (what, at, value): (u8, usize, u32)) {
         10 => key.tokens.truncate(at % 13),
         11 => key.committed_at.extend(vec![value; at % 5]),
         12 => key.masked = value.to_le_bytes().to_vec(),
+        14 => key
+            .log_probabilities
+            .iter_mut()
+            .for_each(|old| *old = f32::from_bits(value)),
         13 => key.clamped = value.to_le_bytes().to_vec(),
         // Masks that agree with the tokens, so that what is beneath is reached.
         _ => {

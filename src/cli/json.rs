@@ -70,11 +70,13 @@ enum Content<'a> {
     Keyframe {
         tokens: &'a [u32],
         committed_at: &'a [u32],
+        log_probabilities: &'a [f32],
     },
     Delta {
         positions: &'a [u32],
         tokens: &'a [u32],
         committed_at: &'a [u32],
+        log_probabilities: &'a [f32],
     },
 }
 
@@ -85,6 +87,7 @@ pub(super) struct Finished<'a> {
     text: Option<&'a str>,
     tokens: &'a [u32],
     committed_at: &'a [u32],
+    log_probabilities: &'a [f32],
     nfe: u32,
     seed: u64,
     timings: Timings,
@@ -174,11 +177,13 @@ impl<'a> From<&'a v1::Frame> for Line<'a> {
             Some(v1::frame::Content::Keyframe(key)) => Some(Content::Keyframe {
                 tokens: &key.tokens,
                 committed_at: &key.committed_at,
+                log_probabilities: &key.log_probabilities,
             }),
             Some(v1::frame::Content::Delta(delta)) => Some(Content::Delta {
                 positions: &delta.positions,
                 tokens: &delta.tokens,
                 committed_at: &delta.committed_at,
+                log_probabilities: &delta.log_probabilities,
             }),
             None => None,
         };
@@ -205,6 +210,7 @@ impl<'a> From<&'a v1::CanvasResult> for Line<'a> {
             text: result.text.as_deref(),
             tokens: &result.tokens,
             committed_at: &result.committed_at,
+            log_probabilities: &result.log_probabilities,
             nfe: result.nfe,
             seed: result.seed,
             timings: Timings {
@@ -344,23 +350,25 @@ mod tests {
         let keyframe = v1::Keyframe {
             tokens: vec![3, 4],
             committed_at: vec![0, 9],
+            log_probabilities: vec![0.0, -0.5],
             ..v1::Keyframe::default()
         };
         let delta = v1::Delta {
             positions: vec![1],
             tokens: vec![5],
             committed_at: vec![2],
+            log_probabilities: vec![-0.25],
         };
         for (content, keyframe, wanted) in [
             (
                 v1::frame::Content::Keyframe(keyframe),
                 true,
-                json!({"tokens": [3, 4], "committed_at": [0, 9]}),
+                json!({"tokens": [3, 4], "committed_at": [0, 9], "log_probabilities": [0.0, -0.5]}),
             ),
             (
                 v1::frame::Content::Delta(delta),
                 false,
-                json!({"positions": [1], "tokens": [5], "committed_at": [2]}),
+                json!({"positions": [1], "tokens": [5], "committed_at": [2], "log_probabilities": [-0.25]}),
             ),
         ] {
             let frame = v1::Frame {

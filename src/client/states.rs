@@ -97,6 +97,10 @@ impl States {
 fn put(key: &mut v1::Keyframe, delta: &v1::Delta) {
     for (index, &position) in delta.positions.iter().enumerate() {
         let position = position as usize;
+        let news = delta.log_probabilities.get(index);
+        if let (Some(value), Some(new)) = (key.log_probabilities.get_mut(position), news) {
+            *value = *new;
+        }
         for (values, news) in [
             (&mut key.tokens, &delta.tokens),
             (&mut key.committed_at, &delta.committed_at),
@@ -133,6 +137,7 @@ mod tests {
             masked: vec![0b101],
             clamped: vec![0b010],
             committed_at: vec![0, 0, 0],
+            log_probabilities: vec![0.0; 3],
         };
         assert!(states.frame(frame(0, Content::Keyframe(key.clone()))));
         assert!(
@@ -143,6 +148,7 @@ mod tests {
             positions: vec![2, 77],
             tokens: vec![4, 4],
             committed_at: vec![3, 3],
+            log_probabilities: vec![-1.5, -2.0],
         };
         assert!(states.frame(frame(3, Content::Delta(delta))));
         let resume = states.resume().unwrap();
@@ -152,6 +158,7 @@ mod tests {
             masked: vec![0b001],
             clamped: vec![0b010],
             committed_at: vec![0, 0, 3],
+            log_probabilities: vec![0.0, 0.0, -1.5],
         };
         assert_eq!((newest.step, &newest.text), (3, &None));
         assert_eq!(newest.content, Some(Content::Keyframe(wanted)));

@@ -11,12 +11,14 @@ use crate::diffusion::{Draws, Token};
 use crate::models::ServedModel;
 
 /// A canvas between two steps, as the outside keeps it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CanvasState {
     /// Token ids, masks included.
     pub tokens: Vec<Token>,
     /// For every position, the number of steps after which it got its present token.
     pub committed_at: Vec<u32>,
+    /// For every position, the log-probability of its token when it got it; 0 where `committed_at` is.
+    pub log_probabilities: Vec<f32>,
     /// Steps taken.
     pub step: u32,
     /// Evaluations spent.
@@ -41,6 +43,8 @@ pub struct Canvas {
     hitting_times: Option<HittingTimes>,
     /// For every position, the number of steps after which it got its present token.
     committed_at: Vec<u32>,
+    /// For every position, the log-probability of its token when it got it; 0 where it has not.
+    log_probabilities: Vec<f32>,
     step: u32,
     nfe: u32,
     finished_early: bool,
@@ -62,6 +66,7 @@ impl Canvas {
             gaps: clamped.iter().filter(|clamped| !**clamped).count(),
             clamped,
             committed_at: vec![0; template.len()],
+            log_probabilities: vec![0.0; template.len()],
             plan: Arc::clone(plan),
             seed,
             draws,
@@ -87,7 +92,12 @@ impl Canvas {
         let fresh = Self::new(plan, template, seed, index);
         let (length, total, graph) = (template.len(), fresh.total(), plan.model.graph());
         let most = plan.sampler.evaluations_left(&fresh.view()).max(1);
-        if state.tokens.len() != length || state.committed_at.len() != length {
+        let lengths = [
+            state.tokens.len(),
+            state.committed_at.len(),
+            state.log_probabilities.len(),
+        ];
+        if lengths != [length; 3] {
             return Err(BadState(format!(
                 "it has not the {length} positions of the canvas"
             )));
@@ -113,6 +123,12 @@ impl Canvas {
                     "token {token} is not allowed at position {position}"
                 )));
             }
+            let log_probability = state.log_probabilities[position];
+            if !(log_probability <= 0.0 && log_probability.is_finite()) {
+                return Err(BadState(format!(
+                    "the log-probability at position {position} is none"
+                )));
+            }
             let committed_at = state.committed_at[position];
             let never = clamped.is_some() || Some(token) == graph.mask();
             if committed_at > state.step || (never && committed_at > 0) {
@@ -124,6 +140,7 @@ impl Canvas {
         let mut canvas = Self {
             tokens: state.tokens,
             committed_at: state.committed_at,
+            log_probabilities: state.log_probabilities,
             step: state.step,
             nfe: state.nfe,
             ..fresh
@@ -159,6 +176,11 @@ impl Canvas {
     /// For every position, the number of steps after which it got its present token.
     pub fn committed_at(&self) -> &[u32] {
         &self.committed_at
+    }
+
+    /// For every position, the log-probability of its token when it got it; 0 where it has not.
+    pub fn log_probabilities(&self) -> &[f32] {
+        &self.log_probabilities
     }
 
     /// Seed of all random choices.
@@ -287,11 +309,15 @@ impl Canvas {
         for candidate in &commit.set {
             self.tokens[candidate.position] = candidate.token;
             self.committed_at[candidate.position] = number;
+            // What comes back must be finite, and be read back as it was.
+            let log_probability = (candidate.log_probability as f32).max(f32::MIN);
+            self.log_probabilities[candidate.position] = log_probability;
         }
         if let Some(mask) = self.model().graph().mask() {
             for &position in &commit.masked {
                 self.tokens[position] = mask;
                 self.committed_at[position] = 0;
+                self.log_probabilities[position] = 0.0;
             }
         }
         self.step = commit.step;
@@ -371,6 +397,7 @@ impl<'a> Rows<'a> {
                 position,
                 token,
                 uncertainty: row::uncertainty(*uncertainty, x, token, log_score, scratch)?,
+                log_probability: row::log_probability(x, token, log_score, scratch),
             })
         };
         token.map(candidate).transpose()

@@ -15,6 +15,8 @@ pub struct State {
     pub clamped: Arc<[bool]>,
     /// For every position, the number of steps after which it got its present token.
     pub committed_at: Arc<[u32]>,
+    /// For every position, the log-probability of its token when it got it, in nats; 0 where it has not.
+    pub log_probabilities: Arc<[f32]>,
     /// Steps taken.
     pub step: u32,
     /// Steps until done.
@@ -107,6 +109,7 @@ impl State {
             tokens: canvas.tokens().into(),
             clamped: Arc::clone(canvas.clamped()),
             committed_at: canvas.committed_at().into(),
+            log_probabilities: canvas.log_probabilities().into(),
             step: canvas.step(),
             total: canvas.total(),
             t: canvas.time(),

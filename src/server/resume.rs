@@ -107,6 +107,7 @@ impl States {
             let state = CanvasState {
                 tokens: key.tokens,
                 committed_at: key.committed_at,
+                log_probabilities: key.log_probabilities,
                 step: frame.step,
                 nfe: frame.nfe,
             };

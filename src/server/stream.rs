@@ -250,6 +250,7 @@ impl Follower {
             _ => v1::frame::Content::Keyframe(v1::Keyframe {
                 tokens: state.tokens.to_vec(),
                 committed_at: state.committed_at.to_vec(),
+                log_probabilities: state.log_probabilities.to_vec(),
                 masked: bits(
                     state
                         .tokens
@@ -329,6 +330,7 @@ impl Follower {
             tokens: state.tokens.to_vec(),
             text,
             committed_at: state.committed_at.to_vec(),
+            log_probabilities: state.log_probabilities.to_vec(),
             nfe: state.nfe,
             seed: outcome.seed,
             timings: Some(v1::Timings {
@@ -360,6 +362,7 @@ fn delta(before: &Sent, after: &State) -> v1::Delta {
         positions: changed.iter().map(|&i| i as u32).collect(),
         tokens: changed.iter().map(|&i| after.tokens[i]).collect(),
         committed_at: changed.iter().map(|&i| after.committed_at[i]).collect(),
+        log_probabilities: changed.iter().map(|&i| after.log_probabilities[i]).collect(),
     }
 }
 

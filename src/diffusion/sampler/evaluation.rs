@@ -102,6 +102,8 @@ pub struct Candidate {
     pub token: Token,
     /// How unsure the network is, in nats; 0 for samplers that do not ask.
     pub uncertainty: f64,
+    /// The log-probability that the network gives the token, in nats.
+    pub log_probability: f64,
 }
 
 /// A change of the canvas. Tokens are set first, then masked; the cursor moves with them, so that what was

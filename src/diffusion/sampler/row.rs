@@ -263,6 +263,20 @@ pub fn uncertainty(
     }
 }
 
+/// The log-probability that a row over target tokens gives `token` in place of `x`, in nats; the row must be the one
+/// that was [drawn](draw_by) from last.
+///
+/// Before temperature, top-k, top-p and sets of allowed tokens; scores are taken as normalised.
+pub fn log_probability(x: Token, token: Token, log_score: &[f32], scratch: &mut Scratch) -> f64 {
+    let (top, sum) = scratch.read.unwrap_or_else(|| {
+        let row = Row::new(log_score, x as usize);
+        let top = row.maximum();
+        row.sums(&Weight::new(top), &mut scratch.sums);
+        (top, scratch.sums.iter().sum())
+    });
+    (f64::from(log_score[token as usize] - top) - sum.ln()).min(0.0)
+}
+
 /// Weights of leaving, by token.
 #[derive(Clone, Copy, Debug)]
 struct Moves {
