@@ -47,8 +47,8 @@ async fn a_deadline_buys_fewer_steps() {
     );
     assert_eq!(result.finish_reason(), FinishReason::Deadline);
     assert!(result.tokens.iter().all(|&token| token < 5));
-    // No evaluation takes less than 10 ms, and there was time for a few.
-    assert!((2..=40).contains(&result.nfe), "{}", result.nfe);
+    // No evaluation takes less than 10 ms.
+    assert!((1..=40).contains(&result.nfe), "{}", result.nfe);
     let last = answer.frames.last().unwrap();
     assert_eq!((last.masked, last.step), (0, last.total));
     // With time enough nothing changes.

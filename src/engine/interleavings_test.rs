@@ -12,7 +12,7 @@ use shuttle::scheduler::RandomScheduler;
 use shuttle::{Config, Runner, thread};
 use tokio::sync::watch;
 
-use super::admission::Admission;
+use super::admission::{Admission, Asked};
 use super::tests::{manifest, model_with, options, request, sentences};
 use super::*;
 use crate::diffusion::{GraphKind, Token};
@@ -219,12 +219,20 @@ fn admission_neither_loses_room_nor_gives_too_much() {
     explore(|| {
         let admission = Arc::new(Admission::new(Duration::from_secs(10), 0.6, 1));
         let taken = Arc::new(AtomicUsize::new(0));
-        let callers: Vec<_> = ["a", "a", "b"]
-            .map(|caller| {
+        let callers: Vec<_> = [(0, "a"), (1, "a"), (2, "b")]
+            .map(|(number, caller)| {
                 let (admission, taken) = (Arc::clone(&admission), Arc::clone(&taken));
                 thread::spawn(move || {
-                    for _ in 0..2 {
-                        let Ok(permits) = admission.admit(&Caller::new(caller), 2, 2, 1_000_000_000) else {
+                    for turn in 0..2 {
+                        let asked = Asked {
+                            number: 2 * number + turn,
+                            canvases: 2,
+                            evaluations: 2,
+                            cost: 1_000_000_000,
+                            deadline: None,
+                            per_pass: 1,
+                        };
+                        let Ok(permits) = admission.admit(&Caller::new(caller), asked) else {
                             continue;
                         };
                         assert!(taken.fetch_add(4, Ordering::AcqRel) + 4 <= 10);
