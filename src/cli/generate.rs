@@ -239,9 +239,8 @@ impl Generate {
             times: self.retries,
             ..Retry::default()
         };
-        let client = Client::of(connection.servers.clone()).with_retry(retry);
-        let events = client.run(request).into_stream().boxed();
-        drop(client);
+        let client = Client::of(connection.servers.clone());
+        let events = client.with_retry(retry).run(request).into_stream().boxed();
         let shown = tokio::select! {
             shown = self.show(events, &mut view) => shown,
             // The stream is dropped, which cancels the request.

@@ -81,7 +81,7 @@ impl Client {
     /// Connections are made when they are needed.
     ///
     /// # Errors
-    /// When a URL is none, or there is none at all.
+    /// When a URL is none.
     pub fn new<U: AsRef<str>>(urls: impl IntoIterator<Item = U>) -> Result<Self, tonic::transport::Error> {
         let channel = |url: U| {
             let endpoint = Endpoint::from_shared(url.as_ref().to_owned())?;

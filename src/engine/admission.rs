@@ -268,8 +268,10 @@ impl Admission {
         }
     }
 
-    fn give_back(&self, caller: &Caller, request: u64, nanos: u64) {
+    /// Gives back `nanos` of a request, of which `ended` canvases have ended.
+    fn give_back(&self, caller: &Caller, request: u64, nanos: u64, ended: u64) {
         let mut waiting = self.waiting.lock();
+        waiting.canvases = waiting.canvases.saturating_sub(ended);
         waiting.all = waiting.all.saturating_sub(nanos);
         if let Some(own) = waiting.callers.get_mut(caller) {
             own.all = own.all.saturating_sub(nanos);
@@ -303,7 +305,7 @@ impl Permit {
         let left = evaluations.saturating_mul(self.cost);
         let back = self.nanos.saturating_sub(left);
         if back > 0 {
-            self.admission.give_back(&self.caller, self.request, back);
+            self.admission.give_back(&self.caller, self.request, back, 0);
             self.nanos = left;
         }
         back / self.cost.max(1)
@@ -312,9 +314,8 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.admission.give_back(&self.caller, self.request, self.nanos);
-        let mut waiting = self.admission.waiting.lock();
-        waiting.canvases = waiting.canvases.saturating_sub(1);
+        self.admission
+            .give_back(&self.caller, self.request, self.nanos, 1);
     }
 }
 

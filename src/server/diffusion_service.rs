@@ -242,9 +242,9 @@ impl DiffusionService for Service {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let arrival = Arrival::of(&request);
         let mut asked = request.into_inner();
-        let resume = asked.resume.take().map(resume::repeated).transpose()?;
-        if resume.is_some() {
-            resume::nothing_beside(&[
+        let resume = resume::repeated(
+            asked.resume.take(),
+            &[
                 ("model", asked.model.is_some()),
                 ("prompt", asked.prompt_as.is_some()),
                 ("length", asked.length.is_some()),
@@ -252,8 +252,8 @@ impl DiffusionService for Service {
                 ("keep_after_end", asked.keep_after_end),
                 ("token_sets", !asked.token_sets.is_empty()),
                 ("allowed", asked.allowed.is_some()),
-            ])?;
-        }
+            ],
+        )?;
         let (prompt, length, allowed) = (asked.prompt_as, asked.length, asked.allowed);
         let (asked, parts) = self.call(
             arrival,
@@ -286,15 +286,15 @@ impl DiffusionService for Service {
     ) -> Result<Response<Self::InfillStream>, Status> {
         let arrival = Arrival::of(&request);
         let mut asked = request.into_inner();
-        let resume = asked.resume.take().map(resume::repeated).transpose()?;
-        if resume.is_some() {
-            resume::nothing_beside(&[
+        let resume = resume::repeated(
+            asked.resume.take(),
+            &[
                 ("model", asked.model.is_some()),
                 ("template", !asked.template.is_empty()),
                 ("token_sets", !asked.token_sets.is_empty()),
                 ("sampling", asked.sampling.is_some()),
-            ])?;
-        }
+            ],
+        )?;
         let own_parts = asked.template;
         let (asked, parts) = self.call(
             arrival,

@@ -28,8 +28,16 @@ pub(super) struct States {
     finished: Vec<u32>,
 }
 
-/// Splits what is to be resumed.
-pub(super) fn repeated(resume: v1::Resume) -> Result<Repeated, FieldError> {
+/// The request to go on with, if there is one; nothing that it decides may be `said` beside it.
+pub(super) fn repeated(
+    resume: Option<v1::Resume>,
+    said: &[(&str, bool)],
+) -> Result<Option<Repeated>, FieldError> {
+    let Some(resume) = resume else { return Ok(None) };
+    if let Some((field, _)) = said.iter().find(|(_, said)| *said) {
+        let problem = "must be absent beside resume, which decides it";
+        return Err(FieldError::new(*field, problem));
+    }
     let absent = |field: &str| FieldError::new(format!("resume.accepted{field}"), "is absent");
     let accepted = resume.accepted.ok_or_else(|| absent(""))?;
     let model = accepted.model.ok_or_else(|| absent(".model"))?;
@@ -42,7 +50,7 @@ pub(super) fn repeated(resume: v1::Resume) -> Result<Repeated, FieldError> {
         let problem = "must have a seed and a sampler, as the server told them";
         return Err(FieldError::new("resume.accepted.sampling", problem));
     }
-    Ok(Repeated {
+    Ok(Some(Repeated {
         model,
         template: accepted.template,
         sampling,
@@ -54,18 +62,7 @@ pub(super) fn repeated(resume: v1::Resume) -> Result<Repeated, FieldError> {
             frames: resume.frames,
             finished: resume.finished,
         },
-    })
-}
-
-/// Refuses what a request says beside `resume`.
-pub(super) fn nothing_beside(said: &[(&str, bool)]) -> Result<(), FieldError> {
-    match said.iter().find(|(_, said)| *said) {
-        Some((field, _)) => Err(FieldError::new(
-            *field,
-            "must be absent beside resume, which decides it",
-        )),
-        None => Ok(()),
-    }
+    }))
 }
 
 impl States {

@@ -58,7 +58,6 @@ pub(super) fn events(
                 states,
                 view: Arc::clone(&view),
                 sent: None,
-                last_word: false,
                 pace: Pace::new(view.frames.min_interval),
                 written: Written::default(),
             })
@@ -163,8 +162,6 @@ struct Follower {
     states: watch::Receiver<State>,
     view: Arc<View>,
     sent: Option<Sent>,
-    /// Whether the last state before the server goes away has been told.
-    last_word: bool,
     pace: Pace,
     written: Written,
 }
@@ -194,8 +191,7 @@ impl Follower {
             let state = self.states.borrow_and_update().clone();
             match &state.phase {
                 // The last word of a server that goes away is what there is to go on from.
-                Phase::Failed(Failure::ShutDown) if !self.last_word => {
-                    self.last_word = true;
+                Phase::Failed(Failure::ShutDown) if self.sent.as_ref().is_none_or(|sent| !sent.last) => {
                     return Ok(Event::Frame(self.frame(&state, Last::Yes).await?));
                 }
                 Phase::Failed(failure) => return Err(failure.clone().into()),
