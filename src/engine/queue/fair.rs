@@ -7,10 +7,12 @@
 //! returning flow starts at the present virtual time, which goes on with all that is given, shared by those who
 //! wait: idle time earns nothing, and whoever waits is not passed by new ones for ever.
 //!
-//! Of a caller's requests the most urgent goes first ([`Urgency`]): that of the highest priority, and of those the one
-//! whose deadline is nearest, and of those the one with the least virtual time. But half of a caller's time goes to
-//! whichever of its patient requests, without priority and deadline, has been given least in all: a short request beside long ones, whose evaluations cost little, waits for one pass and then goes on, as long as that pass lasted. The
-//! other half goes by virtual time, so that an endless row of short ones does not starve a long one.
+//! Of a caller's requests the most urgent goes first ([`Urgency`]): that of the highest priority, and of those the
+//! one whose deadline is nearest, and of those the one with the least virtual time. But half of a caller's time
+//! goes to whichever of its patient requests, without priority and deadline, has been given least in all: a short
+//! request beside long ones, whose evaluations cost little, waits for one pass and then goes on, as long as that
+//! pass lasted. The other half goes by virtual time, so that an endless row of short ones does not starve a long
+//! one.
 //!
 //! A pass is headed by whose turn it is and filled, in the same order, with others that can share it. Whoever
 //! rides along is charged as well, so nobody gains by it, and no room of a pass is left empty.
