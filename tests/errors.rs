@@ -41,7 +41,7 @@ async fn every_field_of_generate_is_checked() {
     let server = TestServer::demo().await;
     let mut client = server.client();
     let default = GenerateRequest::default;
-    let cases = [
+    let cases = vec![
         ("sampling.steps", sampling(|s| s.steps = Some(0))),
         ("sampling.steps", sampling(|s| s.steps = Some(u32::MAX))),
         (

@@ -16,6 +16,7 @@ mod connections;
 mod deadlines;
 mod defaults;
 mod determinism;
+mod drafts;
 mod errors;
 mod foreign_client;
 mod foreign_network;

@@ -70,6 +70,10 @@ pub(super) struct Generate {
     /// otherwise.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     top_p: Option<f64>,
+    /// For drafts of an infill's template: the time up to which they are noised, about the share of them that is lost;
+    /// above 0, at most 1; 0.5 by default.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    start_time: Option<f64>,
     /// Seconds that the answer may take, from 0.001.
     #[arg(long, value_name = "SECONDS", value_parser = deadline_ms)]
     deadline: Option<u64>,
@@ -97,8 +101,9 @@ pub(super) struct Generate {
     /// On a terminal, show every state for so many milliseconds, however fast the server is; 0 to 60000.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(..=60_000))]
     pace: Option<u32>,
-    /// The prompt; for infill the template, where [[N]] is a gap of N tokens, \[ a bracket that opens
-    /// no gap and \\ a backslash. With - it is read from standard input.
+    /// The prompt; for infill the template, where [[N]] is a gap of N tokens, [[N| yes| no]] one that is filled from
+    /// these, [[~some text]] a draft to begin with, \[ a bracket that opens no gap and \\ a backslash. With - it is
+    /// read from standard input.
     #[arg(value_name = "TEXT", default_value = "")]
     text: String,
     /// Read the prompt or template from a file; - is standard input.
@@ -162,6 +167,7 @@ impl Generate {
             top_k: self.top_k,
             top_p: self.top_p,
             num_samples: self.num_samples,
+            start_time: self.start_time,
         })
     }
 
@@ -393,12 +399,14 @@ impl Infill {
                 "--length: a template's length follows from its text and gaps",
             ));
         }
-        let parts = template::parse(&options.text()?).map_err(|e| Failed::usage(format!("template: {e}")))?;
+        let template =
+            template::parse(&options.text()?).map_err(|e| Failed::usage(format!("template: {e}")))?;
         let (model, sampling) = (tokens::model(options.model.as_deref())?, options.sampling()?);
         let connection = options.target.connect().await?;
         let request = InfillRequest {
             model,
-            template: parts,
+            template: template.parts,
+            token_sets: template.token_sets,
             sampling: Some(sampling),
             frames: Some(options.frames()),
             deadline: options.deadline(),

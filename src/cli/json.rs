@@ -45,6 +45,7 @@ pub(super) struct Accepted<'a> {
     top_p: Option<f64>,
     entropy_bound: Option<f64>,
     remask_rate: Option<f64>,
+    start_time: Option<f64>,
     deadline_ms: Option<u64>,
     predicted_seconds: f64,
 }
@@ -155,6 +156,7 @@ impl<'a> From<&'a v1::Accepted> for Line<'a> {
                 Some(Sampler::Remask(v1::Remask { rate })) => rate,
                 _ => None,
             },
+            start_time: sampling.start_time,
             deadline_ms: accepted.deadline_ms,
             predicted_seconds: accepted.predicted_seconds,
         })

@@ -26,7 +26,7 @@ use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 
 pub use events::{Event, Events, Resumed};
-pub use request::{Request, gap, gap_of, text, tokens};
+pub use request::{Request, draft, gap, gap_of, text, tokens};
 
 /// How often a client goes on after a server has gone away, and how long it waits before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -33,6 +33,13 @@ pub fn gap_of(positions: u32, set: impl Into<String>) -> Part {
     })
 }
 
+/// Positions of a template that begin with the tokens of `text`, to edit in place: see [`Request::start_time`].
+pub fn draft(text: impl Into<String>) -> Part {
+    Part::Draft(v1::Draft {
+        content: Some(v1::draft::Content::Text(text.into())),
+    })
+}
+
 /// A request of either kind; whatever has no method here can be set on the message that it is made from.
 #[derive(Clone, Debug)]
 pub enum Request {
@@ -128,6 +135,13 @@ impl Request {
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.sampling_mut().seed = Some(seed);
+        self
+    }
+
+    /// The time up to which drafts are noised, and from which they are denoised; above 0, at most 1.
+    #[must_use]
+    pub fn start_time(mut self, start_time: f64) -> Self {
+        self.sampling_mut().start_time = Some(start_time);
         self
     }
 

@@ -35,7 +35,7 @@ fn drawn(graph: GraphKind, sampler: SamplerKind, temperature: f64, canvases: u32
     let mut generation = engine
         .admit(Request {
             sampling: Sampling {
-                grid: TimeGrid { steps: 8 },
+                grid: TimeGrid::new(8),
                 sampler,
                 choice: TokenChoice {
                     temperature,

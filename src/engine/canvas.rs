@@ -51,18 +51,20 @@ pub struct Canvas {
 }
 
 impl Canvas {
-    /// The initial canvas: clamped tokens from the template, the limit law everywhere else.
+    /// The initial canvas: clamped tokens from the template, what the plan says everywhere else.
     pub fn new(plan: &Arc<Plan>, template: &[Option<Token>], seed: u64, index: u64) -> Self {
         let mut draws = Draws::new(seed, index);
-        let tokens = template
+        let tokens: Vec<Token> = template
             .iter()
             .enumerate()
-            .map(|(i, token)| token.unwrap_or_else(|| initial(plan, i, draws.prior(i))))
+            .map(|(i, token)| token.unwrap_or_else(|| plan.initial(i, draws.prior(i))))
             .collect();
         let clamped: Arc<[bool]> = template.iter().map(Option::is_some).collect();
+        let mask = plan.model.graph().mask();
+        let masked: Vec<bool> = tokens.iter().map(|token| Some(*token) == mask).collect();
         let mut canvas = Self {
             tokens,
-            hitting_times: plan.sampler.hitting_times(&clamped, &mut draws),
+            hitting_times: plan.sampler.hitting_times(&masked, &mut draws),
             gaps: clamped.iter().filter(|clamped| !**clamped).count(),
             clamped,
             committed_at: vec![0; template.len()],
@@ -74,6 +76,10 @@ impl Canvas {
             nfe: 0,
             finished_early: false,
         };
+        // Of a draft the noise may have left everything as it was.
+        if !plan.sampler.can_be(&canvas.view()) {
+            canvas.step = canvas.total();
+        }
         canvas.pass_over_steps_without_evaluation();
         canvas
     }
@@ -339,19 +345,6 @@ impl Canvas {
             hitting_times: self.hitting_times.as_ref(),
             draws: &self.draws,
         }
-    }
-}
-
-/// The token that a position begins with, for a uniform `u`: of the limit law, among those that are allowed.
-fn initial(plan: &Plan, position: usize, u: f64) -> Token {
-    let graph = plan.model.graph();
-    match plan.allowed_at(position) {
-        Some(allowed) if graph.mask().is_none() => {
-            let index = (u * allowed.len() as f64) as usize;
-            let token = allowed.get(index).or(allowed.last());
-            token.copied().unwrap_or_else(|| graph.sample_limit(u))
-        }
-        _ => graph.sample_limit(u),
     }
 }
 

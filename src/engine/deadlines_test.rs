@@ -32,7 +32,7 @@ fn samplers(graph: GraphKind) -> impl Iterator<Item = SamplerKind> {
 
 fn sampling(sampler: SamplerKind, steps: u32) -> Sampling {
     Sampling {
-        grid: TimeGrid { steps },
+        grid: TimeGrid::new(steps),
         sampler,
         choice: TokenChoice::default(),
         normalize: false,
@@ -78,7 +78,7 @@ fn what_is_finished_early_follows_the_data() {
         let mut network = ClosedForm::independent(manifest(graph).graph(), &law);
         let model = model_with(graph, Box::new(|| Err(NetworkError::Run("unused".to_owned()))));
         for after in [0, 5] {
-            let plan = Arc::new(Plan::new(&model, sampling(SamplerKind::Tweedie, 16), None));
+            let plan = Arc::new(Plan::new(&model, sampling(SamplerKind::Tweedie, 16), None, None));
             let mut counts = [0f64; 5];
             for seed in 0..3000 {
                 let mut canvas = Canvas::new(&plan, &[None; 6], seed, 0);

@@ -164,6 +164,7 @@ fn build(numbers: &[u32], request: &mut Request) -> Result<Vec<Canvas>, AdmitErr
         &request.model,
         request.sampling,
         request.allowed.take(),
+        request.draft.take(),
     ));
     let (template, seed) = (&request.template, request.seed);
     let states = &mut request.resume.states;
@@ -506,6 +507,8 @@ impl Drop for Engine {
 mod allowed_test;
 #[cfg(test)]
 mod deadlines_test;
+#[cfg(test)]
+mod draft_test;
 #[cfg(test)]
 mod failures_test;
 #[cfg(all(test, feature = "shuttle"))]

@@ -62,9 +62,7 @@ fn request(models: &[Arc<ServedModel>; 3], number: u32) -> Request {
             .map(|position| clamped(position).then_some(position as Token % 4))
             .collect(),
         sampling: Sampling {
-            grid: TimeGrid {
-                steps: 1 + number * 7 % 23,
-            },
+            grid: TimeGrid::new(1 + number * 7 % 23),
             sampler,
             choice: TokenChoice {
                 temperature: f64::from(number % 4) * 0.5,
@@ -80,6 +78,7 @@ fn request(models: &[Arc<ServedModel>; 3], number: u32) -> Request {
         priority: 0,
         resume: Resume::default(),
         allowed: None,
+        draft: None,
     }
 }
 

@@ -53,7 +53,14 @@ pub struct Plan {
     pub(super) sampler: Box<dyn Sampler>,
     pub(super) choice: TokenChoice,
     pub(super) allowed: Option<Allowed>,
+    draft: Option<Draft>,
+    /// Total noise at which canvases begin.
+    start_sigma: f64,
 }
+
+/// Tokens that are there to begin with and may change: for every position one, or none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Draft(pub Vec<Option<Token>>);
 
 /// Tokens that may be chosen, position by position.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,15 +80,43 @@ impl Allowed {
 
 impl Plan {
     /// The plan of `sampling` for canvases of `model`.
-    pub fn new(model: &Arc<ServedModel>, sampling: Sampling, allowed: Option<Allowed>) -> Self {
+    pub fn new(
+        model: &Arc<ServedModel>,
+        sampling: Sampling,
+        allowed: Option<Allowed>,
+        draft: Option<Draft>,
+    ) -> Self {
         let process = model.manifest().process();
         Self {
+            start_sigma: process.total_noise(sampling.grid.start),
             sampler: sampling
                 .sampler
                 .build(process, sampling.grid, sampling.is_normalized(model)),
             model: Arc::clone(model),
             choice: sampling.choice,
             allowed,
+            draft,
+        }
+    }
+
+    /// The token that an open position begins with, for a uniform `u`: its draft's, noised up to the start by the
+    /// forward process, or else one of the limit law, among those that are allowed.
+    pub(super) fn initial(&self, position: usize, u: f64) -> Token {
+        let graph = self.model.graph();
+        let draft = self
+            .draft
+            .as_ref()
+            .and_then(|Draft(tokens)| *tokens.get(position)?);
+        if let Some(token) = draft {
+            return graph.sample_transition(token, self.start_sigma, u);
+        }
+        match self.allowed_at(position) {
+            Some(allowed) if graph.mask().is_none() => {
+                let index = (u * allowed.len() as f64) as usize;
+                let token = allowed.get(index).or(allowed.last());
+                token.copied().unwrap_or_else(|| graph.sample_limit(u))
+            }
+            _ => graph.sample_limit(u),
         }
     }
 

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::admission::NoRoom;
 use super::canvas::{BadState, CanvasState};
-use super::plan::{Allowed, Sampling};
+use super::plan::{Allowed, Draft, Sampling};
 use super::{Shared, State};
 use crate::diffusion::Token;
 use crate::models::ServedModel;
@@ -45,6 +45,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// Tokens that may be chosen, where not all may.
     pub allowed: Option<Allowed>,
+    /// Tokens that positions to fill begin with, noised up to the start of the sampling.
+    pub draft: Option<Draft>,
     /// Seed of all random choices.
     pub seed: u64,
     /// Independent canvases; at least 1.

@@ -23,7 +23,7 @@ use crate::network::closed_form::ClosedForm;
 
 fn sampling(sampler: SamplerKind, steps: u32) -> Sampling {
     Sampling {
-        grid: TimeGrid { steps },
+        grid: TimeGrid::new(steps),
         sampler,
         choice: TokenChoice::default(),
         normalize: true,
@@ -41,11 +41,11 @@ fn plan(chain: &Chain, parameterization: Parameterization, sampling: Sampling) -
         max_length: 2,
         ..manifest(GraphKind::Absorbing)
     });
-    Arc::new(Plan::new(&model, sampling, None))
+    Arc::new(Plan::new(&model, sampling, None, None))
 }
 
 /// Runs a canvas to its end with the rows that `scores` gives at a total noise; returns its evaluations.
-fn run(canvas: &mut Canvas, mut scores: impl FnMut(&[Token], usize, f64) -> Vec<f32>) -> u32 {
+pub(super) fn run(canvas: &mut Canvas, mut scores: impl FnMut(&[Token], usize, f64) -> Vec<f32>) -> u32 {
     let mut scratch = Scratch::default();
     while !canvas.is_done() {
         let evaluation = canvas.evaluation();
@@ -54,7 +54,7 @@ fn run(canvas: &mut Canvas, mut scores: impl FnMut(&[Token], usize, f64) -> Vec<
         let mut moves = Vec::new();
         for &position in &evaluation.positions {
             let row = scores(canvas.tokens(), position, evaluation.sigma);
-            moves.push(rows.draw(position, &row, None, &mut scratch).unwrap().unwrap());
+            moves.extend(rows.draw(position, &row, None, &mut scratch).unwrap());
         }
         canvas.commit(&evaluation, moves, 1);
     }
@@ -217,7 +217,7 @@ fn times_fall_from_one_to_zero() {
 /// The exact law of remasking: every position leaves, stays or is masked again by chance alone.
 fn remasked(chain: &Chain, steps: u32, rate: f64) -> Vec<f64> {
     let (canvases, mask) = (chain.canvases(), chain.graph.mask().unwrap());
-    let grid = TimeGrid { steps };
+    let grid = TimeGrid::new(steps);
     let mut law: Vec<f64> = canvases
         .iter()
         .map(|c| f64::from(u8::from(*c == [mask; 2])))

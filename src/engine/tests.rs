@@ -94,9 +94,7 @@ pub(super) fn request(model: &Arc<ServedModel>, number: u32) -> Request {
         model: Arc::clone(model),
         template: vec![None; LENGTH].into(),
         sampling: Sampling {
-            grid: TimeGrid {
-                steps: 5 + 3 * (number % 7),
-            },
+            grid: TimeGrid::new(5 + 3 * (number % 7)),
             sampler: if number.is_multiple_of(2) {
                 SamplerKind::Tweedie
             } else {
@@ -115,6 +113,7 @@ pub(super) fn request(model: &Arc<ServedModel>, number: u32) -> Request {
         priority: 0,
         resume: Resume::default(),
         allowed: None,
+        draft: None,
     }
 }
 
@@ -352,7 +351,7 @@ fn admission_is_bounded_and_room_comes_back() {
     let (gate, model) = gated();
     let closed = gate.lock();
     let sampling = Sampling {
-        grid: TimeGrid { steps: 29 },
+        grid: TimeGrid::new(29),
         ..request(&model, 0).sampling
     };
     let mut first = engine
@@ -416,7 +415,7 @@ fn every_refusal_and_every_ending_is_counted() {
     // 30 evaluations, each of 5 ms as long as nothing is measured.
     let long = |number: u32, caller: &str, steps| Request {
         sampling: Sampling {
-            grid: TimeGrid { steps },
+            grid: TimeGrid::new(steps),
             ..request(&model, 0).sampling
         },
         caller: Caller::new(caller),
@@ -609,7 +608,7 @@ fn a_short_request_is_not_held_up_by_long_ones() {
         );
         let engine = Engine::start(options(1)).unwrap();
         let long = Sampling {
-            grid: TimeGrid { steps: 4000 },
+            grid: TimeGrid::new(4000),
             ..request(&model, 0).sampling
         };
         let long: Vec<_> = (0..32)
@@ -633,7 +632,7 @@ fn a_short_request_is_not_held_up_by_long_ones() {
                 caller: Caller::new(caller),
                 template: vec![None; 2].into(),
                 sampling: Sampling {
-                    grid: TimeGrid { steps: 3 },
+                    grid: TimeGrid::new(3),
                     ..request(&model, 0).sampling
                 },
                 ..request(&model, 0)
@@ -654,7 +653,7 @@ fn outputs_follow_the_data_law() {
     let engine = Engine::start(options(1)).unwrap();
     let model = model(GraphKind::Absorbing);
     let sampling = Sampling {
-        grid: TimeGrid { steps: 64 },
+        grid: TimeGrid::new(64),
         sampler: SamplerKind::Tweedie,
         choice: TokenChoice::default(),
         normalize: false,

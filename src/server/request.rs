@@ -4,12 +4,14 @@
 
 use crate::bundle::TextTokenizer;
 use crate::config::LimitsConfig;
-use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::sampler::row::MAX_TEMPERATURE;
+use crate::diffusion::sampler::{FINAL_TIME, TimeGrid};
 use crate::diffusion::{GraphKind, Token, TokenChoice};
 use crate::engine::plan::Sampling;
 use crate::models::ServedModel;
 use crate::proto::v1;
+use crate::proto::v1::draft;
+use crate::proto::v1::template_part::Part;
 
 use super::sampler;
 use super::status::{FieldError, no_tokenizer};
@@ -19,6 +21,8 @@ use tonic::Status;
 
 /// Steps taken when none are asked for, at most.
 pub(crate) const DEFAULT_STEPS: u32 = 64;
+/// Time from which drafts are denoised when none is asked for.
+pub(crate) const DEFAULT_START_TIME: f64 = 0.5;
 /// Longest request id.
 pub(super) const MAX_ID: usize = 128;
 
@@ -82,8 +86,9 @@ pub(super) fn sampling(
         top_k: asked.top_k,
         top_p: asked.top_p.or(defaults.top_p),
     };
+    let start = start_time(asked.start_time, template, model)?;
     let resolved = Sampling {
-        grid: TimeGrid { steps },
+        grid: TimeGrid { steps, start },
         sampler,
         choice,
         normalize,
@@ -115,6 +120,28 @@ pub(super) fn sampling(
         seed: asked.seed.unwrap_or_else(drawn_seed),
         samples,
     })
+}
+
+/// The time from which a canvas of `template` is denoised.
+fn start_time(asked: Option<f64>, template: &Template, model: &ServedModel) -> Result<f64, FieldError> {
+    let refusal = |problem: String| Err(FieldError::new("sampling.start_time", problem));
+    if !template.has_draft() {
+        return match asked {
+            None => Ok(1.0),
+            Some(_) => refusal("is for drafts; the template has none".to_owned()),
+        };
+    }
+    let start = asked.unwrap_or(DEFAULT_START_TIME);
+    if !(start > FINAL_TIME && start <= 1.0) {
+        return refusal(format!("is {start}, must be above {FINAL_TIME} and at most 1"));
+    }
+    let uniform = model.manifest().graph == GraphKind::Uniform;
+    if uniform && start < 1.0 && template.has_gap() {
+        let problem =
+            "must be 1 where the template has gaps beside its drafts, on this model's uniform graph";
+        return refusal(format!("is {start}, {problem}"));
+    }
+    Ok(start)
 }
 
 /// A seed below 2^53: what JSON and JavaScript can tell from its neighbours.
@@ -193,7 +220,7 @@ pub(super) fn template(
 ) -> Result<Template, Status> {
     let max = model.manifest().max_length;
     if parts.is_empty() {
-        return Err(FieldError::new("template", "is empty, at least one gap is needed").into());
+        return Err(FieldError::new("template", "is empty, at least one gap or draft is needed").into());
     }
     if parts.len() > limits.max_template_parts {
         let problem = format!(
@@ -205,12 +232,12 @@ pub(super) fn template(
     }
     let text_bytes: usize = parts
         .iter()
-        .map(|p| {
-            if let Some(v1::template_part::Part::Text(t)) = &p.part {
-                t.len()
-            } else {
-                0
-            }
+        .map(|part| match &part.part {
+            Some(Part::Text(text)) => text.len(),
+            Some(Part::Draft(v1::Draft {
+                content: Some(draft::Content::Text(text)),
+            })) => text.len(),
+            Some(Part::Draft(_) | Part::Tokens(_) | Part::Gap(_)) | None => 0,
         })
         .sum();
     if text_bytes > limits.max_text_bytes {
@@ -226,33 +253,34 @@ pub(super) fn template(
         let field = format!("template[{index}]");
         let gap_follows = parts
             .peek()
-            .is_some_and(|(_, next)| matches!(next.part, Some(v1::template_part::Part::Gap(_))));
+            .is_some_and(|(_, next)| matches!(next.part, Some(Part::Gap(_) | Part::Draft(_))));
         let piece = match part.part {
-            Some(v1::template_part::Part::Text(text)) => {
+            Some(Part::Text(text)) => {
                 let tokens = encode_within(&format!("{field}.text"), &text, model, limits)?;
-                let piece = if gap_follows {
+                if gap_follows {
                     before_gap(&format!("{field}.text"), tokens, text, model)?
                 } else {
                     Piece::Text(text, tokens)
-                };
-                length += piece.len();
-                piece
+                }
             }
-            Some(v1::template_part::Part::Tokens(list)) => {
-                length += list.ids.len();
+            Some(Part::Tokens(list)) => {
                 Piece::Tokens(tokens(&format!("{field}.tokens.ids"), list.ids, model)?)
             }
-            Some(v1::template_part::Part::Gap(v1::Gap { positions: 0, .. })) => {
+            Some(Part::Gap(v1::Gap { positions: 0, .. })) => {
                 let field = format!("{field}.gap.positions");
                 return Err(FieldError::new(field, "is 0, must be at least 1").into());
             }
-            Some(v1::template_part::Part::Gap(v1::Gap { positions, allowed })) => {
+            Some(Part::Gap(v1::Gap { positions, allowed })) => {
                 sets.check(&format!("{field}.gap.allowed"), allowed.as_deref())?;
-                length += positions as usize;
                 Piece::Gap(positions as usize, allowed)
             }
-            None => return Err(FieldError::new(field, "holds none of text, tokens and gap").into()),
+            Some(Part::Draft(draft)) => {
+                let space_is_open = matches!(pieces.last(), Some(Piece::OpenText(..)));
+                self::draft(&field, draft, space_is_open, model, limits)?
+            }
+            None => return Err(FieldError::new(field, "holds none of text, tokens, gap and draft").into()),
         };
+        length += piece.len();
         // Checked as we go, so that no sum of gaps can be absurd.
         if length > max {
             let problem = format!("takes {length} positions or more, the model's max_length is {max}");
@@ -262,9 +290,43 @@ pub(super) fn template(
     }
     let template = Template::new(pieces);
     if template.gaps() == 0 {
-        return Err(FieldError::new("template", "has no gap, at least one is needed").into());
+        let problem = "has no gap and no draft, at least one is needed";
+        return Err(FieldError::new("template", problem).into());
     }
     Ok(template)
+}
+
+/// A draft; after a text whose space is left open it begins with that space.
+fn draft(
+    field: &str,
+    draft: v1::Draft,
+    space_is_open: bool,
+    model: &ServedModel,
+    limits: &LimitsConfig,
+) -> Result<Piece, Status> {
+    let (field, piece) = match draft.content {
+        Some(draft::Content::Text(text)) => {
+            let field = format!("{field}.draft.text");
+            let tokens = if space_is_open {
+                encode_within(&field, &format!(" {text}"), model, limits)?
+            } else {
+                encode_within(&field, &text, model, limits)?
+            };
+            (field, Piece::Draft(Some(text), tokens))
+        }
+        Some(draft::Content::Tokens(list)) => {
+            let field = format!("{field}.draft.tokens.ids");
+            let tokens = tokens(&field, list.ids, model)?;
+            (field, Piece::Draft(None, tokens))
+        }
+        None => {
+            return Err(FieldError::new(format!("{field}.draft"), "holds neither text nor tokens").into());
+        }
+    };
+    if piece.len() == 0 {
+        return Err(FieldError::new(field, "is empty, a draft has at least one token").into());
+    }
+    Ok(piece)
 }
 
 /// `text`, of these `tokens`, before a gap: a space at its end that is a token of its own is left to the gap.

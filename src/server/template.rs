@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::bundle::{TextTokenizer, TokenizerError};
 use crate::diffusion::Token;
+use crate::engine::plan::Draft;
 use crate::proto::v1;
 use crate::proto::v1::template_part::Part;
 
@@ -24,15 +25,25 @@ pub(super) enum Piece {
     Tokens(Vec<Token>),
     /// Positions to fill, and the name of the set of tokens that they may be filled with.
     Gap(usize, Option<String>),
+    /// Positions to fill that begin with these tokens, and the text that they were given as.
+    Draft(Option<String>, Vec<Token>),
 }
 
 impl Piece {
     /// Positions that it takes.
     pub(super) fn len(&self) -> usize {
         match self {
-            Self::Text(_, tokens) | Self::OpenText(_, tokens) | Self::Tokens(tokens) => tokens.len(),
+            Self::Text(_, tokens)
+            | Self::OpenText(_, tokens)
+            | Self::Tokens(tokens)
+            | Self::Draft(_, tokens) => tokens.len(),
             Self::Gap(positions, _) => *positions,
         }
+    }
+
+    /// Whether its positions are to be filled.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self, Self::Gap(..) | Self::Draft(..))
     }
 }
 
@@ -76,6 +87,12 @@ impl Template {
                 positions: *positions as u32,
                 allowed: allowed.clone(),
             }),
+            Piece::Draft(text, ids) => Part::Draft(v1::Draft {
+                content: Some(match text {
+                    Some(text) => v1::draft::Content::Text(text.clone()),
+                    None => v1::draft::Content::Tokens(v1::TokenList { ids: ids.clone() }),
+                }),
+            }),
         };
         let pieces = self.pieces.iter().filter(|(_, range)| !range.is_empty());
         pieces
@@ -89,14 +106,37 @@ impl Template {
     pub(super) fn gaps(&self) -> usize {
         self.pieces
             .iter()
-            .map(|(piece, range)| {
-                if matches!(piece, Piece::Gap(..)) {
-                    range.len()
-                } else {
-                    0
-                }
-            })
+            .filter(|(piece, _)| piece.is_open())
+            .map(|(_, range)| range.len())
             .sum()
+    }
+
+    /// Whether there are positions to fill of which nothing is known.
+    pub(super) fn has_gap(&self) -> bool {
+        self.pieces
+            .iter()
+            .any(|(piece, _)| matches!(piece, Piece::Gap(..)))
+    }
+
+    /// Whether there are positions to fill that begin with tokens.
+    pub(super) fn has_draft(&self) -> bool {
+        self.pieces
+            .iter()
+            .any(|(piece, _)| matches!(piece, Piece::Draft(..)))
+    }
+
+    /// What positions to fill begin with, where a piece says so.
+    pub(super) fn draft(&self) -> Option<Draft> {
+        if !self.has_draft() {
+            return None;
+        }
+        let tokens = self.pieces.iter().flat_map(|(piece, range)| match piece {
+            Piece::Draft(_, tokens) => tokens.iter().copied().map(Some).collect(),
+            Piece::Text(..) | Piece::OpenText(..) | Piece::Tokens(_) | Piece::Gap(..) => {
+                vec![None; range.len()]
+            }
+        });
+        Some(Draft(tokens.collect()))
     }
 
     /// The canvas: tokens where clamped, `None` where to fill.
@@ -107,7 +147,7 @@ impl Template {
                 Piece::Text(_, tokens) | Piece::OpenText(_, tokens) | Piece::Tokens(tokens) => {
                     tokens.iter().copied().map(Some).collect::<Vec<_>>()
                 }
-                Piece::Gap(positions, _) => vec![None; *positions],
+                Piece::Gap(..) | Piece::Draft(..) => vec![None; piece.len()],
             })
             .collect()
     }
@@ -134,11 +174,11 @@ impl Template {
                     space_is_there = matches!(piece, Piece::OpenText(..));
                     continue;
                 }
-                Piece::Tokens(_) | Piece::Gap(..) => &tokens[range.clone()],
+                Piece::Tokens(_) | Piece::Gap(..) | Piece::Draft(..) => &tokens[range.clone()],
             };
             let ends = end
                 .and_then(|end| drawn.iter().position(|t| *t == end))
-                .filter(|_| matches!(piece, Piece::Gap(..)));
+                .filter(|_| piece.is_open());
             let drawn = &drawn[..ends.unwrap_or(drawn.len())];
             let mut at = range.start;
             for run in drawn.chunk_by(|a, b| (Some(*a) == mask) == (Some(*b) == mask)) {

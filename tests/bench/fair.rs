@@ -55,7 +55,7 @@ impl Bench {
             model: Arc::clone(&self.model),
             template: vec![None; length].into(),
             sampling: Sampling {
-                grid: TimeGrid { steps },
+                grid: TimeGrid::new(steps),
                 sampler: SamplerKind::Tweedie,
                 choice: TokenChoice::default(),
                 normalize: false,
@@ -67,6 +67,7 @@ impl Bench {
             priority: 0,
             resume: Resume::default(),
             allowed: None,
+            draft: None,
         };
         Ok(self.engine.admit(request)?)
     }

@@ -11,6 +11,7 @@
 )]
 
 mod deadlines;
+mod device;
 mod engine;
 mod fair;
 mod load;
@@ -22,6 +23,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
+use denoised::network::onnx::{Device, OnnxOptions};
 use engine::Times;
 use serde_json::{Value, json};
 
@@ -36,6 +38,8 @@ enum Part {
     Load,
     /// Deadlines under load.
     Deadlines,
+    /// Batches on one device, a GPU say.
+    Device,
 }
 
 #[derive(Parser)]
@@ -55,6 +59,24 @@ struct Arguments {
     /// One part alone.
     #[arg(long, value_enum)]
     only: Option<Part>,
+    /// Of `--only device`: where the networks run.
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// Of `--only device`: the model, a folder of `--models`.
+    #[arg(long, default_value = "small-shape")]
+    model: String,
+    /// Of `--only device`: tokens of a canvas.
+    #[arg(long, default_value_t = 1024)]
+    length: usize,
+    /// Of `--only device`: workers of the device.
+    #[arg(long, default_value_t = 1)]
+    workers: usize,
+    /// Of `--only device`: canvases at a time, at most.
+    #[arg(long, default_value_t = 64)]
+    largest_batch: usize,
+    /// Of `--only device`: how PyTorch runs the network: float32, bfloat16, compiled.
+    #[arg(long, value_delimiter = ',', default_value = "float32")]
+    torch_modes: Vec<String>,
     /// Leave the server under load out.
     #[arg(long)]
     no_load: bool,
@@ -101,6 +123,25 @@ fn main() -> Result<()> {
         }
         Some(Part::Deadlines) => {
             deadlines::run(arguments.threads)?;
+            return Ok(());
+        }
+        Some(Part::Device) => {
+            let setting = device::Setting {
+                options: OnnxOptions {
+                    device: arguments.device,
+                    threads: arguments.threads,
+                },
+                workers: arguments.workers,
+                length: arguments.length,
+                turns: arguments.turns,
+                largest_batch: arguments.largest_batch,
+                torch: arguments
+                    .python
+                    .as_deref()
+                    .map(|python| (python, arguments.torch_modes.as_slice())),
+            };
+            let numbers = device::run(&arguments.models, &arguments.model, &setting)?;
+            std::fs::write(&arguments.out, serde_json::to_vec_pretty(&numbers)?)?;
             return Ok(());
         }
         Some(Part::Rows) | None => {}

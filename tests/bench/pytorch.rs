@@ -14,11 +14,23 @@ pub(crate) struct Loop {
 
 impl Loop {
     pub(crate) fn start(python: &Path, checkpoint: &Path, threads: usize) -> Result<Self> {
+        Self::start_as(python, checkpoint, threads, "cpu", "float32")
+    }
+
+    /// On a device of PyTorch's; `mode` is one that `reference.py` knows.
+    pub(crate) fn start_as(
+        python: &Path,
+        checkpoint: &Path,
+        threads: usize,
+        device: &str,
+        mode: &str,
+    ) -> Result<Self> {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/reference.py");
         let mut child = Command::new(python)
             .arg(script)
             .arg(checkpoint)
             .arg(threads.to_string())
+            .args([device, mode])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -34,7 +46,12 @@ impl Loop {
 
     /// Seconds of one generation of one canvas.
     pub(crate) fn generate(&mut self, length: usize, steps: u32) -> Result<f64> {
-        writeln!(self.questions, "{length} {steps}")?;
+        self.generate_many(length, steps, 1)
+    }
+
+    /// Seconds of one generation of several canvases at once.
+    pub(crate) fn generate_many(&mut self, length: usize, steps: u32, canvases: usize) -> Result<f64> {
+        writeln!(self.questions, "{length} {steps} {canvases}")?;
         let mut line = String::new();
         self.answers.read_line(&mut line)?;
         ensure!(!line.is_empty(), "PyTorch stopped");

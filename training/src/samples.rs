@@ -104,7 +104,7 @@ impl Sampling {
         index: u64,
     ) -> Result<Vec<Token>, SampleError<N::Error>> {
         let (graph, schedule) = (&self.objective.graph, &self.objective.schedule);
-        let grid = TimeGrid { steps: self.steps };
+        let grid = TimeGrid::new(self.steps);
         let mut draws = Draws::new(self.seed, index);
         let mut tokens: Vec<Token> = (0..self.length)
             .map(|position| graph.sample_limit(draws.prior(position)))

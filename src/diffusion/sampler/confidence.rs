@@ -40,6 +40,13 @@ impl Sampler for Confidence {
         )
     }
 
+    /// Every one fills a position.
+    fn evaluations_left(&self, canvas: &CanvasView<'_>) -> u64 {
+        let steps = self.steps(canvas.gaps).saturating_sub(canvas.step);
+        let masked = canvas.movable(self.process.graph.mask()).count() as u64;
+        masked.min(steps.into())
+    }
+
     fn can_be(&self, canvas: &CanvasView<'_>) -> bool {
         something_is_left(&self.process, canvas)
     }

@@ -138,8 +138,8 @@ pub trait Sampler: std::fmt::Debug + Send + Sync {
     /// Steps of a canvas with `gaps` positions to fill.
     fn steps(&self, gaps: usize) -> u32;
 
-    /// When the positions of a canvas leave the mask, for samplers that draw it at the start.
-    fn hitting_times(&self, _clamped: &[bool], _draws: &mut Draws) -> Option<HittingTimes> {
+    /// When the positions of a canvas leave the mask that are `masked` at the start, for samplers that draw it then.
+    fn hitting_times(&self, _masked: &[bool], _draws: &mut Draws) -> Option<HittingTimes> {
         None
     }
 

@@ -33,12 +33,12 @@ impl MaskSurvival {
         Self((0..grid.evaluations()).map(after).collect())
     }
 
-    /// The steps in which the positions of a canvas are hit, those that are not `clamped`.
-    fn hitting_times(&self, clamped: &[bool], draws: &mut Draws) -> HittingTimes {
-        let mut step = |(i, clamped): (usize, &bool)| {
-            if *clamped { NEVER } else { self.hit(draws.hit(i)) }
+    /// The steps in which the positions of a canvas are hit, those that are `masked`.
+    fn hitting_times(&self, masked: &[bool], draws: &mut Draws) -> HittingTimes {
+        let mut step = |(i, masked): (usize, &bool)| {
+            if *masked { self.hit(draws.hit(i)) } else { NEVER }
         };
-        HittingTimes::new(clamped.iter().enumerate().map(&mut step).collect(), Vec::new())
+        HittingTimes::new(masked.iter().enumerate().map(&mut step).collect(), Vec::new())
     }
 
     /// The step in which a position leaves the mask, for a uniform `u` in `[0, 1)`.
@@ -49,17 +49,17 @@ impl MaskSurvival {
 
 /// The time at which a position leaves the mask in continuous time, for a uniform `u` in `[0, 1)`.
 ///
-/// All are masked at time 1; of those, `(1 - e^-sigma(t)) / (1 - e^-sigma(1))` still are at `t` (first-hitting
-/// sampler, section 3.1 of arXiv 2409.02908).
-pub fn hitting_time(schedule: &Schedule, u: f64) -> f64 {
-    let masked = u * -(-schedule.total_noise(1.0)).exp_m1();
-    schedule.time(-(-masked).ln_1p()).clamp(FINAL_TIME, 1.0)
+/// Of those that are masked at time `start`, `(1 - e^-sigma(t)) / (1 - e^-sigma(start))` still are at `t`
+/// (first-hitting sampler, section 3.1 of arXiv 2409.02908, where `start` is 1).
+pub fn hitting_time(schedule: &Schedule, start: f64, u: f64) -> f64 {
+    let masked = u * -(-schedule.total_noise(start)).exp_m1();
+    schedule.time(-(-masked).ln_1p()).min(start).max(FINAL_TIME)
 }
 
 /// When the positions of one canvas leave the mask; drawn at the start.
 #[derive(Clone, Debug)]
 pub struct HittingTimes {
-    /// The step in which each position is hit; [`NEVER`] where clamped.
+    /// The step in which each position is hit; [`NEVER`] where it was not masked at the start.
     steps: Vec<u32>,
     /// The time of every step, where they are not those of a grid.
     times: Vec<f64>,
@@ -138,7 +138,7 @@ fn masked_are_to_be_hit(canvas: &CanvasView<'_>, process: &Process) -> bool {
         return false;
     };
     let (mask, now) = (process.graph.mask(), canvas.step);
-    let is_right = |(&token, &hit): (&Token, &u32)| hit == NEVER || (Some(token) == mask) == (hit >= now);
+    let is_right = |(&token, &hit): (&Token, &u32)| (Some(token) == mask) == (hit != NEVER && hit >= now);
     canvas.tokens.iter().zip(&hits.steps).all(is_right) && hits.next(now).is_some()
 }
 
@@ -166,8 +166,8 @@ impl Sampler for GridHits {
         self.grid.evaluations()
     }
 
-    fn hitting_times(&self, clamped: &[bool], draws: &mut Draws) -> Option<HittingTimes> {
-        Some(self.survival.hitting_times(clamped, draws))
+    fn hitting_times(&self, masked: &[bool], draws: &mut Draws) -> Option<HittingTimes> {
+        Some(self.survival.hitting_times(masked, draws))
     }
 
     fn evaluation(&self, canvas: &CanvasView<'_>) -> Evaluation {
@@ -197,6 +197,8 @@ impl Sampler for GridHits {
 pub struct FirstHitting {
     /// The noise process that is reversed.
     pub process: Process,
+    /// The time at which it begins.
+    pub start: f64,
 }
 
 impl Sampler for FirstHitting {
@@ -204,13 +206,13 @@ impl Sampler for FirstHitting {
         u32::try_from(gaps).unwrap_or(u32::MAX)
     }
 
-    fn hitting_times(&self, clamped: &[bool], draws: &mut Draws) -> Option<HittingTimes> {
-        let mut order: Vec<(f64, usize)> = (0..clamped.len())
-            .filter(|&i| !clamped[i])
-            .map(|i| (hitting_time(&self.process.schedule, draws.hit(i)), i))
+    fn hitting_times(&self, masked: &[bool], draws: &mut Draws) -> Option<HittingTimes> {
+        let mut order: Vec<(f64, usize)> = (0..masked.len())
+            .filter(|&i| masked[i])
+            .map(|i| (hitting_time(&self.process.schedule, self.start, draws.hit(i)), i))
             .collect();
         order.sort_by(|a, b| b.0.total_cmp(&a.0));
-        let mut steps = vec![NEVER; clamped.len()];
+        let mut steps = vec![NEVER; masked.len()];
         for (step, &(_, position)) in order.iter().enumerate() {
             steps[position] = step as u32;
         }
@@ -240,7 +242,7 @@ impl Sampler for FirstHitting {
     fn time(&self, canvas: &CanvasView<'_>) -> f64 {
         match (canvas.step.checked_sub(1), canvas.hitting_times) {
             (Some(last), Some(hits)) => hits.time(last),
-            _ => 1.0,
+            _ => self.start,
         }
     }
 }
@@ -262,7 +264,7 @@ mod tests {
     /// Tweedie's steps are exact for single positions: survival is the ratio of chances to be masked.
     #[test]
     fn survival_under_tweedie_follows_the_noise() {
-        let (graph, grid) = (Graph::new(GraphKind::Absorbing, 7), TimeGrid { steps: 40 });
+        let (graph, grid) = (Graph::new(GraphKind::Absorbing, 7), TimeGrid::new(40));
         for schedule in SCHEDULES {
             let masked = |t: f64| -(-schedule.total_noise(t)).exp_m1();
             let MaskSurvival(survival) = MaskSurvival::new(&Tweedie, &graph, &schedule, grid);
@@ -277,7 +279,7 @@ mod tests {
     #[test]
     fn every_uniform_has_its_step() {
         let graph = Graph::new(GraphKind::Absorbing, 7);
-        let survival = MaskSurvival::new(&Euler, &graph, &SCHEDULES[0], TimeGrid { steps: 3 });
+        let survival = MaskSurvival::new(&Euler, &graph, &SCHEDULES[0], TimeGrid::new(3));
         assert_eq!((survival.hit(0.0), survival.hit(0.999_999)), (3, 0));
         for step in 0..3 {
             assert_eq!(survival.hit(survival.0[step as usize]), step);
@@ -289,7 +291,7 @@ mod tests {
         for schedule in SCHEDULES {
             let masked = |t: f64| -(-schedule.total_noise(t)).exp_m1();
             for u in [0.01, 0.3, 0.9] {
-                let t = hitting_time(&schedule, u);
+                let t = hitting_time(&schedule, 1.0, u);
                 // The geometric schedule leaves noise at time 0: who should be hit below it is hit there.
                 let at_the_end = t == super::super::FINAL_TIME;
                 assert!(

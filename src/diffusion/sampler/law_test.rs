@@ -45,7 +45,7 @@ impl Chain {
             schedule,
             data: DATA,
             kind: sampler,
-            grid: TimeGrid { steps },
+            grid: TimeGrid::new(steps),
         }
     }
 

@@ -182,7 +182,10 @@ impl SamplerKind {
         match self {
             Self::Tweedie => discretized(&Tweedie),
             Self::Euler => discretized(&Euler),
-            Self::FirstHitting => Box::new(FirstHitting { process }),
+            Self::FirstHitting => Box::new(FirstHitting {
+                process,
+                start: grid.start,
+            }),
             Self::Confidence => Box::new(Confidence { process, grid }),
             Self::EntropyBounded { bound } => Box::new(EntropyBounded { process, grid, bound }),
             Self::Remask { rate } => Box::new(Remask { process, grid, rate }),
@@ -215,17 +218,24 @@ pub fn normalized(
         && (asked || sampler.normalizes() || parameterization == Parameterization::Mean)
 }
 
-/// The time grid of a generation with `steps` steps: `steps + 1` even points from 1 to [`FINAL_TIME`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The time grid of a generation with `steps` steps: `steps + 1` even points from `start` to [`FINAL_TIME`].
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TimeGrid {
     /// Number of steps before the final denoising; at least 1.
     pub steps: u32,
+    /// The time at which it begins, above [`FINAL_TIME`]: 1, unless something is there to begin with.
+    pub start: f64,
 }
 
 impl TimeGrid {
+    /// From pure noise.
+    pub fn new(steps: u32) -> Self {
+        Self { steps, start: 1.0 }
+    }
+
     /// Length of one step.
     pub fn dt(&self) -> f64 {
-        (1.0 - FINAL_TIME) / f64::from(self.steps)
+        (self.start - FINAL_TIME) / f64::from(self.steps)
     }
 
     /// The time at which evaluation `step` of `0..=steps` takes place.
@@ -233,7 +243,7 @@ impl TimeGrid {
         if step >= self.steps {
             FINAL_TIME
         } else {
-            1.0 - f64::from(step) * self.dt()
+            self.start - f64::from(step) * self.dt()
         }
     }
 

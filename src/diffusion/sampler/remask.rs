@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn the_share_of_masks_follows_the_noise() {
-        let grid = TimeGrid { steps: 25 };
+        let grid = TimeGrid::new(25);
         for schedule in [
             Schedule::LogLinear { eps: 1e-3 },
             Schedule::Geometric {
