@@ -23,6 +23,7 @@ mod foreign_network;
 mod frames;
 mod going_on;
 mod infill;
+mod masked_lm;
 mod memory;
 mod neighbours;
 mod network;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use denoised::bundle::{BundleWriter, FORMAT, MODEL, Manifest};
+use denoised::bundle::{self, BundleWriter, FORMAT, MODEL, Manifest};
 use denoised::config::Config;
 use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
@@ -109,6 +109,8 @@ pub fn closed_form_manifest() -> Manifest {
         sigma_offset: false,
         vocab_size: 6,
         mask_token: Some(5),
+        excluded_tokens: Vec::new(),
+        frame: bundle::Frame::default(),
         end_of_document: None,
         max_length: CLOSED_FORM_LENGTH,
         time_conditioned: true,

@@ -1,6 +1,6 @@
 //! `manifest.json`: everything the server must know about a network that the network cannot tell.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +12,7 @@ pub const FORMAT: u32 = 1;
 /// Bounds that keep a malformed manifest from asking for absurd allocations.
 const MAX_STATES: usize = 1 << 22;
 const MAX_LENGTH: usize = 1 << 20;
+const MAX_FRAME: usize = 64;
 
 /// How a model is sampled where a request does not say; whatever is absent here is the server's to choose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -32,6 +33,24 @@ pub struct Defaults {
     /// Positions of a canvas, prompt included.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub length: Option<usize>,
+}
+
+/// Tokens that stand clamped before and after every canvas, such as `[CLS]` and `[SEP]`. They are no part of it: the
+/// network alone sees them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Frame {
+    /// Before it.
+    pub before: Vec<Token>,
+    /// After it.
+    pub after: Vec<Token>,
+}
+
+impl Frame {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.before.is_empty() && self.after.is_empty()
+    }
 }
 
 impl Defaults {
@@ -86,13 +105,19 @@ pub struct Manifest {
     pub sigma_offset: bool,
     /// Number of states V, the mask included.
     pub vocab_size: usize,
-    /// The mask, on absorbing graphs: `vocab_size - 1`.
+    /// The mask, on absorbing graphs: any id below `vocab_size`, which is the last where the server's own trainer made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mask_token: Option<Token>,
+    /// Tokens that are never drawn, on absorbing graphs: padding, marks of a frame. Requests may clamp them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub excluded_tokens: Vec<Token>,
+    /// Tokens that the network sees around every canvas.
+    #[serde(default, skip_serializing_if = "Frame::is_empty")]
+    pub frame: Frame,
     /// The token that ends a document; text after it is not part of an answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub end_of_document: Option<Token>,
-    /// Longest canvas, in tokens.
+    /// Longest canvas, in tokens; its frame comes on top.
     pub max_length: usize,
     /// Whether the network takes `sigma`.
     pub time_conditioned: bool,
@@ -142,15 +167,7 @@ impl Manifest {
                 self.max_length
             ));
         }
-        if self.mask_token != self.graph().mask() {
-            return wrong(format!(
-                "mask_token is {:?}, an {:?} graph over {} states has {:?}",
-                self.mask_token,
-                self.graph,
-                self.vocab_size,
-                self.graph().mask()
-            ));
-        }
+        self.check_tokens()?;
         if self
             .end_of_document
             .is_some_and(|token| token as usize >= self.vocab_size)
@@ -179,6 +196,51 @@ impl Manifest {
         }
     }
 
+    fn check_tokens(&self) -> Result<(), String> {
+        let states = self.vocab_size;
+        match (self.graph, self.mask_token) {
+            (GraphKind::Absorbing, None) => {
+                return Err("mask_token is absent, an absorbing graph has one".to_owned());
+            }
+            (GraphKind::Absorbing, Some(mask)) if mask as usize >= states => {
+                return Err(format!(
+                    "mask_token is {mask}, must be below vocab_size ({states})"
+                ));
+            }
+            (GraphKind::Uniform, Some(mask)) => {
+                return Err(format!("mask_token is {mask}, a uniform graph has none"));
+            }
+            (GraphKind::Absorbing, Some(_)) | (GraphKind::Uniform, None) => {}
+        }
+        let excluded = &self.excluded_tokens;
+        let is_ordinary = |token: &Token| (*token as usize) < states && Some(*token) != self.mask_token;
+        if let Some(token) = excluded.iter().find(|token| !is_ordinary(token)) {
+            return Err(format!(
+                "excluded_tokens holds {token}, must be below vocab_size and not the mask"
+            ));
+        }
+        let distinct: BTreeSet<Token> = excluded.iter().copied().collect();
+        if distinct.len() != excluded.len() {
+            return Err("excluded_tokens holds a token twice".to_owned());
+        }
+        if !excluded.is_empty() && self.graph == GraphKind::Uniform {
+            return Err("excluded_tokens needs an absorbing graph".to_owned());
+        }
+        if distinct.len() + 1 >= states {
+            return Err("excluded_tokens leaves no token to draw".to_owned());
+        }
+        let frame = || self.frame.before.iter().chain(&self.frame.after);
+        if let Some(token) = frame().find(|token| !is_ordinary(token)) {
+            return Err(format!(
+                "frame holds {token}, must be below vocab_size and not the mask"
+            ));
+        }
+        if frame().count() > MAX_FRAME {
+            return Err(format!("frame has more than {MAX_FRAME} tokens"));
+        }
+        Ok(())
+    }
+
     /// Says what is wrong with the defaults, if anything is.
     pub fn check_defaults(&self) -> Result<(), String> {
         self.defaults.map_or(Ok(()), |defaults| defaults.check(self))
@@ -186,7 +248,8 @@ impl Manifest {
 
     /// The noise process over this vocabulary.
     pub fn graph(&self) -> Graph {
-        Graph::new(self.graph, self.vocab_size)
+        let graph = Graph::new(self.graph, self.vocab_size);
+        self.mask_token.map_or(graph, |mask| graph.with_mask(mask))
     }
 
     /// The noise process.
@@ -217,10 +280,10 @@ fn is_file_name(name: &str) -> bool {
 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    pub(in crate::bundle) fn tiny() -> Manifest {
+    pub(crate) fn tiny() -> Manifest {
         Manifest {
             format: FORMAT,
             name: "tiny".to_owned(),
@@ -230,6 +293,8 @@ pub(super) mod tests {
             sigma_offset: true,
             vocab_size: 9,
             mask_token: Some(8),
+            excluded_tokens: Vec::new(),
+            frame: Frame::default(),
             end_of_document: None,
             max_length: 16,
             time_conditioned: true,
@@ -268,7 +333,20 @@ pub(super) mod tests {
             ("name", "../up".into(), "name"),
             ("vocab_size", 1.into(), "vocab_size"),
             ("max_length", 0.into(), "max_length"),
-            ("mask_token", 3.into(), "mask_token"),
+            ("mask_token", 9.into(), "mask_token"),
+            ("mask_token", serde_json::Value::Null, "mask_token"),
+            ("excluded_tokens", serde_json::json!([9]), "excluded_tokens"),
+            ("excluded_tokens", serde_json::json!([8]), "excluded_tokens"),
+            ("excluded_tokens", serde_json::json!([1, 2, 1]), "excluded_tokens"),
+            (
+                "excluded_tokens",
+                serde_json::json!([0, 1, 2, 3, 4, 5, 6, 7]),
+                "excluded_tokens",
+            ),
+            ("frame", serde_json::json!({"before": [9]}), "frame"),
+            ("frame", serde_json::json!({"after": [8]}), "frame"),
+            ("frame", serde_json::json!({"around": [1]}), "around"),
+            ("frame", serde_json::json!({"after": vec![1; 65]}), "frame"),
             ("end_of_document", 9.into(), "end_of_document"),
             ("two_stage", true.into(), "two_stage"),
             ("defaults", serde_json::json!({"sampler": "guessing"}), "guessing"),

@@ -23,7 +23,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use embedded::demo;
-pub use manifest::{Defaults, FORMAT, Manifest};
+#[cfg(test)]
+pub(crate) use manifest::tests as manifest_tests;
+pub use manifest::{Defaults, FORMAT, Frame, Manifest};
 #[cfg(test)]
 pub(crate) use tokenizer::tests as tokenizer_tests;
 pub use tokenizer::{TextTokenizer, TokenizerError};

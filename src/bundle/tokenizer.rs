@@ -12,12 +12,20 @@ pub enum TokenizerError {
     #[error("cannot be read: {0}")]
     Format(String),
     /// A token that the network does not know.
-    #[error("has the token id {highest}, the network knows ids below {room}")]
+    #[error("has the token id {highest}, the network knows ids below {states}")]
     Vocabulary {
         /// Highest id of the tokenizer.
         highest: Token,
-        /// States of the network, less the mask.
-        room: usize,
+        /// States of the network.
+        states: usize,
+    },
+    /// A word of text that is the mask to the network.
+    #[error("writes {word:?} as {mask}, which is the network's mask; the mask can be a special token only")]
+    Mask {
+        /// The word.
+        word: String,
+        /// The mask.
+        mask: Token,
     },
     /// The text has something that the vocabulary cannot express.
     #[error("cannot encode the text: {0}")]
@@ -48,11 +56,19 @@ impl TextTokenizer {
         tokenizer
             .with_truncation(None)
             .map_err(|e| TokenizerError::Format(e.to_string()))?;
-        let room = manifest.vocab_size - usize::from(manifest.mask_token.is_some());
+        let states = manifest.vocab_size;
         let vocabulary = tokenizer.get_vocab(true);
         // Ids can have gaps, so that their number says nothing.
-        if let Some(&highest) = vocabulary.values().max().filter(|id| **id as usize >= room) {
-            return Err(TokenizerError::Vocabulary { highest, room });
+        if let Some(&highest) = vocabulary.values().max().filter(|id| **id as usize >= states) {
+            return Err(TokenizerError::Vocabulary { highest, states });
+        }
+        let added = tokenizer.get_added_tokens_decoder();
+        if let Some(mask) = manifest.mask_token
+            && !added.get(&mask).is_some_and(|token| token.special)
+            && let Some((word, _)) = vocabulary.iter().find(|(_, id)| **id == mask)
+        {
+            let word = word.clone();
+            return Err(TokenizerError::Mask { word, mask });
         }
         let longest = vocabulary.keys().map(String::len).max().unwrap_or(0);
         Ok(Self {
@@ -187,15 +203,34 @@ pub(crate) mod tests {
 
     #[test]
     fn ids_beyond_the_network_are_refused_whatever_their_number() {
-        // Nine states, the mask among them: ids 0 to 7.
+        // Nine states, of which the last is the mask.
         assert!(of(&[("\u{2581}the", 7), ("[UNK]", 3)]).is_ok());
-        for id in [8, 9, 1000] {
+        for id in [9, 1000] {
             let refused = of(&[("\u{2581}the", id), ("[UNK]", 3)]).unwrap_err();
             assert!(
-                matches!(refused, TokenizerError::Vocabulary { highest, room: 8 } if highest == id),
+                matches!(refused, TokenizerError::Vocabulary { highest, states: 9 } if highest == id),
                 "{refused}"
             );
         }
+    }
+
+    #[test]
+    fn the_mask_is_a_special_token_or_none() {
+        let refused = of(&[("\u{2581}the", 8), ("[UNK]", 3)]).unwrap_err();
+        assert!(
+            matches!(refused, TokenizerError::Mask { mask: 8, .. }),
+            "{refused}"
+        );
+        let mut file = words(&SEA);
+        file["added_tokens"] = serde_json::json!([{
+            "id": 8, "content": "[MASK]", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        }]);
+        file["model"]["vocab"]["[MASK]"] = 8.into();
+        let tokenizer = TextTokenizer::from_json(file.to_string().as_bytes(), &tiny()).unwrap();
+        // Text can say it: whoever clamps text must look.
+        assert_eq!(tokenizer.encode("the[MASK]").unwrap(), [0, 8]);
+        assert_eq!(tokenizer.decode(&[0, 8, 1]).unwrap(), "the sea");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use super::Token;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GraphKind {
-    /// Tokens turn into the mask, which is the last id.
+    /// Tokens turn into the mask.
     Absorbing,
     /// Tokens turn into any token with equal chance.
     Uniform,
@@ -30,15 +30,30 @@ pub enum GraphKind {
 pub struct Graph {
     kind: GraphKind,
     states: usize,
+    /// The mask, where there is one.
+    absorbing: Token,
 }
 
 impl Graph {
-    /// A graph over `states` tokens, mask included.
+    /// A graph over `states` tokens, mask included, which is the last.
     ///
     /// Vocabularies of fewer than two states have nothing to denoise; bundles that claim one are
     /// refused when their manifest is read.
     pub fn new(kind: GraphKind, states: usize) -> Self {
-        Self { kind, states }
+        Self {
+            kind,
+            states,
+            absorbing: states.saturating_sub(1) as Token,
+        }
+    }
+
+    /// The same with another token for the mask, below `states`, on absorbing graphs.
+    #[must_use]
+    pub fn with_mask(self, mask: Token) -> Self {
+        Self {
+            absorbing: mask.min(self.states.saturating_sub(1) as Token),
+            ..self
+        }
     }
 
     /// Which structure this is.
@@ -54,7 +69,7 @@ impl Graph {
     /// The mask token, on absorbing graphs.
     pub fn mask(&self) -> Option<Token> {
         match self.kind {
-            GraphKind::Absorbing => Some(self.states as Token - 1),
+            GraphKind::Absorbing => Some(self.absorbing),
             GraphKind::Uniform => None,
         }
     }
@@ -98,7 +113,7 @@ impl Graph {
             GraphKind::Uniform => out.fill(moved / self.states as f64),
             GraphKind::Absorbing => {
                 out.fill(0.0);
-                out[self.states - 1] = moved;
+                out[self.absorbing as usize] = moved;
             }
         }
         out[x as usize] += (-sigma).exp();
@@ -129,7 +144,7 @@ impl Graph {
                 let spread = dsigma.exp_m1() * total / self.states as f64;
                 out.iter_mut().for_each(|o| *o -= spread);
             }
-            GraphKind::Absorbing => out[self.states - 1] -= dsigma.exp_m1() * total,
+            GraphKind::Absorbing => out[self.absorbing as usize] -= dsigma.exp_m1() * total,
         }
     }
 
@@ -163,7 +178,7 @@ impl Graph {
             return x0;
         }
         match self.kind {
-            GraphKind::Absorbing => self.states as Token - 1,
+            GraphKind::Absorbing => self.absorbing,
             GraphKind::Uniform => self.nth_state(u / moved),
         }
     }
@@ -171,7 +186,7 @@ impl Graph {
     /// A token of the limit law that noise tends to: the mask, or any token with equal chance.
     pub fn sample_limit(&self, u: f64) -> Token {
         match self.kind {
-            GraphKind::Absorbing => self.states as Token - 1,
+            GraphKind::Absorbing => self.absorbing,
             GraphKind::Uniform => self.nth_state(u),
         }
     }
@@ -191,8 +206,9 @@ mod tests {
         (
             prop_oneof![Just(GraphKind::Absorbing), Just(GraphKind::Uniform)],
             2usize..40,
+            0u32..40,
         )
-            .prop_map(|(kind, states)| Graph::new(kind, states))
+            .prop_map(|(kind, states, mask)| Graph::new(kind, states).with_mask(mask % states as Token))
     }
 
     proptest! {

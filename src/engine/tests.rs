@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::plan::Sampling;
 use super::*;
-use crate::bundle::{FORMAT, MODEL, Manifest};
+use crate::bundle::{FORMAT, Frame, MODEL, Manifest};
 use crate::diffusion::Parameterization;
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::{GraphKind, SamplerKind, Schedule, Token, TokenChoice};
@@ -50,6 +50,8 @@ pub(super) fn manifest(graph: GraphKind) -> Manifest {
         sigma_offset: false,
         vocab_size,
         mask_token: (graph == GraphKind::Absorbing).then_some(4),
+        excluded_tokens: Vec::new(),
+        frame: Frame::default(),
         end_of_document: None,
         max_length: LENGTH,
         time_conditioned: true,

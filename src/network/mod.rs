@@ -3,6 +3,7 @@
 //! The engine talks to [`ScoreNetwork`] alone. [`onnx`] runs bundles on ONNX Runtime; [`closed_form`]
 //! computes exact scores of a known data law, for tests of everything around the network.
 
+pub mod adapted;
 pub mod closed_form;
 pub mod onnx;
 
@@ -12,6 +13,8 @@ use std::sync::Arc;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+
+use crate::diffusion::Token;
 
 /// Input of one evaluation: canvases of one length, and the rows that are wanted.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +43,8 @@ pub struct ScoreRows<'a> {
     vocab: usize,
     /// Where row i lies in `data`, when `data` holds every position; otherwise rows lie side by side.
     gather: Option<&'a [i64]>,
+    /// Tokens that count as impossible.
+    excluded: &'a [Token],
 }
 
 impl<'a> ScoreRows<'a> {
@@ -49,6 +54,7 @@ impl<'a> ScoreRows<'a> {
             data: Scores::Single(data),
             vocab,
             gather: None,
+            excluded: &[],
         }
     }
 
@@ -58,6 +64,7 @@ impl<'a> ScoreRows<'a> {
             data: Scores::Half(data),
             vocab,
             gather: None,
+            excluded: &[],
         }
     }
 
@@ -70,6 +77,12 @@ impl<'a> ScoreRows<'a> {
         }
     }
 
+    /// The same with a score of zero for these tokens.
+    #[must_use]
+    pub fn excluding(self, excluded: &'a [Token]) -> Self {
+        Self { excluded, ..self }
+    }
+
     /// Length V of a row.
     pub fn vocab(&self) -> usize {
         self.vocab
@@ -77,25 +90,36 @@ impl<'a> ScoreRows<'a> {
 
     /// Log-scores of wanted row `index` over target tokens, length V.
     pub fn row(&self, index: usize) -> Cow<'a, [f32]> {
-        match self.data {
+        let mut row = match self.data {
             Scores::Single(data) => Cow::Borrowed(&data[self.range(index)]),
             Scores::Half(data) => Cow::Owned(data[self.range(index)].iter().map(|x| x.to_f32()).collect()),
+        };
+        for &token in self.excluded {
+            row.to_mut()[token as usize] = f32::NEG_INFINITY;
         }
+        row
     }
 
-    /// [`Self::row`], converted into `buffer` where the network speaks float16.
+    /// [`Self::row`], in `buffer` where it is not as the network gave it: in float16, or with tokens to exclude.
     pub fn row_in<'b>(&self, index: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
     where
         'a: 'b,
     {
         match self.data {
-            Scores::Single(data) => &data[self.range(index)],
+            Scores::Single(data) if self.excluded.is_empty() => return &data[self.range(index)],
+            Scores::Single(data) => {
+                buffer.clear();
+                buffer.extend_from_slice(&data[self.range(index)]);
+            }
             Scores::Half(data) => {
                 buffer.resize(self.vocab, 0.0);
                 data[self.range(index)].convert_to_f32_slice(buffer);
-                buffer
             }
         }
+        for &token in self.excluded {
+            buffer[token as usize] = f32::NEG_INFINITY;
+        }
+        buffer
     }
 
     fn range(&self, index: usize) -> Range<usize> {

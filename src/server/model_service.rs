@@ -59,6 +59,7 @@ impl Service {
                 }),
                 length: defaults.length.map(|length| length as u32),
             }),
+            excluded_tokens: manifest.excluded_tokens.clone(),
             samplers: sampler::that_fit(manifest.graph).map(str::to_owned).collect(),
         }
     }

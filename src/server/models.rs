@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::StartError;
 use crate::bundle::{Bundle, BundleError, demo};
 use crate::models::{NetworkSource, ServedModel};
-use crate::network::ScoreNetwork;
+use crate::network::adapted::Adapted;
 use crate::network::onnx::{OnnxNetwork, OnnxOptions};
 
 /// Version under which the embedded demo model is served.
@@ -29,7 +29,12 @@ pub(super) fn served(
     let bundle = Arc::new(bundle);
     let on = |options: OnnxOptions| -> NetworkSource {
         let source = Arc::clone(&bundle);
-        Box::new(move || Ok(Box::new(OnnxNetwork::load(&source, &options)?) as Box<dyn ScoreNetwork>))
+        Box::new(move || {
+            Ok(Adapted::boxed(
+                OnnxNetwork::load(&source, &options)?,
+                source.manifest(),
+            ))
+        })
     };
     let first = on(devices.first().copied().unwrap_or_default());
     let model = ServedModel::new(&bundle, version, first)?;

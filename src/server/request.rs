@@ -365,7 +365,7 @@ pub(super) fn encode(
 }
 
 /// Tokens of a text that has to fit into a canvas: what cannot fit is refused before it is read.
-fn encode_within(
+pub(super) fn encode_within(
     field: &str,
     text: &str,
     model: &ServedModel,
@@ -380,7 +380,14 @@ fn encode_within(
         );
         return Err(FieldError::new(field, problem).into());
     }
-    encode(field, text, model, limits)
+    let tokens = encode(field, text, model, limits)?;
+    if tokens
+        .iter()
+        .any(|token| Some(*token) == model.manifest().mask_token)
+    {
+        return Err(FieldError::new(field, "holds the mask; a gap takes its place").into());
+    }
+    Ok(tokens)
 }
 
 /// The model's tokenizer, or why there is none.
@@ -390,17 +397,14 @@ pub(super) fn tokenizer(model: &ServedModel) -> Result<&TextTokenizer, Status> {
 
 /// Checks tokens that a caller sent; masks cannot be clamped.
 pub(super) fn tokens(field: &str, ids: Vec<u32>, model: &ServedModel) -> Result<Vec<Token>, FieldError> {
-    let bound = model
-        .manifest()
-        .mask_token
-        .map_or(model.manifest().vocab_size, |mask| mask as usize);
-    match ids.iter().position(|id| *id as usize >= bound) {
-        Some(at) => Err(FieldError::new(
-            format!("{field}[{at}]"),
-            format!("is {}, must be below {bound}", ids[at]),
-        )),
-        None => Ok(ids),
-    }
+    let (states, mask) = (model.manifest().vocab_size, model.manifest().mask_token);
+    let is_wrong = |id: &u32| *id as usize >= states || Some(*id) == mask;
+    let Some(at) = ids.iter().position(is_wrong) else {
+        return Ok(ids);
+    };
+    let and = mask.map_or(String::new(), |mask| format!(" and not the mask, {mask}"));
+    let problem = format!("is {}, must be below {states}{and}", ids[at]);
+    Err(FieldError::new(format!("{field}[{at}]"), problem))
 }
 
 /// Which frames to send, with every default resolved.

@@ -2,7 +2,7 @@
 
 use tonic::Status;
 
-use super::request::{encode, tokens};
+use super::request::{encode_within, tokens};
 use super::status::FieldError;
 use super::template::{Piece, Template};
 use crate::config::LimitsConfig;
@@ -57,7 +57,7 @@ impl TokenSets {
                     );
                     return Err(FieldError::new(field, problem).into());
                 }
-                match encode(&field, text, model, limits)?.as_slice() {
+                match encode_within(&field, text, model, limits)?.as_slice() {
                     [token] => ids.push(*token),
                     several => {
                         let problem = format!("is {} tokens, must be one", several.len());
@@ -70,6 +70,11 @@ impl TokenSets {
             }
             ids.sort_unstable();
             ids.dedup();
+            let excluded = &model.manifest().excluded_tokens;
+            if ids.iter().all(|id| excluded.contains(id)) {
+                let problem = "holds none but tokens that this model never draws (see GetModel)";
+                return Err(FieldError::new(format!("token_sets[{index}]"), problem).into());
+            }
             read.0.push((set.name, ids));
         }
         Ok(read)

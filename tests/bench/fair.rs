@@ -186,6 +186,8 @@ pub(crate) fn waiting(turns: usize) -> Result<Value> {
             sigma_offset: false,
             vocab_size: 5,
             mask_token: None,
+            excluded_tokens: Vec::new(),
+            frame: denoised::bundle::Frame::default(),
             end_of_document: None,
             max_length: 1,
             time_conditioned: true,

@@ -6,7 +6,8 @@ use std::f64::consts::LN_2;
 use std::fmt;
 
 use denoised::bundle::{Bundle, Manifest};
-use denoised::diffusion::{Graph, GraphKind, Token};
+use denoised::diffusion::{GraphKind, Token};
+use denoised::network::adapted::Adapted;
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, NetworkError, ScoreNetwork};
 use serde::{Deserialize, Serialize};
@@ -191,21 +192,24 @@ impl Estimate {
 /// A bundle's network in ONNX Runtime, as the server runs it.
 #[derive(Debug)]
 pub struct Served {
-    network: OnnxNetwork,
+    network: Adapted<OnnxNetwork>,
 }
 
 impl Served {
     /// The network of `bundle`, on the CPU with one thread.
     pub fn load(bundle: &Bundle) -> Result<Self, NetworkError> {
         Ok(Self {
-            network: OnnxNetwork::load(bundle, &OnnxOptions::default())?,
+            network: Adapted::new(
+                OnnxNetwork::load(bundle, &OnnxOptions::default())?,
+                bundle.manifest(),
+            ),
         })
     }
 
     /// What its bundle was trained to bring down.
     pub fn objective(manifest: &Manifest) -> Objective {
         Objective {
-            graph: Graph::new(manifest.graph, manifest.vocab_size),
+            graph: manifest.graph(),
             schedule: manifest.schedule,
             offset: manifest.sigma_offset,
             parameterization: manifest.parameterization,

@@ -15,7 +15,7 @@ use std::path::Path;
 
 use clap::ValueEnum;
 use denoised::bundle::{
-    self, Bundle, BundleError, BundleFile, BundleWriter, Defaults, Manifest, TextTokenizer,
+    self, Bundle, BundleError, BundleFile, BundleWriter, Defaults, Frame, Manifest, TextTokenizer,
 };
 use denoised::diffusion::{Graph, GraphKind, Schedule, Token};
 use denoised::network::NetworkError as RuntimeError;
@@ -283,6 +283,8 @@ fn manifest(model: &TrainedModel<'_>) -> Result<Manifest, ExportError> {
         sigma_offset: config.scale_by_sigma,
         vocab_size: config.states,
         mask_token: Graph::new(model.graph, config.states).mask(),
+        excluded_tokens: Vec::new(),
+        frame: Frame::default(),
         end_of_document: None,
         max_length: config.length,
         time_conditioned: config.time_conditioned,
