@@ -6,10 +6,10 @@ use std::process::{Command, Stdio};
 
 use denoised::bundle::{Bundle, Manifest};
 use denoised::diffusion::{Graph, GraphKind, Parameterization, Token};
+use denoised::network::Batch;
 use denoised::network::adapted::Adapted;
 use denoised::network::closed_form::ClosedForm;
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
-use denoised::network::Batch;
 use denoised::proto::v1::sampling::Sampler;
 use denoised::proto::v1::template_part::Part;
 use denoised::proto::v1::{
