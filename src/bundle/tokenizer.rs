@@ -20,7 +20,9 @@ pub enum TokenizerError {
         states: usize,
     },
     /// A word of text that is the mask to the network.
-    #[error("writes {word:?} as {mask}, which is the network's mask; the mask can be a special token only")]
+    #[error(
+        "gives {word:?} the token id {mask}, which is the network's mask: that can be a special token only"
+    )]
     Mask {
         /// The word.
         word: String,
