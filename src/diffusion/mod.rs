@@ -22,7 +22,7 @@ pub use process::{Parameterization, Process};
 pub use sampler::{RowLaw, SamplerKind, TokenChoice};
 pub use schedule::{Schedule, sigma_offset};
 
-/// A token id in `0..vocab`. The mask of an absorbing graph is the last id.
+/// A token id in `0..vocab`. The mask of an absorbing graph is one of them, the last unless a manifest says otherwise.
 pub type Token = u32;
 
 #[cfg(test)]
