@@ -96,7 +96,7 @@ pub(super) fn uncertainties(candidates: &[Candidate]) -> Vec<f64> {
 }
 
 /// The time at which as many positions are masked as are now.
-pub(super) fn time_of_the_masked(process: &Process, canvas: &CanvasView<'_>) -> f64 {
+pub(in crate::diffusion) fn time_of_the_masked(process: &Process, canvas: &CanvasView<'_>) -> f64 {
     let masked = canvas.movable(process.graph.mask()).count();
     let share = masked as f64 / canvas.gaps.max(1) as f64;
     let most = process.masked_share(1.0);
@@ -116,7 +116,7 @@ pub(super) fn even_share(masked: usize, evaluations: u32) -> usize {
     masked.div_ceil(evaluations.max(1) as usize)
 }
 
-pub(super) fn ascending(values: &[f64]) -> Vec<usize> {
+pub(in crate::diffusion) fn ascending(values: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..values.len()).collect();
     order.sort_by(|&a, &b| values[a].total_cmp(&values[b]).then(a.cmp(&b)));
     order

@@ -80,6 +80,8 @@ pub enum Law {
         /// Weight of the first evaluation's score, which is subtracted.
         kept: f64,
     },
+    /// None: nothing moves, the row is asked about a token that is known.
+    Given,
 }
 
 /// How unsure the network is of a position, before temperature, top-k and top-p; scores are taken as normalised.

@@ -183,6 +183,7 @@ pub fn draw_by(
 ) -> Result<Option<Token>, RowError> {
     match law {
         Law::Affine(law) => draw_among(law, among, x, log_score, offset, u, scratch),
+        Law::Given => Ok(None),
         Law::Jump { gain, kept: less } => {
             let bad = |row: &[f32]| Row::new(row, x as usize).maximum().is_infinite();
             if bad(log_score) || kept.is_some_and(|(row, _)| bad(row)) {
@@ -230,6 +231,28 @@ pub fn draw_by(
                 .ok_or(RowError::Scores)
         }
     }
+}
+
+/// Reads a row over target tokens of which nothing is drawn, for what is asked about it then.
+///
+/// # Errors
+/// [`RowError`] when no law can be made of the row.
+pub fn read(x: Token, log_score: &[f32], scratch: &mut Scratch) -> Result<(), RowError> {
+    let row = Row::new(log_score, x as usize);
+    let top = row.maximum();
+    row.sums(&Weight::new(top), &mut scratch.sums);
+    let sum: f64 = scratch.sums.iter().sum();
+    if top.is_infinite() || sum.is_nan() {
+        return Err(RowError::Scores);
+    }
+    scratch.read = Some((top, sum));
+    Ok(())
+}
+
+/// The sum of the scores of the row that was [read](read) or drawn from last; `None` where there is none.
+pub fn score_sum(offset: f64, scratch: &Scratch) -> Option<f64> {
+    let (top, sum) = scratch.read?;
+    Some((f64::from(top) + offset).exp() * sum)
 }
 
 /// How unsure a row over target tokens is of `token` in place of `x`, in nats; the row must be the one that was
