@@ -31,4 +31,5 @@ mod readme;
 mod repository;
 mod resume;
 mod samplers;
+mod scores;
 mod support;

@@ -33,6 +33,13 @@ pub enum Likelihood {
     Exact(Order),
 }
 
+impl Likelihood {
+    /// Whether its evaluations do not wait for each other.
+    pub fn is_parallel(self) -> bool {
+        self != Self::Exact(Order::SurestFirst)
+    }
+}
+
 /// An order in which positions are filled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -91,11 +98,6 @@ impl ScoredText {
             Likelihood::Bound { draws } => draws,
             Likelihood::Exact(_) => u32::try_from(self.scored()).unwrap_or(u32::MAX),
         }
-    }
-
-    /// Whether its evaluations do not wait for each other.
-    pub fn is_parallel(&self) -> bool {
-        self.likelihood != Likelihood::Exact(Order::SurestFirst)
     }
 
     /// The canvas of evaluation `index`; of those that wait for others, the first one's.
@@ -202,8 +204,10 @@ impl ScoredText {
             Likelihood::Exact(_) => time_of_the_masked(&self.process, &view),
         };
         let mut positions: Vec<usize> = view.movable(self.process.graph.mask()).collect();
-        if self.likelihood == Likelihood::Exact(Order::LeftToRight) {
-            positions.truncate(1);
+        match self.likelihood {
+            Likelihood::Exact(Order::LeftToRight) => positions.truncate(1),
+            Likelihood::Bound { .. } if self.drawn(index).weight == 0.0 => positions.clear(),
+            Likelihood::Exact(Order::SurestFirst) | Likelihood::Bound { .. } => {}
         }
         Evaluation {
             step: index,
@@ -211,7 +215,7 @@ impl ScoredText {
             t,
             sigma: self.process.total_noise(t),
             law: Law::Given,
-            uncertainty: if self.is_parallel() {
+            uncertainty: if self.likelihood.is_parallel() {
                 Uncertainty::None
             } else {
                 Uncertainty::Entropy
@@ -433,7 +437,7 @@ mod tests {
         let mut canvas = text.canvas(0);
         let mut sum = 0.0;
         for index in 0..text.evaluations() {
-            if text.is_parallel() {
+            if text.likelihood.is_parallel() {
                 assert_eq!(canvas, text.canvas(index));
             }
             let evaluation = text.evaluation(index, &canvas);

@@ -79,7 +79,7 @@ pub(super) struct Asked {
     pub(super) number: u64,
     /// Its canvases.
     pub(super) canvases: u32,
-    /// Evaluations of each.
+    /// Evaluations of each; where they differ, of the mean one.
     pub(super) evaluations: u64,
     /// Predicted nanoseconds of an evaluation of one canvas.
     pub(super) cost: u64,
@@ -142,8 +142,19 @@ impl Admission {
 
     /// Takes room for the canvases of `request`: for all of them, or for none.
     pub(super) fn admit(self: &Arc<Self>, caller: &Caller, request: Asked) -> Result<Vec<Permit>, NoRoom> {
-        let nanos = request.evaluations.max(1).saturating_mul(request.cost);
-        let needed = request.nanos(request.evaluations);
+        let shares = vec![request.evaluations; request.canvases as usize];
+        self.admit_shares(caller, request, &shares)
+    }
+
+    /// The same for canvases of these numbers of evaluations.
+    pub(super) fn admit_shares(
+        self: &Arc<Self>,
+        caller: &Caller,
+        request: Asked,
+        shares: &[u64],
+    ) -> Result<Vec<Permit>, NoRoom> {
+        let nanos = |evaluations: &u64| evaluations.max(&1).saturating_mul(request.cost);
+        let needed = shares.iter().map(nanos).fold(0, u64::saturating_add);
         let mut waiting = self.waiting.lock();
         let own = waiting.callers.get(caller).map_or(0, |own| own.all);
         let callers = waiting.callers.len().max(1) as u64;
@@ -163,18 +174,21 @@ impl Admission {
         waiting.all += needed;
         let own = waiting.callers.entry(caller.clone()).or_default();
         own.all += needed;
-        own.requests
-            .insert(request.number, request.waits(request.evaluations));
-        waiting.canvases += u64::from(request.canvases);
+        let waits = Waits {
+            nanos: needed,
+            ..request.waits(request.evaluations)
+        };
+        own.requests.insert(request.number, waits);
+        waiting.canvases += shares.len() as u64;
         drop(waiting);
-        let permit = |_| Permit {
+        let permit = |evaluations: &u64| Permit {
             admission: Arc::clone(self),
             caller: caller.clone(),
             request: request.number,
             cost: request.cost,
-            nanos,
+            nanos: nanos(evaluations),
         };
-        Ok((0..request.canvases).map(permit).collect())
+        Ok(shares.iter().map(permit).collect())
     }
 
     /// How long `evaluations` evaluations of every canvas of `request` will take beside what waits now.

@@ -95,6 +95,10 @@ impl Counters {
         });
     }
 
+    pub(super) fn count_scored(&self) {
+        self.count_ending("scored");
+    }
+
     fn count_ending(&self, outcome: &'static str) {
         self.ended.get_or_create(&Ending { outcome }).inc();
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::thread;
 
-use super::canvas::Canvas;
+use super::job::Job;
 use crate::diffusion::Token;
 use crate::diffusion::sampler::row::{RowError, Scratch};
 use crate::diffusion::sampler::{Candidate, Evaluation};
@@ -16,10 +16,10 @@ pub(super) type Moves = Vec<Candidate>;
 /// twentieth of that.
 const ENTRIES_PER_THREAD: usize = 1 << 20;
 
-/// A canvas and what was asked about it.
+/// A job and what was asked about it.
 #[derive(Debug)]
 pub(super) struct Task<'a> {
-    pub(super) canvas: &'a Canvas,
+    pub(super) job: &'a Job,
     pub(super) evaluation: &'a Evaluation,
     /// Where this is the second evaluation of a step.
     pub(super) between: Option<Between<'a>>,
@@ -91,7 +91,7 @@ fn draw_rows(
     for (
         index,
         Task {
-            canvas,
+            job,
             evaluation,
             between,
         },
@@ -101,7 +101,7 @@ fn draw_rows(
         let own = range.start.clamp(first, first + positions.len())
             ..range.end.clamp(first, first + positions.len());
         if !own.is_empty() {
-            let mut rows = canvas.rows(evaluation);
+            let mut rows = job.rows(evaluation);
             if let Some(between) = between {
                 rows = rows.about(between.tokens);
             }

@@ -24,11 +24,13 @@ pub mod canvas;
 mod cost;
 mod counters;
 mod drawing;
+mod job;
 mod pass;
 pub mod plan;
 mod progress;
 mod queue;
 mod request;
+mod scoring;
 mod watchdog;
 mod work;
 mod worker;
@@ -38,7 +40,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
-use dashmap::mapref::entry::Entry;
+use dashmap::mapref::entry;
 use tokio::sync::watch;
 
 use admission::{Admission, Asked};
@@ -52,6 +54,7 @@ use plan::Plan;
 pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::Queue;
 pub use request::{AdmitError, Caller, Deadline, Generation, OnDeadline, Publish, Request, Resume};
+pub use scoring::{ScoreRequest, Scores, ScoringRun, TextScore, TextToScore};
 use watchdog::Watchdog;
 use work::{Origin, Place, Tally, Work};
 
@@ -90,6 +93,17 @@ pub struct EngineOptions {
 struct Running {
     number: u64,
     cancelled: Arc<AtomicBool>,
+}
+
+/// What is kept of a request of any kind while it runs.
+#[derive(Debug)]
+struct Entry {
+    id: String,
+    caller: Caller,
+    model: Arc<ServedModel>,
+    publish: Publish,
+    deadline: Option<Deadline>,
+    priority: i32,
 }
 
 /// State that workers, loader, admission and callers share.
@@ -253,20 +267,7 @@ impl Engine {
 
     fn try_admit(&self, mut request: Request) -> Result<Generation, AdmitError> {
         let shared = &self.shared;
-        if shared.draining.load(Ordering::Acquire) {
-            return Err(AdmitError::Draining);
-        }
-        if let ModelState::Failed { reason, retry_at } = self.state(&request.model) {
-            return Err(AdmitError::Model {
-                model: request.model.to_string(),
-                reason,
-                retry_after: retry_at.saturating_duration_since(Instant::now()),
-            });
-        }
-        let running = shared.running.len();
-        if running >= shared.options.max_running_requests {
-            return Err(AdmitError::Running { running });
-        }
+        self.check_open(&request.model)?;
         let gaps = request.template.iter().filter(|token| token.is_none()).count();
         let evaluations = request.sampling.most_evaluations(gaps, &request.model);
         let numbers: Vec<u32> = (0..request.canvases)
@@ -282,10 +283,16 @@ impl Engine {
                 .unwrap_or(u32::MAX),
         };
         let predicted = shared.admission.predicted(&request.caller, &asked, evaluations);
-        if let Some(deadline) = request.deadline {
-            self.check_deadline(&request, &asked, deadline)?;
-        }
-        let (origin, mut place) = self.register(&request, asked.number)?;
+        let entry = Entry {
+            id: request.id.clone(),
+            caller: request.caller.clone(),
+            model: Arc::clone(&request.model),
+            publish: request.publish,
+            deadline: request.deadline,
+            priority: request.priority,
+        };
+        self.check_deadline(&entry, &asked, request.template.len())?;
+        let (origin, mut place) = self.register(entry, asked.number)?;
         let permits = if numbers.is_empty() {
             Vec::new()
         } else {
@@ -300,7 +307,7 @@ impl Engine {
                 canvases.push(watch::channel(State::done(&canvas, Timings::default())).1);
                 continue;
             }
-            let (item, receiver) = Work::new(canvas, &origin, number, permit, &place);
+            let (item, receiver) = Work::denoising(canvas, &origin, number, permit, &place);
             canvases.push(receiver);
             work.push(item);
         }
@@ -317,13 +324,102 @@ impl Engine {
         })
     }
 
-    /// Refuses what cannot be done in time, as far as times are known.
-    fn check_deadline(&self, request: &Request, asked: &Asked, deadline: Deadline) -> Result<(), AdmitError> {
+    /// Queues the texts of a request to be scored. Refusals come before anything is built or drawn.
+    pub fn score(&self, request: &ScoreRequest) -> Result<ScoringRun, AdmitError> {
+        let admitted = self.try_score(request);
+        if let Err(refusal) = &admitted {
+            self.shared.counters.count_refusal(refusal);
+        }
+        admitted
+    }
+
+    fn try_score(&self, request: &ScoreRequest) -> Result<ScoringRun, AdmitError> {
         let shared = &self.shared;
-        let is_known = shared
-            .costs
-            .known(request.model.address(), request.template.len())
-            .is_some();
+        self.check_open(&request.model)?;
+        let longest = request
+            .texts
+            .iter()
+            .map(|text| text.tokens.len())
+            .max()
+            .unwrap_or(0);
+        let per_pass = shared.options.batch_tokens / longest.max(1);
+        let layout = scoring::Layout::new(request, per_pass * shared.options.workers);
+        // Evaluations of texts of all lengths, at what they cost on the mean.
+        let cost = |length| shared.costs.predicted(&request.model, length);
+        let cost = layout.mean_cost(request, cost);
+        let asked = Asked {
+            number: shared.requests.fetch_add(1, Ordering::AcqRel),
+            canvases: u32::try_from(layout.shares.len()).unwrap_or(u32::MAX),
+            evaluations: layout.evaluations.div_ceil(layout.shares.len().max(1) as u64),
+            cost,
+            deadline: request.deadline,
+            per_pass: u32::try_from(per_pass).unwrap_or(u32::MAX),
+        };
+        let predicted = shared
+            .admission
+            .predicted(&request.caller, &asked, asked.evaluations);
+        let entry = Entry {
+            id: request.id.clone(),
+            caller: request.caller.clone(),
+            model: Arc::clone(&request.model),
+            publish: Publish::End,
+            deadline: request.deadline,
+            priority: request.priority,
+        };
+        self.check_deadline(&entry, &asked, longest)?;
+        let (origin, mut place) = self.register(entry, asked.number)?;
+        let permits = shared
+            .admission
+            .admit_shares(&request.caller, asked, &layout.shares)?;
+        place.canvases = asked.canvases;
+        let place = Arc::new(place);
+        let texts = layout.build(request);
+        let (board, scores) = scoring::Board::new(&texts);
+        let mut work = Vec::with_capacity(permits.len());
+        for ((number, permit), part) in (0..).zip(permits).zip(texts.into_iter().flatten()) {
+            if part.is_done() {
+                board.done(&part);
+            } else {
+                work.push(Work::scoring(part, &board, &origin, number, permit, &place));
+            }
+        }
+        shared.put(work);
+        Ok(ScoringRun {
+            scores,
+            predicted,
+            id: request.id.clone(),
+            number: origin.number,
+            shared: Arc::clone(shared),
+        })
+    }
+
+    /// Refuses what nothing can be done about now.
+    fn check_open(&self, model: &Arc<ServedModel>) -> Result<(), AdmitError> {
+        let shared = &self.shared;
+        if shared.draining.load(Ordering::Acquire) {
+            return Err(AdmitError::Draining);
+        }
+        if let ModelState::Failed { reason, retry_at } = self.state(model) {
+            return Err(AdmitError::Model {
+                model: model.to_string(),
+                reason,
+                retry_after: retry_at.saturating_duration_since(Instant::now()),
+            });
+        }
+        let running = shared.running.len();
+        if running >= shared.options.max_running_requests {
+            return Err(AdmitError::Running { running });
+        }
+        Ok(())
+    }
+
+    /// Refuses what cannot be done in time, as far as times are known.
+    fn check_deadline(&self, request: &Entry, asked: &Asked, length: usize) -> Result<(), AdmitError> {
+        let Some(deadline) = request.deadline else {
+            return Ok(());
+        };
+        let shared = &self.shared;
+        let is_known = shared.costs.known(request.model.address(), length).is_some();
         let left = deadline.at.saturating_duration_since(Instant::now());
         let running = if shared.admission.is_idle() {
             1
@@ -354,18 +450,16 @@ impl Engine {
             then: deadline.then,
         };
         let Some(missed) = missed else { return Ok(()) };
-        shared
-            .costs
-            .doubt(&request.model, request.template.len(), Instant::now());
+        shared.costs.doubt(&request.model, length, Instant::now());
         Err(refusal(missed))
     }
 
     /// Enters a request under its id, for as long as the place lives.
-    fn register(&self, request: &Request, number: u64) -> Result<(Arc<Origin>, Place), AdmitError> {
+    fn register(&self, request: Entry, number: u64) -> Result<(Arc<Origin>, Place), AdmitError> {
         let cancelled = Arc::new(AtomicBool::new(false));
         match self.shared.running.entry(request.id.clone()) {
-            Entry::Occupied(_) => return Err(AdmitError::Exists(request.id.clone())),
-            Entry::Vacant(place) => place.insert(Running {
+            entry::Entry::Occupied(_) => return Err(AdmitError::Exists(request.id)),
+            entry::Entry::Vacant(place) => place.insert(Running {
                 number,
                 cancelled: Arc::clone(&cancelled),
             }),
@@ -375,16 +469,16 @@ impl Engine {
             id: request.id.clone(),
             number,
             caller: request.caller.clone(),
-            model: Arc::clone(&request.model),
+            model: request.model,
             canvases: 0,
             admitted: Instant::now(),
             tally: Tally::default(),
             shared: Arc::clone(&self.shared),
         };
         let origin = Origin {
-            id: request.id.clone(),
+            id: request.id,
             number,
-            caller: request.caller.clone(),
+            caller: request.caller,
             cancelled,
             publish: request.publish,
             deadline: request.deadline,
@@ -519,5 +613,7 @@ mod models_test;
 mod pinned_test;
 #[cfg(test)]
 mod samplers_test;
+#[cfg(test)]
+mod scoring_test;
 #[cfg(test)]
 mod tests;

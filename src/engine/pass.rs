@@ -50,7 +50,7 @@ impl Pass {
         let asked: Vec<Task<'_>> = batch
             .iter()
             .map(|work| Task {
-                canvas: &work.canvas,
+                job: &work.job,
                 evaluation: &work.evaluation,
                 between: None,
             })
@@ -83,11 +83,11 @@ impl Pass {
                     let between = Between {
                         tokens: &second.tokens,
                         rows: &self.kept[first..end],
-                        offset: asked[index].canvas.rows(asked[index].evaluation).offset(),
+                        offset: asked[index].job.offset(asked[index].evaluation),
                     };
                     first = end;
                     Task {
-                        canvas: asked[index].canvas,
+                        job: asked[index].job,
                         evaluation: &second.evaluation,
                         between: Some(between),
                     }
@@ -111,7 +111,7 @@ impl Pass {
                 work.timings.network += clock.network;
                 work.timings.sampling += clock.sampling;
                 let spent = 1 + u32::from(seconds.get(index).is_some_and(Option::is_some));
-                outcome.map(|moves| work.canvas.commit(&work.evaluation, moves, spent))
+                outcome.map(|moves| work.job.commit(&work.evaluation, moves, spent))
             })
             .collect();
         Ok(Passed {
@@ -143,7 +143,7 @@ impl Inputs {
         self.gather(asked);
         let inputs = Batch {
             tokens: &self.tokens,
-            length: asked.first().map_or(0, |asked| asked.canvas.tokens().len()),
+            length: asked.first().map_or(0, |asked| asked.job.tokens().len()),
             sigma: &self.sigma,
             positions: &self.positions,
         };
@@ -167,7 +167,7 @@ impl Inputs {
         self.sigma.clear();
         self.positions.clear();
         for Task {
-            canvas,
+            job,
             evaluation,
             between,
         } in asked
@@ -175,7 +175,7 @@ impl Inputs {
             let first = self.tokens.len() as i64;
             let positions = evaluation.positions.iter();
             self.positions.extend(positions.map(|&i| first + i as i64));
-            let tokens: &[Token] = between.as_ref().map_or(canvas.tokens(), |between| between.tokens);
+            let tokens: &[Token] = between.as_ref().map_or(job.tokens(), |between| between.tokens);
             self.tokens.extend(tokens.iter().map(|&t| i64::from(t)));
             self.sigma.push(evaluation.sigma as f32);
         }
@@ -191,17 +191,17 @@ fn keep(
 ) -> Vec<Option<Second>> {
     let mut first = 0;
     let second = |(asked, drawn): (&Task<'_>, &Result<Moves, RowError>)| {
-        let (canvas, evaluation) = (asked.canvas, asked.evaluation);
+        let (job, evaluation) = (asked.job, asked.evaluation);
         let second = drawn
             .as_ref()
             .ok()
-            .and_then(|moves| canvas.second(evaluation, moves));
+            .and_then(|moves| job.second(evaluation, moves));
         for position in second.iter().flat_map(|second| &second.evaluation.positions) {
             if let Ok(at) = evaluation.positions.binary_search(position) {
                 let start = kept.len();
                 kept.extend_from_slice(&rows.row(first + at));
                 // What a row says of its own token is not defined.
-                kept[start + canvas.tokens()[*position] as usize] = f32::NEG_INFINITY;
+                kept[start + job.tokens()[*position] as usize] = f32::NEG_INFINITY;
             }
         }
         first += evaluation.positions.len();

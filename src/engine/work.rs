@@ -1,4 +1,4 @@
-//! A canvas and what goes with it from worker to worker.
+//! A job and what goes with it from worker to worker.
 
 use std::cmp::Reverse;
 use std::sync::Arc;
@@ -9,8 +9,10 @@ use tokio::sync::watch;
 
 use super::admission::Permit;
 use super::canvas::Canvas;
+use super::job::Job;
 use super::queue::{FlowDescription, FlowKey, Lane, Urgency, Weight};
 use super::request::{Caller, Deadline, OnDeadline};
+use super::scoring::{Board, Scoring};
 use super::{Counters, Failure, Phase, Publish, Shared, State, Timings};
 use crate::diffusion::sampler::Evaluation;
 use crate::models::{ServedModel, Waiting};
@@ -108,14 +110,53 @@ impl Drop for Place {
     }
 }
 
-/// Room and place of a canvas that has not ended, and its followers. Apart from the canvas, so that it can be
-/// ended while a thread that does not come back has the canvas.
+/// Who follows a job.
+#[derive(Debug)]
+enum Follower {
+    /// Of a canvas, by its newest state; closed when nobody listens any more.
+    Canvas(watch::Sender<State>),
+    /// Of a part of a scoring.
+    Scoring(Arc<Board>),
+}
+
+impl Follower {
+    fn is_gone(&self) -> bool {
+        match self {
+            Self::Canvas(progress) => progress.is_closed(),
+            Self::Scoring(board) => board.is_closed(),
+        }
+    }
+
+    /// Tells that the job has ended, where it is at hand in the state that it is in.
+    fn fail(&self, job: Option<&Job>, failure: Failure) {
+        match (self, job) {
+            (Self::Scoring(board), _) => board.fail(failure),
+            (Self::Canvas(progress), Some(Job::Denoising(canvas))) => {
+                tell(progress, |state| *state = State::failed(canvas, failure));
+            }
+            (Self::Canvas(progress), _) => tell(progress, |state| state.phase = Phase::Failed(failure)),
+        }
+    }
+}
+
+/// Changes the newest state of a canvas that has not ended.
+fn tell(progress: &watch::Sender<State>, change: impl FnOnce(&mut State)) {
+    progress.send_if_modified(|state| {
+        let running = matches!(state.phase, Phase::Running);
+        if running {
+            change(state);
+        }
+        running
+    });
+}
+
+/// Room and place of a job that has not ended, and its followers. Apart from the job, so that it can be
+/// ended while a thread that does not come back has the job.
 #[derive(Debug)]
 pub(super) struct Ticket {
     request: String,
-    /// Keeps the newest state only; closed when nobody listens any more.
-    progress: watch::Sender<State>,
-    /// Room and place; gone when the canvas has ended.
+    follower: Follower,
+    /// Room and place; gone when the job has ended.
     held: Mutex<Option<(Permit, Arc<Place>)>>,
 }
 
@@ -125,40 +166,39 @@ impl Ticket {
         &self.request
     }
 
-    /// Ends the canvas with `failure`, unless it has ended before.
+    /// Ends the job with `failure`, unless it has ended before.
     pub(super) fn end(&self, failure: Failure) {
-        self.let_go(|counters| counters.count_failure(&failure));
-        self.tell(|state| state.phase = Phase::Failed(failure));
+        self.end_at(None, failure);
     }
 
-    /// The same of a canvas that is at hand, in the state that it is in.
-    fn end_at(&self, canvas: &Canvas, failure: Failure) {
-        self.let_go(|counters| counters.count_failure(&failure));
-        self.tell(|state| *state = State::failed(canvas, failure));
+    fn end_at(&self, job: Option<&Job>, failure: Failure) {
+        if self.let_go(|counters| counters.count_failure(&failure)) {
+            self.follower.fail(job, failure);
+        }
     }
 
-    /// Changes the newest state of a canvas that has not ended.
-    fn tell(&self, change: impl FnOnce(&mut State)) {
-        self.progress.send_if_modified(|state| {
-            let running = matches!(state.phase, Phase::Running);
-            if running {
-                change(state);
-            }
-            running
-        });
-    }
-
-    fn done(&self, state: State) {
+    fn done(&self, job: &Job, timings: Timings) {
         if let Some((_, place)) = &*self.held.lock() {
             place.tally.done.fetch_add(1, Ordering::AcqRel);
             place
                 .tally
                 .evaluations
-                .fetch_add(state.nfe.into(), Ordering::AcqRel);
+                .fetch_add(job.nfe().into(), Ordering::AcqRel);
         }
-        let early = matches!(&state.phase, Phase::Done(outcome) if outcome.early);
-        self.let_go(|counters| counters.count_done(early));
-        self.tell(|newest| *newest = state);
+        match (&self.follower, job) {
+            (Follower::Canvas(progress), Job::Denoising(canvas)) => {
+                self.let_go(|counters| counters.count_done(canvas.finished_early()));
+                tell(progress, |state| *state = State::done(canvas, timings));
+            }
+            (Follower::Scoring(board), Job::Scoring(part)) => {
+                self.let_go(Counters::count_scored);
+                board.done(part);
+            }
+            // A job has a follower of its own kind.
+            (Follower::Canvas(_), Job::Scoring(_)) | (Follower::Scoring(_), Job::Denoising(_)) => {
+                self.let_go(|_| ());
+            }
+        }
     }
 
     /// Gives room back after `spent` evaluations, of which `left` are left.
@@ -172,28 +212,28 @@ impl Ticket {
         }
     }
 
-    /// Frees what the canvas holds, once; first, so that whoever is told finds it free.
-    fn let_go(&self, count: impl FnOnce(&Counters)) {
+    /// Frees what the job holds, once; first, so that whoever is told finds it free. Whether it still held it.
+    fn let_go(&self, count: impl FnOnce(&Counters)) -> bool {
         // Giving room and place back takes locks of its own.
         let held = self.held.lock().take();
         if let Some((_, place)) = &held {
             count(&place.shared.counters);
         }
-        drop(held);
+        held.is_some()
     }
 }
 
-/// A canvas on its way. However it ends, whoever follows it is told, and its room is free again.
+/// A job on its way. However it ends, whoever follows it is told, and its room is free again.
 #[derive(Debug)]
 pub(super) struct Work {
-    pub(super) canvas: Canvas,
+    pub(super) job: Job,
     /// The next evaluation.
     pub(super) evaluation: Evaluation,
     pub(super) origin: Arc<Origin>,
-    /// Number of the canvas in its request.
+    /// Number of the job in its request.
     pub(super) index: u32,
     ticket: Arc<Ticket>,
-    /// Set after a pass has failed that others shared: it may have been this canvas.
+    /// Set after a pass has failed that others shared: it may have been this job.
     alone: bool,
     /// Since when it has waited for its next step.
     pub(super) ready: Instant,
@@ -202,13 +242,13 @@ pub(super) struct Work {
     pub(super) timings: Timings,
     /// Evaluations that have been counted.
     counted: u32,
-    /// Passes that failed in a row with this canvas alone.
+    /// Passes that failed in a row with this job alone.
     pub(super) attempts: u32,
 }
 
 impl Work {
-    /// Work that takes part in the queue, and the newest state of its canvas.
-    pub(super) fn new(
+    /// Denoising that takes part in the queue, and the newest state of its canvas.
+    pub(super) fn denoising(
         canvas: Canvas,
         origin: &Arc<Origin>,
         index: u32,
@@ -216,14 +256,40 @@ impl Work {
         place: &Arc<Place>,
     ) -> (Self, watch::Receiver<State>) {
         let (progress, receiver) = watch::channel(State::running(&canvas));
+        let follower = Follower::Canvas(progress);
+        let work = Self::new(Job::Denoising(canvas), follower, origin, index, permit, place);
+        (work, receiver)
+    }
+
+    /// A part of a scoring that takes part in the queue.
+    pub(super) fn scoring(
+        part: Scoring,
+        board: &Arc<Board>,
+        origin: &Arc<Origin>,
+        index: u32,
+        permit: Permit,
+        place: &Arc<Place>,
+    ) -> Self {
+        let follower = Follower::Scoring(Arc::clone(board));
+        Self::new(Job::Scoring(part), follower, origin, index, permit, place)
+    }
+
+    fn new(
+        job: Job,
+        follower: Follower,
+        origin: &Arc<Origin>,
+        index: u32,
+        permit: Permit,
+        place: &Arc<Place>,
+    ) -> Self {
         let ticket = Ticket {
             request: origin.id.clone(),
-            progress,
+            follower,
             held: Mutex::new(Some((permit, Arc::clone(place)))),
         };
         let work = Self {
-            evaluation: canvas.evaluation(),
-            canvas,
+            evaluation: job.evaluation(),
+            job,
             origin: Arc::clone(origin),
             index,
             ticket: Arc::new(ticket),
@@ -235,12 +301,12 @@ impl Work {
             attempts: 0,
         };
         // The number of evaluations was an upper bound as long as hitting times were not drawn.
-        work.ticket.keep(0, work.canvas.evaluations_left());
+        work.ticket.keep(0, work.job.evaluations_left());
         work.join();
-        (work, receiver)
+        work
     }
 
-    /// Returns the ticket, which ends the canvas wherever it is.
+    /// Returns the ticket, which ends the job wherever it is.
     pub(super) fn ticket(&self) -> &Arc<Ticket> {
         &self.ticket
     }
@@ -255,17 +321,16 @@ impl Work {
 
     /// Returns what the next step takes of a pass.
     pub(super) fn weight(&self) -> Weight {
-        let model = self.canvas.model();
+        let model = self.job.model();
         let output = model.output();
         let rows = if output.all_rows {
-            self.canvas.tokens().len()
-        } else if self.origin.finish_by().is_some() {
-            // Its deadline can make it ask for all that is left.
-            self.canvas.movable()
+            self.job.tokens().len()
         } else {
-            self.evaluation.positions.len()
+            // Its deadline can make it ask for all that is left.
+            self.job
+                .most_rows(&self.evaluation, self.origin.finish_by().is_some())
         };
-        let evaluations = self.canvas.evaluations(&self.evaluation) as usize;
+        let evaluations = self.job.evaluations(&self.evaluation) as usize;
         Weight {
             evaluations: evaluations as u64,
             // Rows of a first evaluation are kept for the second.
@@ -286,8 +351,8 @@ impl Work {
     fn join(&self) {
         let key = self.flow();
         let lane = Lane {
-            model: self.canvas.model().address(),
-            length: self.canvas.tokens().len(),
+            model: self.job.model().address(),
+            length: self.job.tokens().len(),
             alone: key.alone.map(|_| key),
         };
         let description = FlowDescription {
@@ -303,7 +368,7 @@ impl Work {
     pub(super) fn taken(&mut self, pass: Duration) {
         let now = Instant::now();
         let waited = now.saturating_duration_since(self.ready);
-        let longest = if self.canvas.nfe() > 0 {
+        let longest = if self.job.nfe() > 0 {
             waited.max(self.waited)
         } else {
             // Its model may have been loaded meanwhile: that says nothing of the next wait.
@@ -314,8 +379,11 @@ impl Work {
             return;
         };
         let next = (longest + pass).mul_f64(DOUBT) + LAST_WORDS;
-        if now + pass + next > deadline && self.canvas.evaluations_left() > 1 {
-            self.evaluation = self.canvas.finish();
+        if now + pass + next > deadline
+            && self.job.evaluations_left() > 1
+            && let Some(last) = self.job.finish()
+        {
+            self.evaluation = last;
         }
     }
 
@@ -327,47 +395,51 @@ impl Work {
             Some(Failure::Cancelled)
         } else if self.origin.deadline.is_some_and(too_late) {
             Some(Failure::Deadline)
-        } else if self.ticket.progress.is_closed() {
+        } else if self.ticket.follower.is_gone() {
             Some(Failure::Abandoned)
         } else {
             None
         }
     }
 
-    /// Tells what a pass has made of the canvas; gives back what is not finished.
+    /// Tells what a pass has made of the job; gives back what is not finished.
     pub(super) fn publish(mut self) -> Option<Self> {
         self.attempts = 0;
         self.set_alone(false);
-        let left = if self.canvas.is_done() {
+        let left = if self.job.is_done() {
             0
         } else {
-            self.canvas.evaluations_left()
+            self.job.evaluations_left()
         };
-        let spent = self.canvas.nfe() - std::mem::replace(&mut self.counted, self.canvas.nfe());
+        let spent = self.job.nfe() - std::mem::replace(&mut self.counted, self.job.nfe());
         self.ticket.keep(spent.into(), left);
-        if self.canvas.is_done() {
+        if let Follower::Scoring(board) = &self.ticket.follower {
+            board.advance(spent.into());
+        }
+        if self.job.is_done() {
             self.timings.total = self.origin.admitted.elapsed();
-            let done = State::done(&self.canvas, self.timings);
-            self.ticket.done(done);
+            self.ticket.done(&self.job, self.timings);
             return None;
         }
         if let Some(failure) = self.is_over() {
             self.end(failure);
             return None;
         }
-        self.evaluation = self.canvas.evaluation();
-        if self.origin.publish == Publish::Steps {
-            let running = State::running(&self.canvas);
-            self.ticket.tell(|state| *state = running);
+        self.evaluation = self.job.evaluation();
+        if self.origin.publish == Publish::Steps
+            && let (Follower::Canvas(progress), Job::Denoising(canvas)) = (&self.ticket.follower, &self.job)
+        {
+            let running = State::running(canvas);
+            tell(progress, |state| *state = running);
         }
         self.ready = Instant::now();
         Some(self)
     }
 
-    /// Ends the canvas.
+    /// Ends the job.
     pub(super) fn end(self, failure: Failure) {
         // Whoever goes on elsewhere goes on from here.
-        self.ticket.end_at(&self.canvas, failure);
+        self.ticket.end_at(Some(&self.job), failure);
     }
 }
 

@@ -27,7 +27,7 @@ fn work(shared: &Arc<Shared>, index: usize) {
     let put = put_into(shared);
     while let Some(taken) = shared.queue.take(limits(shared), &shared.costs) {
         let batch = those_who_go_on(taken);
-        let Some(model) = batch.first().map(|work| Arc::clone(work.canvas.model())) else {
+        let Some(model) = batch.first().map(|work| Arc::clone(work.job.model())) else {
             continue;
         };
         let sessions = shared.loader.sessions(&model);
@@ -52,7 +52,7 @@ fn work(shared: &Arc<Shared>, index: usize) {
                 verdicts,
                 per_evaluation,
             }) => {
-                let length = batch.first().map_or(0, |work| work.canvas.tokens().len());
+                let length = batch.first().map_or(0, |work| work.job.tokens().len());
                 shared.costs.measured(&model, length, batch.len(), per_evaluation);
                 shared.budget.went_well();
                 sessions.check_in(session, &shared.loader, &put);
@@ -81,7 +81,7 @@ fn work(shared: &Arc<Shared>, index: usize) {
                 );
             }
             Err(error @ NetworkError::Memory(_)) => {
-                let tokens: usize = batch.iter().map(|work| work.canvas.tokens().len()).sum();
+                let tokens: usize = batch.iter().map(|work| work.job.tokens().len()).sum();
                 let lowered = shared.budget.lower(tokens);
                 tracing::error!(worker = index, %model, %error, tokens, lowered, "there is no memory for a pass; the next ones are smaller");
                 sessions.check_in(session, &shared.loader, &put);
@@ -116,10 +116,10 @@ fn predicted(shared: &Shared, batch: &[Work]) -> Duration {
     };
     let cost = shared
         .costs
-        .predicted(first.canvas.model(), first.canvas.tokens().len());
+        .predicted(first.job.model(), first.job.tokens().len());
     let rounds = batch
         .iter()
-        .map(|work| work.canvas.evaluations(&work.evaluation))
+        .map(|work| work.job.evaluations(&work.evaluation))
         .max();
     Duration::from_nanos(cost.saturating_mul(batch.len() as u64)) * rounds.unwrap_or(1)
 }

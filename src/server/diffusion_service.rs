@@ -37,14 +37,14 @@ struct Call {
 }
 
 /// Who calls, when, and how long the call may take.
-struct Arrival {
-    caller: Caller,
+pub(super) struct Arrival {
+    pub(super) caller: Caller,
     at: Instant,
     timeout: Option<Duration>,
 }
 
 impl Arrival {
-    fn of<T>(request: &Request<T>) -> Self {
+    pub(super) fn of<T>(request: &Request<T>) -> Self {
         Self {
             caller: caller::of(request),
             at: Instant::now(),
@@ -52,7 +52,7 @@ impl Arrival {
         }
     }
 
-    fn deadline(&self, asked: Option<v1::Deadline>) -> Result<Option<Deadline>, FieldError> {
+    pub(super) fn deadline(&self, asked: Option<v1::Deadline>) -> Result<Option<Deadline>, FieldError> {
         deadline::deadline(asked, self.timeout, self.at)
     }
 }
@@ -237,6 +237,7 @@ fn accepted(asked: &Call, resolved: &request::Resolved, template: &Template) -> 
 impl DiffusionService for Service {
     type GenerateStream = BoxStream<'static, Result<v1::GenerateResponse, Status>>;
     type InfillStream = BoxStream<'static, Result<v1::InfillResponse, Status>>;
+    type ScoreStream = BoxStream<'static, Result<v1::ScoreResponse, Status>>;
 
     async fn generate(
         &self,
@@ -320,6 +321,21 @@ impl DiffusionService for Service {
             Ok(v1::InfillResponse { event })
         });
         Ok(Response::new(out.boxed()))
+    }
+
+    async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<Self::ScoreStream>, Status> {
+        let out = self.score_texts(request).await?.map(|event| {
+            let event = Some(event?);
+            Ok(v1::ScoreResponse { event })
+        });
+        Ok(Response::new(out.boxed()))
+    }
+
+    async fn choose(
+        &self,
+        request: Request<v1::ChooseRequest>,
+    ) -> Result<Response<v1::ChooseResponse>, Status> {
+        self.choose_among(request).await.map(Response::new)
     }
 
     async fn cancel(

@@ -16,6 +16,7 @@ mod repository;
 pub(crate) mod request;
 mod resume;
 pub mod sampler;
+mod scoring;
 mod server_service;
 mod status;
 mod stream;

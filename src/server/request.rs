@@ -145,7 +145,7 @@ fn start_time(asked: Option<f64>, template: &Template, model: &ServedModel) -> R
 }
 
 /// A seed below 2^53: what JSON and JavaScript can tell from its neighbours.
-fn drawn_seed() -> u64 {
+pub(super) fn drawn_seed() -> u64 {
     uuid::Uuid::new_v4().as_u64_pair().0 >> 11
 }
 
@@ -330,7 +330,12 @@ fn draft(
 }
 
 /// `text`, of these `tokens`, before a gap: a space at its end that is a token of its own is left to the gap.
-fn before_gap(field: &str, tokens: Vec<Token>, text: String, model: &ServedModel) -> Result<Piece, Status> {
+pub(super) fn before_gap(
+    field: &str,
+    tokens: Vec<Token>,
+    text: String,
+    model: &ServedModel,
+) -> Result<Piece, Status> {
     let Some(without) = text.strip_suffix(' ') else {
         return Ok(Piece::Text(text, tokens));
     };

@@ -86,14 +86,14 @@ pub(super) fn events(
 
 /// Hands `events` of a request to its connection, from a task of its own: a client that reads nothing for
 /// `unread` ends its request, although its stream is not asked for anything any more. So does its deadline `until`.
-pub(super) fn deliver(
-    mut events: BoxStream<'static, Result<Event, Status>>,
+pub(super) fn deliver<T: Send + 'static>(
+    mut events: BoxStream<'static, Result<T, Status>>,
     request: String,
     unread: Duration,
     until: Option<std::time::Instant>,
     engine: Arc<Engine>,
-) -> BoxStream<'static, Result<Event, Status>> {
-    let (sender, receiver) = mpsc::channel::<Option<Result<Event, Status>>>(1);
+) -> BoxStream<'static, Result<T, Status>> {
+    let (sender, receiver) = mpsc::channel::<Option<Result<T, Status>>>(1);
     tokio::spawn(async move {
         loop {
             // Room first: an event is made when it can go out, and is true then.
