@@ -331,6 +331,103 @@ fn prompts_and_tokens_come_from_standard_input_and_files_too() {
 }
 
 #[test]
+fn texts_are_scored_and_chosen_among() {
+    let server = Serving::start();
+    let run = |arguments: &[&str]| {
+        let output = denoised()
+            .args(arguments)
+            .env("DENOISED_SERVER", format!("http://{}", server.address))
+            .output()
+            .unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let lines = |arguments: &[&str]| {
+        let (code, out, error) = run(arguments);
+        assert_eq!(code, Some(0), "{error}");
+        out.lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+            .collect::<Vec<_>>()
+    };
+    let all = [
+        "score",
+        "--json",
+        "--exact",
+        "left-to-right",
+        "--given",
+        "And the king said to",
+    ];
+    let scores = lines(&[&all[..], &[" his servants.", " servants his."]].concat());
+    assert_eq!(scores[0]["scoring"]["exact"], "left-to-right");
+    let nats = |text: u64| {
+        let score = scores.iter().find(|line| line["score"]["text"] == text);
+        score.unwrap()["score"]["nats"].as_f64().unwrap()
+    };
+    assert!(nats(0) + 3.0 < nats(1));
+    let total = &scores.last().unwrap()["total"];
+    assert!((total["nats"].as_f64().unwrap() - nats(0) - nats(1)).abs() < 1e-9);
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("texts");
+    std::fs::write(&file, "And he said,\n\nGo up to the house.\n").unwrap();
+    let read = lines(&[
+        "score",
+        "--json",
+        "--lines",
+        "--draws",
+        "8",
+        "--file",
+        file.to_str().unwrap(),
+    ]);
+    assert_eq!(read.iter().filter(|line| line.get("score").is_some()).count(), 2);
+    let (_, shown, _) = run(&["score", "--draws", "8", "--file", file.to_str().unwrap()]);
+    assert!(
+        shown.contains("And he said,…") && shown.contains(" bits/byte"),
+        "{shown}"
+    );
+
+    let template = "And he went up to the [[]] of the king.";
+    let chosen = lines(&["choose", "--json", template, "of", "house"]);
+    assert_eq!(chosen[0]["candidate"]["text"], "house");
+    assert_eq!(chosen[0]["candidate"]["index"], 1);
+    let (_, shown, _) = run(&["choose", template, "of", "house"]);
+    assert!(shown.lines().next().unwrap().ends_with(" nats  house"), "{shown}");
+
+    for (arguments, code, told) in [
+        (&["choose", "no slot", "a", "b"][..], 64, "[[]] once"),
+        (&["choose", "[[]] [[]]", "a", "b"], 64, "[[]] once"),
+        (&["choose", "[[]]", "a"], 64, "2 values"),
+        (&["score"], 64, "TEXT"),
+        (&["score", "--lines", ""], 64, "no text to score"),
+        (&["score", "--seed", "-1", "a"], 64, "whole number"),
+        (
+            &["score", "--draws", "8", "--exact", "surest-first", "a"],
+            64,
+            "--exact",
+        ),
+        (
+            &["score", "--draws", "3", "a"],
+            64,
+            "likelihood.bound.draws: is 3",
+        ),
+        (
+            &["score", "--exact", "surest-first", "--seed", "1", "a"],
+            64,
+            "seed: is for bounds",
+        ),
+    ] {
+        let (found, _, error) = run(arguments);
+        assert!(
+            found == Some(code) && error.contains(told),
+            "{arguments:?}: {found:?} {error}"
+        );
+    }
+}
+
+#[test]
 fn what_speaks_no_grpc_is_said_to() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());

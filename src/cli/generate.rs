@@ -369,13 +369,13 @@ fn print_line(
     writeln!(out, "{}", serde_json::to_string(&line)?)
 }
 
-fn seed(text: &str) -> Result<u64, String> {
+pub(super) fn seed(text: &str) -> Result<u64, String> {
     text.parse()
         .map_err(|_| format!("must be a whole number, 0 to {}", u64::MAX))
 }
 
 /// Seconds as milliseconds.
-fn deadline_ms(text: &str) -> Result<u64, String> {
+pub(super) fn deadline_ms(text: &str) -> Result<u64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.001..=1e9).contains(&seconds) => Ok((seconds * 1e3) as u64),
         _ => Err("must be a number of seconds, 0.001 to 1000000000".to_owned()),

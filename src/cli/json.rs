@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::client;
 use crate::proto::v1;
 use crate::proto::v1::sampling::Sampler;
+use crate::proto::v1::score_response::Event;
 use crate::server::sampler;
 
 /// One line.
@@ -18,6 +19,11 @@ pub(super) enum Line<'a> {
     Frame(Frame<'a>),
     Result(Finished<'a>),
     Resumed(Resumed<'a>),
+    Scoring(Scoring<'a>),
+    Progress(Progress),
+    Score(Score<'a>),
+    Total(Total),
+    Candidate(Candidate<'a>),
 }
 
 /// The server has gone away, and the request goes on.
@@ -103,6 +109,131 @@ struct Timings {
     total_ms: f64,
 }
 
+/// The request to score as the server understood it.
+#[derive(Debug, Serialize)]
+pub(super) struct Scoring<'a> {
+    request_id: &'a str,
+    model: String,
+    exact: Option<String>,
+    draws: Option<u32>,
+    seed: Option<u64>,
+    total: u64,
+    deadline_ms: Option<u64>,
+    predicted_seconds: f64,
+}
+
+/// How far the request to score is.
+#[derive(Debug, Serialize)]
+pub(super) struct Progress {
+    done: u64,
+    total: u64,
+}
+
+/// The score of a text.
+#[derive(Debug, Serialize)]
+pub(super) struct Score<'a> {
+    text: u32,
+    nats: f64,
+    standard_error: f64,
+    tokens: u32,
+    bytes: Option<u64>,
+    log_probabilities: &'a [f64],
+    sequences: u32,
+    nfe: u64,
+}
+
+/// All texts together.
+#[derive(Debug, Serialize)]
+pub(super) struct Total {
+    tokens: u64,
+    bytes: Option<u64>,
+    nats: f64,
+    nats_per_token: f64,
+    standard_error: f64,
+    bits_per_byte: Option<f64>,
+    perplexity: f64,
+}
+
+/// The score of a candidate.
+#[derive(Debug, Serialize)]
+pub(super) struct Candidate<'a> {
+    index: usize,
+    text: &'a str,
+    probability: f64,
+    log_probability: f64,
+    standard_error: f64,
+    tokens: u32,
+}
+
+impl<'a> Line<'a> {
+    /// The score of candidate `index`.
+    pub(super) fn candidate(text: &'a str, index: usize, score: &v1::CandidateScore) -> Self {
+        Self::Candidate(Candidate {
+            index,
+            text,
+            probability: score.probability,
+            log_probability: score.log_probability,
+            standard_error: score.standard_error,
+            tokens: score.tokens,
+        })
+    }
+}
+
+impl<'a> From<&'a Event> for Line<'a> {
+    fn from(event: &'a Event) -> Self {
+        match event {
+            Event::Accepted(accepted) => {
+                use v1::likelihood::Likelihood;
+                let asked = accepted
+                    .likelihood
+                    .as_ref()
+                    .and_then(|asked| asked.likelihood.as_ref());
+                let (exact, draws) = match asked {
+                    Some(Likelihood::Exact(exact)) => {
+                        let order = plain(exact.order().as_str_name(), "ORDER_");
+                        (Some(order.replace('_', "-")), None)
+                    }
+                    Some(Likelihood::Bound(bound)) => (None, bound.draws),
+                    None => (None, None),
+                };
+                Self::Scoring(Scoring {
+                    request_id: &accepted.request_id,
+                    model: reference(accepted.model.as_ref()),
+                    exact,
+                    draws,
+                    seed: accepted.seed,
+                    total: accepted.total,
+                    deadline_ms: accepted.deadline_ms,
+                    predicted_seconds: accepted.predicted_seconds,
+                })
+            }
+            Event::Progress(now) => Self::Progress(Progress {
+                done: now.done,
+                total: now.total,
+            }),
+            Event::Score(score) => Self::Score(Score {
+                text: score.text,
+                nats: score.nats,
+                standard_error: score.standard_error,
+                tokens: score.tokens,
+                bytes: score.bytes,
+                log_probabilities: &score.log_probabilities,
+                sequences: score.sequences,
+                nfe: score.nfe,
+            }),
+            Event::Total(total) => Self::Total(Total {
+                tokens: total.tokens,
+                bytes: total.bytes,
+                nats: total.nats,
+                nats_per_token: total.nats_per_token,
+                standard_error: total.standard_error,
+                bits_per_byte: total.bits_per_byte,
+                perplexity: total.perplexity,
+            }),
+        }
+    }
+}
+
 /// A served model.
 #[derive(Debug, Serialize)]
 pub(super) struct Model<'a> {
@@ -128,7 +259,7 @@ impl<'a> From<&'a v1::Accepted> for Line<'a> {
         let sampler = sampling.sampler;
         Self::Accepted(Accepted {
             request_id: &accepted.request_id,
-            model: model.map_or_else(String::new, |model| format!("{}@{}", model.name, model.version)),
+            model: reference(model),
             seed: sampling.seed(),
             sampler: sampler
                 .as_ref()
@@ -261,6 +392,11 @@ pub(super) fn provenance(model: &v1::Model) -> Value {
     serde_json::from_str(&model.provenance_json).unwrap_or_default()
 }
 
+/// A model as `name@version`.
+fn reference(model: Option<&v1::ModelReference>) -> String {
+    model.map_or_else(String::new, |model| format!("{}@{}", model.name, model.version))
+}
+
 /// An enum value's proto name without its prefix, in lower case.
 pub(super) fn plain(name: &str, prefix: &str) -> String {
     name.trim_start_matches(prefix).to_lowercase()
@@ -333,6 +469,11 @@ mod tests {
             value(&v1::Frame::default()),
             value(&v1::CanvasResult::default()),
             value(&resumed),
+            value(&Event::Accepted(v1::ScoreAccepted::default())),
+            value(&Event::Progress(v1::ScoreProgress::default())),
+            value(&Event::Score(v1::TextScore::default())),
+            value(&Event::Total(v1::ScoreTotal::default())),
+            value(Line::candidate("", 0, &v1::CandidateScore::default())),
         ];
         let told: BTreeMap<String, BTreeSet<String>> = lines
             .iter()

@@ -10,6 +10,7 @@ mod input;
 mod json;
 mod live;
 mod models;
+mod score;
 mod serve;
 mod template;
 mod tokens;
@@ -56,6 +57,12 @@ enum Command {
     /// Fill the gaps of a template such as "My name is [[8]] and I am [[12]]."
     #[command(after_help = EXIT_CODES)]
     Infill(generate::Infill),
+    /// Say how likely texts are.
+    #[command(after_help = EXIT_CODES)]
+    Score(score::Score),
+    /// Say how likely each of some texts is where "My name is [[]]." has its slot.
+    #[command(after_help = EXIT_CODES)]
+    Choose(score::Choose),
     /// List what a server serves.
     #[command(after_help = EXIT_CODES)]
     Models(models::ListModels),
@@ -177,6 +184,8 @@ pub fn main() -> ExitCode {
             Command::Serve(serve) => serve.run().await,
             Command::Generate(generate) => generate.run().await,
             Command::Infill(infill) => infill.run().await,
+            Command::Score(score) => score.run().await,
+            Command::Choose(choose) => choose.run().await,
             Command::Models(models) => models.run().await,
             Command::Tokenize(tokenize) => tokenize.run().await,
             Command::Detokenize(detokenize) => detokenize.run().await,

@@ -269,6 +269,38 @@ fn exact_likelihoods_are_those_of_the_sampler() {
     assert_follows(&surest, &counts, "surest first");
 }
 
+/// Texts of different lengths never share a pass, which would fail, and are scored as if each were alone.
+#[test]
+fn texts_may_differ_in_length() {
+    let calls = Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+    let (graph, counts) = (manifest(GraphKind::Absorbing).graph(), Arc::clone(&calls));
+    let model = model_with(
+        GraphKind::Absorbing,
+        Box::new(move || {
+            Ok(Box::new(Counting {
+                network: ClosedForm::independent(graph, &[0.4, 0.3, 0.2, 0.1]),
+                counts: Arc::clone(&counts),
+            }))
+        }),
+    );
+    let engine = Engine::start(options(2)).unwrap();
+    let texts: Vec<_> = (1..=6)
+        .flat_map(|length| [whole(vec![0; length]), whole(vec![3; length])])
+        .collect();
+    for likelihood in [LEFT_TO_RIGHT, SUREST_FIRST, Likelihood::Bound { draws: 4 }] {
+        let found = scores(&engine, &ask(&model, likelihood, texts.clone()));
+        for (text, score) in texts.iter().zip(found) {
+            let expected = -[0.4_f64, 0.3, 0.2, 0.1][text.tokens[0] as usize].ln() * text.tokens.len() as f64;
+            assert!(
+                (score.estimate.nats - expected).abs() < 1e-3,
+                "{likelihood:?} {text:?}"
+            );
+        }
+    }
+    let canvases = calls[1].load(Ordering::Acquire);
+    assert_eq!(canvases, 42 + 42 + 48, "no pass was run twice");
+}
+
 #[test]
 fn a_failure_is_told_and_harms_nobody_else() {
     let model = model(GraphKind::Absorbing);

@@ -315,6 +315,7 @@ impl Work {
     pub(super) fn flow(&self) -> FlowKey {
         FlowKey {
             request: self.origin.number,
+            length: self.job.tokens().len(),
             alone: self.alone.then_some(self.index),
         }
     }

@@ -31,11 +31,13 @@ type VirtualTime = u64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct CallerNumber(u64);
 
-/// Names a flow: a request, or one canvas of it that has to run alone.
+/// Names a flow: what a request has of one length, or one canvas of it that has to run alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(in crate::engine) struct FlowKey {
     /// The request, by order of arrival.
     pub(in crate::engine) request: u64,
+    /// Positions of its canvases: what shares a flow can share a pass.
+    pub(in crate::engine) length: usize,
     /// The canvas that has to run alone, if one has.
     pub(in crate::engine) alone: Option<u32>,
 }
@@ -356,8 +358,13 @@ where
 
     /// Takes out everything of a request that waits; its members have not left.
     pub(in crate::engine) fn withdraw(&mut self, request: u64) -> Vec<T> {
-        let all = FlowKey { request, alone: None }..=FlowKey {
+        let all = FlowKey {
             request,
+            length: 0,
+            alone: None,
+        }..=FlowKey {
+            request,
+            length: usize::MAX,
             alone: Some(u32::MAX),
         };
         let keys: Vec<FlowKey> = self.flows.range(all).map(|(key, _)| *key).collect();
@@ -514,7 +521,11 @@ mod tests {
     type Order = FairOrder<&'static str, Lane, (u64, u32)>;
 
     fn key(request: u64) -> FlowKey {
-        FlowKey { request, alone: None }
+        FlowKey {
+            request,
+            length: 10,
+            alone: None,
+        }
     }
 
     /// Adds `items` items of `cost` each.
@@ -773,6 +784,7 @@ mod tests {
         add(&mut order, 1, "one", 0, 3, 10);
         let alone = FlowKey {
             request: 1,
+            length: 10,
             alone: Some(2),
         };
         order.join(
