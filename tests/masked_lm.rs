@@ -38,16 +38,16 @@ struct Expected {
     logits: Vec<Vec<f32>>,
 }
 
-/// The rows of all positions of a canvas, as the server gets them.
+/// The rows of all positions of a canvas, as the server gets them; of the second of two in a batch.
 fn rows(bundle: &Bundle, tokens: &[Token]) -> Vec<Vec<f32>> {
     let network = OnnxNetwork::load(bundle, &OnnxOptions::default()).unwrap();
     let mut network = Adapted::boxed(network, bundle.manifest());
     let ids: Vec<i64> = tokens.iter().map(|token| i64::from(*token)).collect();
-    let positions: Vec<i64> = (0..ids.len() as i64).collect();
+    let positions: Vec<i64> = (ids.len() as i64..2 * ids.len() as i64).collect();
     let batch = Batch {
-        tokens: &ids,
+        tokens: &[vec![ids[0]; ids.len()], ids.clone()].concat(),
         length: ids.len(),
-        sigma: &[1.0],
+        sigma: &[1.0; 2],
         positions: &positions,
     };
     let mut all = Vec::new();
@@ -92,11 +92,13 @@ fn compare(bundle: &Bundle, expected: &Expected) -> usize {
 }
 
 #[test]
-fn a_bert_with_its_mask_in_mid_vocabulary_has_pytorchs_logits() {
-    let bundle = Bundle::open(Path::new(FIXTURE).join("bert/1").as_path()).unwrap();
-    assert_eq!(bundle.manifest().mask_token, Some(10));
-    let expected = std::fs::read(Path::new(FIXTURE).join("expected.json")).unwrap();
-    assert_eq!(compare(&bundle, &serde_json::from_slice(&expected).unwrap()), 3);
+fn families_with_their_mask_in_mid_vocabulary_have_pytorchs_logits() {
+    for family in ["bert", "modernbert"] {
+        let bundle = Bundle::open(&Path::new(FIXTURE).join(family).join("1")).unwrap();
+        assert_eq!(bundle.manifest().mask_token, Some(10));
+        let expected = std::fs::read(Path::new(FIXTURE).join(family).with_extension("json")).unwrap();
+        assert_eq!(compare(&bundle, &serde_json::from_slice(&expected).unwrap()), 3);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,12 +4,14 @@
 use super::pace::{BURST, INTERVAL};
 use super::request::{DEFAULT_STEPS, MAX_ID};
 use super::sampler::{DEFAULT_ENTROPY_BOUND, DEFAULT_REMASK_RATE};
+use super::scoring::{DEFAULT_DRAWS, MIN_DRAWS};
 use crate::diffusion::SamplerKind;
 use crate::diffusion::sampler::row::MAX_TEMPERATURE;
 
-const PROTOS: [&str; 2] = [
+const PROTOS: [&str; 3] = [
     include_str!("../../proto/denoised/v1/diffusion_service.proto"),
     include_str!("../../proto/denoised/v1/sampling.proto"),
+    include_str!("../../proto/denoised/v1/scoring.proto"),
 ];
 
 /// The comment above `field` of `message`, in one line.
@@ -68,6 +70,12 @@ fn the_proto_states_the_defaults_and_ranges_of_the_code() {
                 INTERVAL.as_millis()
             ),
         ),
+        (
+            "Bound",
+            "draws",
+            format!("sequence, {MIN_DRAWS} to the server's max_steps"),
+        ),
+        ("Bound", "draws", format!("Default: {DEFAULT_DRAWS}.")),
         (
             "GenerateRequest",
             "request_id",

@@ -18,6 +18,7 @@ mod load;
 mod memory;
 mod pytorch;
 mod rows;
+mod scoring;
 
 use std::path::PathBuf;
 
@@ -40,6 +41,8 @@ enum Part {
     Deadlines,
     /// Batches on one device, a GPU say.
     Device,
+    /// Texts that are scored.
+    Scoring,
 }
 
 #[derive(Parser)]
@@ -125,6 +128,10 @@ fn main() -> Result<()> {
             deadlines::run(arguments.threads)?;
             return Ok(());
         }
+        Some(Part::Scoring) => {
+            scoring::run(arguments.threads, arguments.turns)?;
+            return Ok(());
+        }
         Some(Part::Device) => {
             let setting = device::Setting {
                 options: OnnxOptions {
@@ -169,9 +176,10 @@ fn main() -> Result<()> {
         "neighbours": fair::neighbours(arguments.threads, arguments.turns)?,
     });
     let deadlines = deadlines::run(arguments.threads)?;
+    let scoring = scoring::run(arguments.threads, arguments.turns)?;
     let numbers = json!({
         "threads": arguments.threads, "rows": rows, "generation": subjects, "load": load, "fair": fair,
-        "deadlines": deadlines,
+        "deadlines": deadlines, "scoring": scoring,
     });
     std::fs::write(&arguments.out, serde_json::to_vec_pretty(&numbers)?)?;
     println!("\nnumbers: {}", arguments.out.display());
