@@ -170,6 +170,11 @@ $(JUDGE):
 test-tools: ## Install what some tests need (grpcurl, helm, ...) into .tools; what cannot be had is named.
 	@tests/tools/install.sh "$(TOOLS)"
 
+.PHONY: test-go
+test-go: prerequisites tools ## Make a client for Go from the protos and have it talk to the server (fetches 250 MB; Debian).
+	@tests/tools/install.sh "$(TOOLS)" go
+	DENOISED_TEST_GO=1 cargo test --workspace --locked --test service other_languages
+
 .PHONY: train-demo
 train-demo: prerequisites ## Train the demo model again, from the text to the bundle (an hour or two on two cores; run again, it goes on).
 	training/demo/corpus.sh .corpus/world-english

