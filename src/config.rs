@@ -37,6 +37,8 @@ pub struct ServerConfig {
     pub drain_grace_seconds: u64,
     /// Whether clients may ask for the proto files.
     pub reflection: bool,
+    /// Whether `/metrics` tells numbers for Prometheus.
+    pub metrics: bool,
     /// Connections that may be open.
     pub max_connections: usize,
     /// Seconds that a new connection has to say that it speaks HTTP/2.
@@ -55,6 +57,7 @@ impl Default for ServerConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
             drain_grace_seconds: 20,
             reflection: true,
+            metrics: true,
             max_connections: 1024,
             handshake_seconds: 10,
             max_concurrent_streams: 256,

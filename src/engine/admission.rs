@@ -132,7 +132,13 @@ impl Admission {
     /// Predicted time of what waits or runs.
     #[cfg(test)]
     pub(super) fn waiting(&self) -> Duration {
-        Duration::from_nanos(self.waiting.lock().all / self.workers)
+        self.load().0
+    }
+
+    /// The same, and how many canvases that is.
+    pub(super) fn load(&self) -> (Duration, u64) {
+        let waiting = self.waiting.lock();
+        (Duration::from_nanos(waiting.all / self.workers), waiting.canvases)
     }
 
     /// Whether nothing waits or runs.

@@ -88,6 +88,17 @@ pub struct EngineOptions {
     pub last_chance: Duration,
 }
 
+/// How much waits or runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Predicted time that the workers need for it.
+    pub queued: Duration,
+    /// Canvases, and parts of texts that are scored.
+    pub canvases: u64,
+    /// Requests.
+    pub requests: usize,
+}
+
 /// A request that has canvases left.
 #[derive(Debug)]
 struct Running {
@@ -500,6 +511,16 @@ impl Engine {
             end_all(self.shared.withdraw(number), &Failure::Cancelled);
         }
         found.is_some()
+    }
+
+    /// How much waits or runs now.
+    pub fn load(&self) -> Load {
+        let (queued, canvases) = self.shared.admission.load();
+        Load {
+            queued,
+            canvases,
+            requests: self.shared.running.len(),
+        }
     }
 
     /// Counts of what has happened so far.

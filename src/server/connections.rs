@@ -1,4 +1,4 @@
-//! Connections: accepted, bounded in what they hold, and ended gracefully.
+//! Connections: accepted, bounded in what they hold, and ended gracefully. HTTP/2 for gRPC, HTTP/1 for plain requests.
 //!
 //! tonic's own server has no setting for what a stream may hold that its connection has not taken: here that is
 //! [`SEND_BUFFER`] bytes in HTTP/2 and [`UNSENT`] in the kernel, two keyframes or so, so that events are made when
@@ -8,6 +8,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
+use axum::body::Body;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
@@ -15,8 +17,6 @@ use hyper_util::service::TowerToHyperService;
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tonic::body::Body;
-use tonic::service::Routes;
 use tonic::transport::server::TcpConnectInfo;
 use tower::ServiceExt;
 
@@ -36,23 +36,51 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Pause until more of it is looked for.
 const MORE: Duration = Duration::from_millis(10);
 
+/// How plain requests begin that are answered.
+const PLAIN: [&[u8]; 2] = [b"GET ", b"HEAD "];
+/// Bytes of a plain request's head, at most.
+const PLAIN_HEAD: usize = 16 << 10;
+
+/// What a client speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spoken {
+    Http1,
+    Http2,
+    /// Something else, or nothing at all.
+    Other,
+}
+
+/// Routes by what a client speaks.
+#[derive(Clone, Debug)]
+pub(super) struct ByProtocol {
+    pub(super) http1: Router,
+    pub(super) http2: Router,
+}
+
 /// Serves `routes` to whoever connects until `stop`, then lets open calls end.
 pub(super) async fn serve(
     listener: TcpListener,
-    routes: Routes,
+    routes: ByProtocol,
     config: &ServerConfig,
     stop: impl Future<Output = ()>,
 ) {
     let places = Arc::new(Semaphore::new(config.max_connections));
     let handshake = Duration::from_secs(config.handshake_seconds);
-    let mut builder = Builder::new(TokioExecutor::new()).http2_only();
-    builder
+    let mut http1 = Builder::new(TokioExecutor::new()).http1_only();
+    // One request a connection: none is idle then.
+    http1
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(handshake)
+        .max_buf_size(PLAIN_HEAD)
+        .keep_alive(false);
+    let mut http2 = Builder::new(TokioExecutor::new()).http2_only();
+    http2
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(config.max_concurrent_streams)
         .max_send_buf_size(SEND_BUFFER)
         .keep_alive_interval(KEEP_ALIVE);
-    let routes = routes.prepare();
     let graceful = GracefulShutdown::new();
     tokio::pin!(stop);
     loop {
@@ -79,18 +107,20 @@ pub(super) async fn serve(
             local_addr: stream.local_addr().ok(),
             remote_addr: Some(remote),
         };
-        let service = TowerToHyperService::new(seen_from(peer, routes.clone()));
-        let (builder, watcher) = (builder.clone(), graceful.watcher());
+        let (http1, http2, routes) = (http1.clone(), http2.clone(), routes.clone());
+        let watcher = graceful.watcher();
         tokio::spawn(async move {
             let _place = place;
-            match tokio::time::timeout(handshake, says_preface(&stream)).await {
-                Ok(Ok(true)) => {}
-                Ok(Ok(false) | Err(_)) => return,
+            let (builder, routes) = match tokio::time::timeout(handshake, speaks(&stream)).await {
+                Ok(Ok(Spoken::Http1)) => (http1, routes.http1),
+                Ok(Ok(Spoken::Http2)) => (http2, routes.http2),
+                Ok(Ok(Spoken::Other) | Err(_)) => return,
                 Err(_) => {
                     tracing::debug!(%remote, "a connection is closed: it said nothing (server.handshake_seconds)");
                     return;
                 }
-            }
+            };
+            let service = TowerToHyperService::new(seen_from(peer, routes));
             let connection = builder.serve_connection(TokioIo::new(stream), service);
             let connection = watcher.watch(connection.into_owned());
             if let Err(error) = connection.await {
@@ -103,16 +133,21 @@ pub(super) async fn serve(
     graceful.shutdown().await;
 }
 
-/// Waits until all that a client has to say first is there; `false` where it is something else, or the end.
-async fn says_preface(stream: &TcpStream) -> std::io::Result<bool> {
+/// Waits until so much of what a client says first is there that it is clear what it speaks.
+async fn speaks(stream: &TcpStream) -> std::io::Result<Spoken> {
     let mut said = [0; PREFACE.len()];
     loop {
         let length = stream.peek(&mut said).await?;
-        if length == 0 || !PREFACE.starts_with(&said[..length]) {
-            return Ok(false);
+        let said = &said[..length];
+        if said == PREFACE {
+            return Ok(Spoken::Http2);
         }
-        if length == PREFACE.len() {
-            return Ok(true);
+        if PLAIN.iter().any(|plain| said.starts_with(plain)) {
+            return Ok(Spoken::Http1);
+        }
+        let may_be = |whole: &[u8]| whole.starts_with(said);
+        if said.is_empty() || !(may_be(PREFACE) || PLAIN.iter().any(|plain| may_be(plain))) {
+            return Ok(Spoken::Other);
         }
         tokio::time::sleep(MORE).await;
     }
@@ -129,7 +164,7 @@ fn set_up(stream: &TcpStream) -> std::io::Result<()> {
 /// The routes as one connection sees them: calls know whom they come from.
 fn seen_from(
     peer: TcpConnectInfo,
-    routes: Routes,
+    routes: Router,
 ) -> impl tower::Service<
     http::Request<hyper::body::Incoming>,
     Response = http::Response<Body>,

@@ -9,6 +9,8 @@ mod deadline;
 mod diffusion_service;
 #[cfg(test)]
 mod documented_test;
+mod http;
+mod metrics;
 mod model_service;
 pub mod models;
 mod pace;
@@ -32,7 +34,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tonic::Status;
 use tonic::service::Routes;
 use tonic_health::ServingStatus;
@@ -92,6 +94,8 @@ struct Service {
     unread: Duration,
     /// What is told of the server.
     told: Arc<v1::GetServerResponse>,
+    /// Whether requests are taken: health, for plain HTTP.
+    ready: Arc<watch::Sender<bool>>,
 }
 
 impl Service {
@@ -195,6 +199,7 @@ impl Service {
             } else {
                 ServingStatus::Serving
             };
+            self.ready.send_replace(status == ServingStatus::Serving);
             set_health(&health, status).await;
             if changes.changed().await.is_err() {
                 return;
@@ -264,6 +269,7 @@ impl Server {
             frame_text: text::TextThreads::new(),
             unread: Duration::from_secs(config.server.unread_seconds),
             told: Arc::new(server_service::server(config)),
+            ready: Arc::new(watch::channel(true).0),
         };
         Ok(Self {
             listener,
@@ -312,8 +318,16 @@ impl Server {
         if let Some(default) = self.service.models.now().default_model() {
             self.service.engine.prepare(&default);
         }
-        let routes = self.routes().add_service(health_service);
         let service = self.service.clone();
+        let plain = http::Plain {
+            ready: service.ready.subscribe(),
+            metrics: Arc::new(metrics::Metrics::new(&service.engine, &service.models)),
+            tells_metrics: self.config.server.metrics,
+        };
+        let routes = connections::ByProtocol {
+            http1: plain.clone().http1(),
+            http2: plain.http2(self.routes().add_service(health_service)),
+        };
         let engine = Arc::clone(&service.engine);
         let grace = Duration::from_secs(self.config.server.drain_grace_seconds);
         let poll = Duration::from_secs(self.config.models.poll_seconds);
@@ -335,6 +349,7 @@ impl Server {
                 grace.as_secs()
             );
             engine.drain();
+            service.ready.send_replace(false);
             set_health(&health, ServingStatus::NotServing).await;
             if !engine.idle_within(grace).await {
                 tracing::warn!("the grace period is over, ending what still runs");

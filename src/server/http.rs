@@ -1,0 +1,89 @@
+//! Plain HTTP beside gRPC, on the same port: health for those who speak no gRPC, and metrics.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::sync::watch;
+use tonic::service::Routes;
+
+use super::metrics::Metrics;
+
+/// As Prometheus asks for it.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What is served over plain HTTP.
+#[derive(Clone, Debug)]
+pub(super) struct Plain {
+    /// Whether requests are taken: what gRPC's health says.
+    pub(super) ready: watch::Receiver<bool>,
+    /// Numbers of the server.
+    pub(super) metrics: Arc<Metrics>,
+    /// Whether the numbers are told.
+    pub(super) tells_metrics: bool,
+}
+
+impl Plain {
+    /// Routes for clients that speak HTTP/1.
+    pub(super) fn http1(self) -> Router {
+        self.routes(Router::new()).fallback(elsewhere)
+    }
+
+    /// Routes for clients that speak HTTP/2: gRPC, counted, and the same.
+    pub(super) fn http2(self, routes: Routes) -> Router {
+        let counted = middleware::from_fn_with_state(Arc::clone(&self.metrics), count);
+        let grpc = routes.into_axum_router().layer(counted);
+        self.routes(grpc)
+    }
+
+    fn routes(self, router: Router) -> Router {
+        let plain = Router::new()
+            .route("/healthz", get(|| async { "the server runs\n" }))
+            .route("/readyz", get(readiness))
+            .route("/metrics", get(metrics))
+            .with_state(self);
+        router.merge(plain).with_state(())
+    }
+}
+
+async fn readiness(State(plain): State<Plain>) -> Response {
+    if *plain.ready.borrow() {
+        "requests are taken\n".into_response()
+    } else {
+        let why = "no requests are taken: the server is going away, or has no model that can be run\n";
+        (StatusCode::SERVICE_UNAVAILABLE, why).into_response()
+    }
+}
+
+async fn metrics(State(plain): State<Plain>) -> Response {
+    if !plain.tells_metrics {
+        return (StatusCode::NOT_FOUND, "metrics are off (server.metrics)\n").into_response();
+    }
+    match plain.metrics.text() {
+        Ok(text) => {
+            let mut response = text.into_response();
+            let kind = HeaderValue::from_static(OPEN_METRICS);
+            response.headers_mut().insert(header::CONTENT_TYPE, kind);
+            response
+        }
+        Err(error) => {
+            tracing::error!(%error, "the metrics could not be written");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
+}
+
+async fn elsewhere() -> (StatusCode, &'static str) {
+    let hint =
+        "this port speaks gRPC over HTTP/2; over plain HTTP there are /healthz, /readyz and /metrics\n";
+    (StatusCode::NOT_FOUND, hint)
+}
+
+async fn count(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
+    let call = metrics.call(request.uri().path());
+    call.follow(next.run(request).await)
+}
