@@ -111,6 +111,8 @@ async fn metrics_tell_what_has_happened() {
             "denoised_call_first_message_seconds_count{method=\"Generate\"}",
             3.0,
         ),
+        ("denoised_canvas_seconds_count{part=\"total\"}", 3.0),
+        ("denoised_tokens_total", 36.0),
         ("denoised_running_requests", 0.0),
         ("denoised_running_canvases", 0.0),
         ("denoised_queued_seconds", 0.0),
@@ -121,7 +123,15 @@ async fn metrics_tell_what_has_happened() {
     ] {
         assert_eq!(value(&metrics, series), Some(count), "{series} in\n{metrics}");
     }
-    assert!(value(&metrics, "process_resident_memory_bytes").unwrap() > 1e6);
+    let number = |series| value(&metrics, series).unwrap();
+    let (passes, canvases) = ("denoised_pass_canvases_count", "denoised_pass_canvases_sum");
+    assert_eq!(
+        number("denoised_pass_seconds_count{part=\"network\"}"),
+        number(passes)
+    );
+    assert_eq!(number("denoised_evaluations_total"), number(canvases));
+    assert_eq!(number("denoised_canvas_evaluations_sum"), number(canvases));
+    assert!(number("process_resident_memory_bytes") > 1e6);
     // By the conventions: a prefix, base units, totals of counters, and each family described once.
     let described: Vec<&str> = metrics
         .lines()

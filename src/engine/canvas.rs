@@ -179,6 +179,11 @@ impl Canvas {
         &self.clamped
     }
 
+    /// Positions that are not clamped.
+    pub fn gaps(&self) -> usize {
+        self.gaps
+    }
+
     /// For every position, the number of steps after which it got its present token.
     pub fn committed_at(&self) -> &[u32] {
         &self.committed_at

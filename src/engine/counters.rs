@@ -1,12 +1,15 @@
-//! Counts of what happens to requests and canvases, for whoever watches over the server.
+//! Counts and times of what happens to requests, canvases and passes, for whoever watches over the server.
+
+use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::registry::Registry;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
 
 use super::admission::NoRoom;
-use super::{AdmitError, Failure};
+use super::{AdmitError, Failure, Timings};
 
 /// Why a request was refused.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -20,9 +23,29 @@ struct Ending {
     outcome: &'static str,
 }
 
-/// Counters of one engine, which only grow.
-#[derive(Debug, Default)]
+/// Part of the time of a pass, or of a canvas.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Part {
+    part: &'static str,
+}
+
+type Seconds = Family<Part, Histogram, fn() -> Histogram>;
+
+/// From 0.25 ms to 16 s.
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_25, 2.0, 17))
+}
+
+/// Numbers of one engine, which only grow.
+#[derive(Debug)]
 pub struct Counters {
+    pass_seconds: Seconds,
+    pass_canvases: Histogram,
+    pass_rows: Histogram,
+    canvas_seconds: Seconds,
+    canvas_evaluations: Histogram,
+    tokens: Counter,
+
     refused: Family<Refusal, Counter>,
     ended: Family<Ending, Counter>,
     evaluations: Counter,
@@ -30,9 +53,59 @@ pub struct Counters {
     unread: Counter,
 }
 
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            pass_seconds: Family::new_with_constructor(seconds),
+            pass_canvases: Histogram::new(exponential_buckets(1.0, 2.0, 9)),
+            pass_rows: Histogram::new(exponential_buckets(1.0, 4.0, 9)),
+            canvas_seconds: Family::new_with_constructor(seconds),
+            canvas_evaluations: Histogram::new(exponential_buckets(1.0, 2.0, 13)),
+            tokens: Counter::default(),
+            refused: Family::default(),
+            ended: Family::default(),
+            evaluations: Counter::default(),
+            given_back: Counter::default(),
+            unread: Counter::default(),
+        }
+    }
+}
+
 impl Counters {
-    /// Makes all counters part of `registry`.
+    /// Makes all of them part of `registry`.
     pub fn register(&self, registry: &mut Registry) {
+        registry.register_with_unit(
+            "pass",
+            "Time of a pass: in the network, and drawing tokens from what it gave",
+            Unit::Seconds,
+            self.pass_seconds.clone(),
+        );
+        registry.register(
+            "pass_canvases",
+            "Canvases, or parts of texts that are scored, that share a pass",
+            self.pass_canvases.clone(),
+        );
+        registry.register(
+            "pass_rows",
+            "Positions of all its canvases that a pass is asked about",
+            self.pass_rows.clone(),
+        );
+        registry.register_with_unit(
+            "canvas",
+            "Time of a finished canvas: waiting, in the network, drawing tokens (those of whole passes), and in all",
+            Unit::Seconds,
+            self.canvas_seconds.clone(),
+        );
+        registry.register(
+            "canvas_evaluations",
+            "Evaluations of a finished canvas",
+            self.canvas_evaluations.clone(),
+        );
+        registry.register(
+            "tokens",
+            "Positions that finished canvases have filled",
+            self.tokens.clone(),
+        );
         let mut count = |name: &str, help: &str, counter: &Counter| {
             registry.register(name, help, counter.clone());
         };
@@ -77,6 +150,31 @@ impl Counters {
             AdmitError::Draining => "draining",
         };
         self.refused.get_or_create(&Refusal { reason }).inc();
+    }
+
+    /// Counts a pass of `canvases` canvases and `rows` rows.
+    pub(super) fn count_pass(&self, canvases: usize, rows: usize, [network, sampling]: [Duration; 2]) {
+        for (part, time) in [("network", network), ("sampling", sampling)] {
+            let seconds = self.pass_seconds.get_or_create(&Part { part });
+            seconds.observe(time.as_secs_f64());
+        }
+        self.pass_canvases.observe(canvases as f64);
+        self.pass_rows.observe(rows as f64);
+    }
+
+    /// Counts a finished canvas that has filled `tokens` positions.
+    pub(super) fn count_canvas(&self, evaluations: u32, tokens: usize, timings: &Timings) {
+        for (part, time) in [
+            ("queue", timings.queue),
+            ("network", timings.network),
+            ("sampling", timings.sampling),
+            ("total", timings.total),
+        ] {
+            let seconds = self.canvas_seconds.get_or_create(&Part { part });
+            seconds.observe(time.as_secs_f64());
+        }
+        self.canvas_evaluations.observe(f64::from(evaluations));
+        self.tokens.inc_by(tokens as u64);
     }
 
     pub(super) fn count_done(&self, early: bool) {

@@ -35,6 +35,10 @@ pub(super) struct Passed {
     pub(super) verdicts: Vec<Verdict>,
     /// How long an evaluation took, drawing included.
     pub(super) per_evaluation: Duration,
+    /// Time in the network, and drawing.
+    pub(super) times: [Duration; 2],
+    /// Rows that were asked for, of first evaluations.
+    pub(super) rows: usize,
 }
 
 impl Pass {
@@ -100,6 +104,7 @@ impl Pass {
                 drawing::add(&mut outcomes[index], drawn);
             }
         }
+        let rows = asked.iter().map(|asked| asked.evaluation.positions.len()).sum();
         drop(again);
         drop(asked);
         let verdicts = batch
@@ -117,6 +122,8 @@ impl Pass {
         Ok(Passed {
             verdicts,
             per_evaluation: started.elapsed() / rounds,
+            times: [clock.network, clock.sampling],
+            rows,
         })
     }
 }

@@ -187,7 +187,10 @@ impl Ticket {
         }
         match (&self.follower, job) {
             (Follower::Canvas(progress), Job::Denoising(canvas)) => {
-                self.let_go(|counters| counters.count_done(canvas.finished_early()));
+                self.let_go(|counters| {
+                    counters.count_done(canvas.finished_early());
+                    counters.count_canvas(canvas.nfe(), canvas.gaps(), &timings);
+                });
                 tell(progress, |state| *state = State::done(canvas, timings));
             }
             (Follower::Scoring(board), Job::Scoring(part)) => {

@@ -51,7 +51,10 @@ fn work(shared: &Arc<Shared>, index: usize) {
             Ok(Passed {
                 verdicts,
                 per_evaluation,
+                times,
+                rows,
             }) => {
+                shared.counters.count_pass(batch.len(), rows, times);
                 let length = batch.first().map_or(0, |work| work.job.tokens().len());
                 shared.costs.measured(&model, length, batch.len(), per_evaluation);
                 shared.budget.went_well();

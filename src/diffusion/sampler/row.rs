@@ -249,7 +249,7 @@ pub fn read(x: Token, log_score: &[f32], scratch: &mut Scratch) -> Result<(), Ro
     Ok(())
 }
 
-/// The sum of the scores of the row that was [read](read) or drawn from last; `None` where there is none.
+/// The sum of the scores of the row that was [`read`] or drawn from last; `None` where there is none.
 pub fn score_sum(offset: f64, scratch: &Scratch) -> Option<f64> {
     let (top, sum) = scratch.read?;
     Some((f64::from(top) + offset).exp() * sum)
