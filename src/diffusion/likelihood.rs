@@ -58,6 +58,17 @@ pub struct Estimate {
     pub standard_error: f64,
 }
 
+/// An evaluation, and the canvas that it is of.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// What the network is shown.
+    pub canvas: Vec<Token>,
+    /// What it is asked.
+    pub evaluation: Evaluation,
+    /// What the score entropy of a row counts, for the bound.
+    weight: f64,
+}
+
 /// Noise that is drawn for an evaluation of the bound.
 #[derive(Clone, Copy, Debug, Default)]
 struct Drawn {
@@ -100,11 +111,15 @@ impl ScoredText {
         }
     }
 
-    /// The canvas of evaluation `index`; of those that wait for others, the first one's.
-    pub fn canvas(&self, index: u32) -> Vec<Token> {
+    /// Evaluation `index`, from scratch: of those that wait for others, the first one alone.
+    pub fn question(&self, index: u32) -> Question {
+        let drawn = self.drawn(index);
+        self.about(index, self.canvas(index, &drawn), &drawn)
+    }
+
+    fn canvas(&self, index: u32, drawn: &Drawn) -> Vec<Token> {
         let mask = self.process.graph.mask().unwrap_or_default();
-        let (mut draws, drawn) = (self.draws.clone(), self.drawn(index));
-        let mut filled = 0;
+        let (mut draws, mut filled) = (self.draws.clone(), 0);
         let mut seen = |position: usize, token: Token| match self.likelihood {
             Likelihood::Bound { .. } => {
                 let u = draws.at(index, position);
@@ -188,10 +203,10 @@ impl ScoredText {
         }
     }
 
-    /// Evaluation `index`, of its `canvas`; without positions where there is nothing to ask.
-    pub fn evaluation(&self, index: u32, canvas: &[Token]) -> Evaluation {
+    /// What is asked about `canvas`; no positions where nothing is.
+    fn about(&self, index: u32, canvas: Vec<Token>, drawn: &Drawn) -> Question {
         let view = CanvasView {
-            tokens: canvas,
+            tokens: &canvas,
             clamped: &self.context,
             gaps: self.scored(),
             step: index,
@@ -200,16 +215,16 @@ impl ScoredText {
             draws: &self.draws,
         };
         let t = match self.likelihood {
-            Likelihood::Bound { .. } => self.drawn(index).t,
+            Likelihood::Bound { .. } => drawn.t,
             Likelihood::Exact(_) => time_of_the_masked(&self.process, &view),
         };
         let mut positions: Vec<usize> = view.movable(self.process.graph.mask()).collect();
         match self.likelihood {
             Likelihood::Exact(Order::LeftToRight) => positions.truncate(1),
-            Likelihood::Bound { .. } if self.drawn(index).weight == 0.0 => positions.clear(),
+            Likelihood::Bound { .. } if drawn.weight == 0.0 => positions.clear(),
             Likelihood::Exact(Order::SurestFirst) | Likelihood::Bound { .. } => {}
         }
-        Evaluation {
+        let evaluation = Evaluation {
             step: index,
             draw: index,
             t,
@@ -222,6 +237,11 @@ impl ScoredText {
             },
             positions,
             finishes: false,
+        };
+        Question {
+            canvas,
+            evaluation,
+            weight: drawn.weight,
         }
     }
 
@@ -232,19 +252,20 @@ impl ScoredText {
     /// When no law can be made of the row.
     pub fn read(
         &self,
-        evaluation: &Evaluation,
-        canvas: &[Token],
+        question: &Question,
         position: usize,
         log_score: &[f32],
         offset: f64,
         scratch: &mut Scratch,
     ) -> Result<Candidate, RowError> {
-        let (x, x0) = (canvas[position], self.tokens[position]);
+        let evaluation = &question.evaluation;
+        let (x, x0) = (question.canvas[position], self.tokens[position]);
         row::read(x, log_score, scratch)?;
         let log_probability = match self.likelihood {
             Likelihood::Exact(_) => row::log_probability(x, x0, log_score, scratch),
             Likelihood::Bound { .. } => {
-                -self.weighted_score_entropy(evaluation, [x, x0], log_score, offset, scratch)?
+                -question.weight
+                    * self.score_entropy(evaluation.sigma, [x, x0], log_score, offset, scratch)?
             }
         };
         Ok(Candidate {
@@ -255,20 +276,19 @@ impl ScoredText {
         })
     }
 
-    /// The denoising score entropy of `x`, which was `x0` before the noise, in its weight; the same as
+    /// The denoising score entropy of `x`, which was `x0` before the noise; the same as
     /// [`score_entropy::denoising`](super::score_entropy::denoising), of the last row that was read.
-    fn weighted_score_entropy(
+    fn score_entropy(
         &self,
-        evaluation: &Evaluation,
+        sigma: f64,
         [x, x0]: [Token; 2],
         log_score: &[f32],
         offset: f64,
         scratch: &mut Scratch,
     ) -> Result<f64, RowError> {
-        let sigma = evaluation.sigma;
         let of = |y: Token| f64::from(log_score[y as usize]) + offset;
         let scores = || row::score_sum(offset, scratch).ok_or(RowError::Scores);
-        let loss = match (self.process.graph.kind(), self.parameterization) {
+        Ok(match (self.process.graph.kind(), self.parameterization) {
             // Scores that sum to what they should: a cross-entropy is left.
             (GraphKind::Absorbing, Parameterization::Mean) => {
                 -row::log_probability(x, x0, log_score, scratch) / sigma.exp_m1()
@@ -279,32 +299,33 @@ impl ScoredText {
             }
             (GraphKind::Uniform, _) => {
                 let states = self.process.graph.states() as f64;
-                let ratio = |y: Token| self.process.graph.ratio(y, x, x0, sigma);
-                // All other tokens have the ratio of any one of them that is neither.
-                let log_scores: f64 =
-                    log_score.iter().map(|&l| f64::from(l)).sum::<f64>() + states * offset - of(x);
-                let away = sigma.exp_m1() / (sigma.exp_m1() + states);
-                let (others, ratio_of_others, rest) = if x == x0 {
-                    (log_scores, away, 0.0)
-                } else {
-                    let r = ratio(x0);
-                    (log_scores - of(x0), 1.0, normalizer(r) - r * of(x0))
+                // Tokens that are neither have one ratio. What the row says of `x` itself is not read.
+                let others = (0..).zip(log_score).filter(|(y, _)| *y != x && *y != x0);
+                let log_scores: f64 = others.map(|(_, &l)| f64::from(l)).sum();
+                let term = |count: f64, ratio: f64, log_scores: f64| {
+                    count * normalizer(ratio) - ratio * (log_scores + count * offset)
                 };
-                let count = if x == x0 { states - 1.0 } else { states - 2.0 };
-                let sum = scores()? - ratio_of_others * others + count * normalizer(ratio_of_others) + rest;
-                sum / states
+                let rest = if x == x0 {
+                    let away = sigma.exp_m1() / (sigma.exp_m1() + states);
+                    term(states - 1.0, away, log_scores)
+                } else {
+                    let back = self.process.graph.ratio(x0, x, x0, sigma);
+                    term(states - 2.0, 1.0, log_scores) + term(1.0, back, of(x0) - offset)
+                };
+                (scores()? + rest) / states
             }
-        };
-        Ok(self.drawn(evaluation.step).weight * loss)
+        })
     }
 
-    /// Puts the text's token where `candidates`, the rows of an evaluation, say that it comes next, and says where that
-    /// was.
-    pub fn fill(&self, canvas: &mut [Token], candidates: &[Candidate]) -> Option<Candidate> {
+    /// Of an exact likelihood: puts the text's token where `candidates`, the rows of `question`, say that it comes next,
+    /// says where that was, and goes on to the evaluation after it.
+    pub fn fill(&self, question: &mut Question, candidates: &[Candidate]) -> Option<Candidate> {
         let uncertainties: Vec<f64> = candidates.iter().map(|candidate| candidate.uncertainty).collect();
-        let next = candidates[*ascending(&uncertainties).first()?];
-        canvas[next.position] = next.token;
-        Some(next)
+        let filled = candidates[*ascending(&uncertainties).first()?];
+        let mut canvas = std::mem::take(&mut question.canvas);
+        canvas[filled.position] = filled.token;
+        *question = self.about(question.evaluation.step + 1, canvas, &Drawn::default());
+        Some(filled)
     }
 
     /// The bound's estimate of `-ln p`, given the sum of the rows of every evaluation, in their order.
@@ -333,7 +354,12 @@ impl ScoredText {
         let variance = (0..kinds).map(variance).sum::<f64>() / (count * count);
         Estimate {
             nats,
-            standard_error: (variance + (ROUNDING * nats).powi(2)).sqrt(),
+            standard_error: if nats.is_finite() {
+                (variance + (ROUNDING * nats).powi(2)).sqrt()
+            } else {
+                // What cannot be is no better known for that.
+                f64::INFINITY
+            },
         }
     }
 }
@@ -389,12 +415,10 @@ mod tests {
     }
 
     /// The rows of an evaluation, of the exact scores of a law.
-    fn rows(
-        law: &[([Token; 2], f64)],
-        text: &ScoredText,
-        evaluation: &Evaluation,
-        canvas: &[Token],
-    ) -> Vec<Candidate> {
+    fn rows(law: &[([Token; 2], f64)], text: &ScoredText, question: &Question) -> Vec<Candidate> {
+        let Question {
+            canvas, evaluation, ..
+        } = question;
         let law = law.iter().map(|(tokens, p)| (tokens.to_vec(), *p)).collect();
         let mut network = ClosedForm::new(text.process.graph, law);
         let tokens: Vec<i64> = canvas.iter().map(|&token| token.into()).collect();
@@ -411,7 +435,7 @@ mod tests {
                 for (index, &position) in evaluation.positions.iter().enumerate() {
                     let row = rows.row(index);
                     let candidate = text
-                        .read(evaluation, canvas, position, &row, 0.0, &mut Scratch::default())
+                        .read(question, position, &row, 0.0, &mut Scratch::default())
                         .unwrap();
                     read.push(candidate);
                 }
@@ -423,9 +447,7 @@ mod tests {
     fn bound(text: &ScoredText) -> Estimate {
         let sums: Vec<f64> = (0..text.evaluations())
             .map(|index| {
-                let canvas = text.canvas(index);
-                let evaluation = text.evaluation(index, &canvas);
-                let rows = rows(&LAW, text, &evaluation, &canvas);
+                let rows = rows(&LAW, text, &text.question(index));
                 rows.iter().map(|row| -row.log_probability).sum()
             })
             .collect();
@@ -434,17 +456,16 @@ mod tests {
 
     fn exact(law: &[([Token; 2], f64)], order: Order, tokens: &[Token]) -> f64 {
         let text = text(GraphKind::Absorbing, Likelihood::Exact(order), tokens, 0);
-        let mut canvas = text.canvas(0);
+        let mut question = text.question(0);
         let mut sum = 0.0;
         for index in 0..text.evaluations() {
             if text.likelihood.is_parallel() {
-                assert_eq!(canvas, text.canvas(index));
+                assert_eq!(question.canvas, text.question(index).canvas);
             }
-            let evaluation = text.evaluation(index, &canvas);
-            let rows = rows(law, &text, &evaluation, &canvas);
-            sum += text.fill(&mut canvas, &rows).unwrap().log_probability;
+            let rows = rows(law, &text, &question);
+            sum += text.fill(&mut question, &rows).unwrap().log_probability;
         }
-        assert_eq!(canvas, tokens);
+        assert_eq!(question.canvas, tokens);
         sum
     }
 
@@ -501,33 +522,28 @@ mod tests {
         for kind in [GraphKind::Absorbing, GraphKind::Uniform] {
             let text = text(kind, Likelihood::Bound { draws: 8 }, &[2, 1], 3);
             let states = text.process.graph.states();
-            let log_score: Vec<f32> = (0..states).map(|y| 0.7 - 0.9 * y as f32).collect();
+            let mut log_score: Vec<f32> = (0..states).map(|y| 0.7 - 0.9 * y as f32).collect();
             for (offset, index) in [(0.0, 1), (-0.8, 6)] {
-                let evaluation = text.evaluation(index, &text.canvas(index));
+                let mut question = text.question(index);
+                let sigma = question.evaluation.sigma;
                 for x in 0..states as Token {
                     // What is not masked does not move on absorbing graphs, and is not asked about.
                     if text.process.graph.mask().is_some_and(|mask| mask != x) {
                         continue;
                     }
-                    let canvas = [x, x];
-                    let read = text.read(
-                        &evaluation,
-                        &canvas,
-                        0,
-                        &log_score,
-                        offset,
-                        &mut Scratch::default(),
-                    );
+                    question.canvas = vec![x, x];
+                    // What a network says of the token itself means nothing.
+                    let own = std::mem::replace(&mut log_score[x as usize], f32::NAN);
+                    let read = text.read(&question, 0, &log_score, offset, &mut Scratch::default());
                     let exact: Vec<f64> = log_score.iter().map(|&l| f64::from(l) + offset).collect();
                     let graph = &text.process.graph;
-                    let expected = score_entropy::denoising(graph, &exact, x, 2, evaluation.sigma)
+                    let expected = score_entropy::denoising(graph, &exact, x, 2, sigma)
                         * match kind {
                             GraphKind::Uniform => text.drawn(index).weight,
                             // One of two positions is masked, or both are.
-                            GraphKind::Absorbing => {
-                                evaluation.sigma.exp_m1() * if index < 4 { 2.0 } else { 1.0 }
-                            }
+                            GraphKind::Absorbing => sigma.exp_m1() * if index < 4 { 2.0 } else { 1.0 },
                         };
+                    log_score[x as usize] = own;
                     let loss = -read.unwrap().log_probability;
                     assert!(
                         (loss - expected).abs() < 1e-6 * expected.abs(),

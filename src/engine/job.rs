@@ -106,7 +106,7 @@ impl Job {
     pub(super) fn rows<'a>(&'a self, evaluation: &'a Evaluation) -> Rows<'a> {
         match self {
             Self::Denoising(canvas) => Rows::Denoising(canvas.rows(evaluation)),
-            Self::Scoring(scoring) => Rows::Scoring(scoring.rows(evaluation)),
+            Self::Scoring(scoring) => Rows::Scoring(scoring.rows()),
         }
     }
 
@@ -114,7 +114,7 @@ impl Job {
     pub(super) fn offset(&self, evaluation: &Evaluation) -> f64 {
         match self {
             Self::Denoising(canvas) => canvas.rows(evaluation).offset(),
-            Self::Scoring(scoring) => scoring.rows(evaluation).offset(),
+            Self::Scoring(scoring) => scoring.rows().offset(),
         }
     }
 

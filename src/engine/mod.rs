@@ -4,7 +4,8 @@
 //! admit -> ready queue -> worker: take -> run -> commit -> publish -> put back
 //! ```
 //!
-//! A request becomes one or more [`canvas::Canvas`]es. The queue says who is next: callers take turns, and the
+//! A request becomes one or more [`canvas::Canvas`]es, or parts of texts that are scored (`scoring`): jobs that share
+//! all that follows. The queue says who is next: callers take turns, and the
 //! requests of a caller, by the predicted time of what they are given. A worker takes what is next, with others
 //! that share a model and a length, evaluates the network once for all of them and puts them back, so requests
 //! with other step counts, samplers or temperatures share forward passes, and new ones join at the next step.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use super::{Caller, Deadline, Failure, Shared};
-use crate::diffusion::likelihood::{Estimate, Likelihood, ScoredText};
+use crate::diffusion::likelihood::{Estimate, Likelihood, Question, ScoredText};
 use crate::diffusion::sampler::row::{RowError, Scratch};
 use crate::diffusion::sampler::{Candidate, Evaluation};
 use crate::diffusion::{Draws, Token};
@@ -223,8 +223,7 @@ pub(super) struct Scoring {
     subject: Arc<Subject>,
     range: Range<u32>,
     next: u32,
-    canvas: Vec<Token>,
-    evaluation: Evaluation,
+    question: Question,
     nfe: u32,
     /// Of every evaluation so far what its rows gave.
     sums: Vec<f64>,
@@ -234,13 +233,11 @@ pub(super) struct Scoring {
 
 impl Scoring {
     fn new(subject: &Arc<Subject>, range: Range<u32>) -> Self {
-        let canvas = subject.text.canvas(range.start);
         let mut scoring = Self {
-            evaluation: subject.text.evaluation(range.start, &canvas),
+            question: subject.text.question(range.start),
             subject: Arc::clone(subject),
             next: range.start,
             range,
-            canvas,
             nfe: 0,
             sums: Vec::new(),
             filled: Vec::new(),
@@ -255,11 +252,11 @@ impl Scoring {
 
     /// The canvas of the next evaluation.
     pub(super) fn canvas(&self) -> &[Token] {
-        &self.canvas
+        &self.question.canvas
     }
 
     pub(super) fn evaluation(&self) -> Evaluation {
-        self.evaluation.clone()
+        self.question.evaluation.clone()
     }
 
     pub(super) fn evaluations_left(&self) -> u64 {
@@ -274,14 +271,13 @@ impl Scoring {
         self.nfe
     }
 
-    pub(super) fn rows<'a>(&'a self, evaluation: &'a Evaluation) -> ScoredRows<'a> {
+    pub(super) fn rows(&self) -> ScoredRows<'_> {
         let manifest = self.model().manifest();
         ScoredRows {
             scoring: self,
-            evaluation,
             offset: manifest.parameterization.log_score_offset(
                 manifest.sigma_offset,
-                evaluation.sigma,
+                self.question.evaluation.sigma,
                 manifest.vocab_size,
             ),
         }
@@ -302,25 +298,22 @@ impl Scoring {
                 self.sums.push(-sum);
                 self.next += 1;
                 if self.next < self.range.end {
-                    self.canvas = text.canvas(self.next);
+                    self.question = text.question(self.next);
                 }
             }
             Likelihood::Exact(_) => {
-                if let Some(filled) = text.fill(&mut self.canvas, candidates) {
+                if let Some(filled) = text.fill(&mut self.question, candidates) {
                     self.sums.push(-filled.log_probability);
                     self.filled.push((filled.position, filled.log_probability));
                 }
                 self.next += 1;
             }
         }
-        if self.next < self.range.end {
-            self.evaluation = text.evaluation(self.next, &self.canvas);
-        }
     }
 
     /// Noise that is drawn can be of no weight.
     fn pass_over(&mut self) {
-        while !self.is_done() && self.evaluation.positions.is_empty() {
+        while !self.is_done() && self.question.evaluation.positions.is_empty() {
             self.take_in(&[]);
         }
     }
@@ -330,7 +323,6 @@ impl Scoring {
 #[derive(Debug)]
 pub(super) struct ScoredRows<'a> {
     scoring: &'a Scoring,
-    evaluation: &'a Evaluation,
     offset: f64,
 }
 
@@ -346,10 +338,12 @@ impl ScoredRows<'_> {
         log_score: &[f32],
         scratch: &mut Scratch,
     ) -> Result<Candidate, RowError> {
-        let Scoring { subject, canvas, .. } = self.scoring;
+        let Scoring {
+            subject, question, ..
+        } = self.scoring;
         subject
             .text
-            .read(self.evaluation, canvas, position, log_score, self.offset, scratch)
+            .read(question, position, log_score, self.offset, scratch)
     }
 }
 

@@ -108,7 +108,7 @@ fn every_likelihood_is_that_of_the_law() {
             }
         }
     }
-    idle(&engine);
+    assert!(idle(&engine));
 }
 
 /// What a text scores does not depend on workers, on other texts, or on canvases that are denoised beside it.
@@ -316,7 +316,7 @@ fn a_failure_is_told_and_harms_nobody_else() {
     assert!(matches!(last(&mut run).failure, Some(Failure::Model { .. })));
     let mut other = engine.admit(request(&model, 3)).unwrap();
     drop(tokens(&mut other));
-    idle(&engine);
+    assert!(idle(&engine));
 }
 
 /// Cancelled, dropped, or refused: nothing is left behind.
@@ -332,7 +332,7 @@ fn what_ends_early_gives_everything_back() {
     assert_eq!(last(&mut cancelled).failure, Some(Failure::Cancelled));
     drop(cancelled);
     drop(engine.score(&long).unwrap());
-    idle(&engine);
+    assert!(idle(&engine));
     let late = ScoreRequest {
         deadline: Some(Deadline {
             at: Instant::now(),
@@ -341,5 +341,5 @@ fn what_ends_early_gives_everything_back() {
         ..long
     };
     assert!(matches!(engine.score(&late), Err(AdmitError::Deadline { .. })));
-    idle(&engine);
+    assert!(idle(&engine));
 }

@@ -330,22 +330,28 @@ fn draft(
 }
 
 /// `text`, of these `tokens`, before a gap: a space at its end that is a token of its own is left to the gap.
-pub(super) fn before_gap(
+fn before_gap(field: &str, tokens: Vec<Token>, text: String, model: &ServedModel) -> Result<Piece, Status> {
+    Ok(match without_space(field, &tokens, &text, model)? {
+        Some(without) => Piece::OpenText(text, without),
+        None => Piece::Text(text, tokens),
+    })
+}
+
+/// The `tokens` of `text` but for a space at its end, where that is a token of its own.
+pub(super) fn without_space(
     field: &str,
-    tokens: Vec<Token>,
-    text: String,
+    tokens: &[Token],
+    text: &str,
     model: &ServedModel,
-) -> Result<Piece, Status> {
+) -> Result<Option<Vec<Token>>, Status> {
     let Some(without) = text.strip_suffix(' ') else {
-        return Ok(Piece::Text(text, tokens));
+        return Ok(None);
     };
     let without = tokenizer(model)?
         .encode(without)
         .map_err(|e| FieldError::new(field, e.to_string()))?;
-    Ok(match tokens.strip_prefix(without.as_slice()) {
-        Some([_space]) => Piece::OpenText(text, without),
-        _ => Piece::Text(text, tokens),
-    })
+    let is_token = matches!(tokens.strip_prefix(without.as_slice()), Some([_space]));
+    Ok(is_token.then_some(without))
 }
 
 /// Tokens of a text field.

@@ -175,8 +175,8 @@ fn scored(bundle: &Bundle, sequences: &[Vec<Token>]) -> (f64, f64) {
         };
         let mut sums = Vec::new();
         for index in 0..text.evaluations() {
-            let canvas = text.canvas(index);
-            let evaluation = text.evaluation(index, &canvas);
+            let question = text.question(index);
+            let (canvas, evaluation) = (&question.canvas, &question.evaluation);
             let offset = manifest.parameterization.log_score_offset(
                 manifest.sigma_offset,
                 evaluation.sigma,
@@ -197,7 +197,7 @@ fn scored(bundle: &Bundle, sequences: &[Vec<Token>]) -> (f64, f64) {
                     .log_score(&batch, &mut |rows| {
                         for (row, &position) in evaluation.positions.iter().enumerate() {
                             let row = rows.row(row);
-                            let read = text.read(&evaluation, &canvas, position, &row, offset, &mut scratch);
+                            let read = text.read(&question, position, &row, offset, &mut scratch);
                             sum -= read.unwrap().log_probability;
                         }
                     })

@@ -4,9 +4,8 @@ use std::collections::HashMap;
 
 use tonic::Status;
 
-use super::super::request::{encode, tokens};
+use super::super::request::{encode, tokens, without_space};
 use super::super::status::FieldError;
-use super::super::template::Piece;
 use super::MIN_DRAWS;
 use crate::config::LimitsConfig;
 use crate::diffusion::likelihood::{Likelihood, Order};
@@ -133,28 +132,16 @@ impl<'a> Reader<'a> {
                 let text = if space_before { format!(" {text}") } else { text };
                 let tokens = encode(&field, &text, self.model, self.limits)?;
                 self.no_mask(&field, &tokens)?;
-                let piece = if text_follows {
-                    super::super::request::before_gap(&field, tokens, text, self.model)?
+                let without_space = if text_follows {
+                    without_space(&field, &tokens, &text, self.model)?
                 } else {
-                    Piece::Text(text, tokens)
+                    None
                 };
-                let leaves_space = matches!(piece, Piece::OpenText(..));
-                match piece {
-                    Piece::Text(_, tokens) | Piece::OpenText(_, tokens) => Part {
-                        tokens,
-                        bytes: Some(bytes - usize::from(leaves_space)),
-                        leaves_space,
-                    },
-                    Piece::Tokens(tokens) | Piece::Draft(_, tokens) => Part {
-                        tokens,
-                        bytes: None,
-                        leaves_space: false,
-                    },
-                    Piece::Gap(..) => Part {
-                        tokens: Vec::new(),
-                        bytes: None,
-                        leaves_space: false,
-                    },
+                let leaves_space = without_space.is_some();
+                Part {
+                    tokens: without_space.unwrap_or(tokens),
+                    bytes: Some(bytes - usize::from(leaves_space)),
+                    leaves_space,
                 }
             }
             Some(Content::Tokens(list)) => Part {

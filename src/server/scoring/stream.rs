@@ -176,7 +176,12 @@ fn total(texts: &[&v1::TextScore]) -> v1::ScoreTotal {
         bytes,
         nats,
         nats_per_token,
-        standard_error: variance.sqrt() / tokens.max(1) as f64,
+        // Of a text that cannot be, the rest says nothing either.
+        standard_error: if nats.is_finite() {
+            variance.sqrt() / tokens.max(1) as f64
+        } else {
+            f64::INFINITY
+        },
         bits_per_byte: bytes
             .filter(|bytes| *bytes > 0)
             .map(|bytes| nats / std::f64::consts::LN_2 / bytes as f64),
