@@ -335,8 +335,10 @@ fn open_session(bundle: &Bundle, options: &OnnxOptions) -> Result<Session, Netwo
         Device::Cpu => {}
         #[cfg(feature = "cuda")]
         Device::Cuda(id) => {
+            // ONNX Runtime would round the factors of products to TF32, ten bits: enough to change tokens.
             let provider = ort::ep::CUDA::default()
                 .with_device_id(id)
+                .with_tf32(false)
                 .build()
                 .error_on_failure();
             builder = builder.with_execution_providers([provider]).map_err(load)?;

@@ -43,10 +43,11 @@ def scores(x, sigma):
 
 def step(x, sigma, dsigma):
     score = scores(x, sigma)
+    dsigma = dsigma[:, None]
     extra = (1 - dsigma.exp()) * score.sum(-1)
-    score = score * dsigma.exp()[:, None]
+    score = score * dsigma.exp()[..., None]
     score[..., -1] += extra
-    edge = torch.exp(-dsigma)[:, None] * F.one_hot(x, num_classes=mask + 1)
+    edge = torch.exp(-dsigma)[..., None] * F.one_hot(x, num_classes=mask + 1)
     edge += torch.where(x == mask, 1 - torch.exp(-dsigma), 0)[..., None]
     return score * edge
 
