@@ -250,6 +250,16 @@ fn mistakes_end_with_one_line_and_the_right_code() {
         (vec!["serve", "--config", "/nowhere.toml"], 64, "nowhere"),
         (vec!["serve", "--workers", "0"], 64, "engine.workers"),
         (vec!["serve", "--repository", "/nowhere"], 70, "/nowhere"),
+        (
+            vec!["serve", "--repository", "training/demo/world-english"],
+            64,
+            "is the folder of one model",
+        ),
+        (
+            vec!["serve", "--repository", "training/demo/world-english/1"],
+            64,
+            "is one version of a model",
+        ),
         (vec!["dance"], 64, "dance"),
     ] {
         let output = denoised().args(&arguments).output().unwrap();

@@ -67,6 +67,9 @@ impl Repository {
             default: default.transpose()?,
             readable: true,
         };
+        if let Some(root) = &repository.root {
+            refuse_wrong_level(root)?;
+        }
         repository.look().map_err(|source| StartError::Bundle {
             model: repository
                 .root
@@ -185,6 +188,36 @@ impl Repository {
             .is_none_or(|(name, version)| models.set_default(name, *version));
         (models, is_served)
     }
+}
+
+/// A folder that is a bundle, or holds versions, is not of models: they would be passed over in silence.
+fn refuse_wrong_level(root: &Path) -> Result<(), StartError> {
+    let problem = |what: &str, meant: Option<&Path>| {
+        let meant = meant.map_or("the folder of models".to_owned(), |meant| {
+            meant.display().to_string()
+        });
+        StartError::Models(format!(
+            "models.repository {} is {what}, must be a folder of <model>/<version>: {meant}",
+            root.display()
+        ))
+    };
+    // So that a relative path has parents too.
+    let whole = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+    if root.join(MANIFEST).is_file() {
+        let models = whole.parent().and_then(Path::parent);
+        return Err(problem("one version of a model", models));
+    }
+    let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
+    let mut folders = entries.map(|entry| entry.path());
+    if folders.any(|folder| is_version(&folder) && folder.join(MANIFEST).is_file()) {
+        return Err(problem("the folder of one model", whole.parent()));
+    }
+    Ok(())
+}
+
+fn is_version(folder: &Path) -> bool {
+    let name = folder.file_name().and_then(|name| name.to_str());
+    name.is_some_and(|name| name.parse::<u64>().is_ok())
 }
 
 /// When a bundle was written, as its manifest says, which is written last.
