@@ -146,13 +146,42 @@ fn serve_logs_one_line_generates_infills_and_exits_cleanly() {
         .output()
         .unwrap();
     assert_eq!(json_lines(&succeeds(&models))[0]["default"], true);
+    let refused = denoised()
+        .args(["generate", "--length", "4096", "--server", &url])
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(64));
     let (code, log) = server.stop();
     assert_eq!(code, Some(0), "{log}");
-    // What was asked is told, a line a request.
-    let ended = log.lines().filter(|line| line.contains("a request has ended"));
-    let ended: Vec<&str> = ended.collect();
-    assert_eq!(ended.len(), 5, "{log}");
-    assert!(ended[4].contains("canvases=2 done=2") && ended[4].contains("model=world-english@1"));
+    // What was asked is told, a line a call.
+    let ended = |call: &str| -> Vec<&str> {
+        let lines = log.lines().filter(|line| line.contains("a call has ended"));
+        lines.filter(|line| line.contains(call)).collect()
+    };
+    assert_eq!(ended("DiffusionService/Infill").len(), 1, "{log}");
+    assert_eq!(ended("ModelService/ListModels").len(), 1, "{log}");
+    let generated = ended("DiffusionService/Generate");
+    assert_eq!(generated.len(), 5, "{log}");
+    let told = |line: &str, name: &str| -> Option<String> {
+        let rest = line.split(&format!(" {name}=")).nth(1)?;
+        Some(rest.split_whitespace().next()?.trim_matches('"').to_owned())
+    };
+    let number = |name| told(generated[3], name).unwrap().parse::<u64>().unwrap();
+    assert!(log.contains(&told(generated[3], "request").unwrap()));
+    assert_eq!(told(generated[3], "model").unwrap(), "world-english@1");
+    assert_eq!(told(generated[3], "caller").unwrap(), "127.0.0.1");
+    assert_eq!(told(generated[3], "code").unwrap(), "OK");
+    assert_eq!([number("canvases"), number("done")], [2, 2]);
+    assert!((2..=18).contains(&number("evaluations")), "{log}");
+    assert!(
+        number("queue_ms") + number("network_ms") <= number("ms") && number("ms") > 0,
+        "{log}"
+    );
+    // What was refused has a code, and took nothing.
+    assert_eq!(told(generated[4], "code").unwrap(), "INVALID_ARGUMENT");
+    assert_eq!(told(generated[4], "model").unwrap(), "world-english@1");
+    assert_eq!(told(generated[4], "evaluations"), None);
+    assert!(!log.contains("In the beginning"), "prompts are nobody's to read");
     let serving: Vec<&str> = log.lines().filter(|line| line.contains("serving on")).collect();
     assert_eq!(serving.len(), 1, "{log}");
     assert!(

@@ -32,6 +32,7 @@ mod progress;
 mod queue;
 mod request;
 mod scoring;
+mod spent;
 mod watchdog;
 mod work;
 mod worker;
@@ -56,8 +57,9 @@ pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::Queue;
 pub use request::{AdmitError, Caller, Deadline, Generation, OnDeadline, Publish, Request, Resume};
 pub use scoring::{ScoreRequest, Scores, ScoringRun, TextScore, TextToScore};
+pub use spent::Spent;
 use watchdog::Watchdog;
-use work::{Origin, Place, Tally, Work};
+use work::{Origin, Place, Work};
 
 use crate::models::{Loader, ModelState, Put, ServedModel};
 use crate::sync::{self, Mutex, Thread};
@@ -304,14 +306,14 @@ impl Engine {
             priority: request.priority,
         };
         self.check_deadline(&entry, &asked, request.template.len())?;
-        let (origin, mut place) = self.register(entry, asked.number)?;
+        let (origin, place) = self.register(entry, asked.number)?;
         let permits = if numbers.is_empty() {
             Vec::new()
         } else {
             shared.admission.admit(&request.caller, asked)?
         };
         let built = build(&numbers, &mut request)?;
-        place.canvases = asked.canvases;
+        place.spent.begin(asked.canvases);
         let place = Arc::new(place);
         let (mut canvases, mut work) = (Vec::with_capacity(numbers.len()), Vec::new());
         for ((permit, canvas), &number) in permits.into_iter().zip(built).zip(&numbers) {
@@ -330,6 +332,7 @@ impl Engine {
             initial,
             canvases,
             predicted,
+            spent: Arc::clone(&origin.spent),
             id: request.id,
             number: origin.number,
             shared: Arc::clone(shared),
@@ -379,11 +382,11 @@ impl Engine {
             priority: request.priority,
         };
         self.check_deadline(&entry, &asked, longest)?;
-        let (origin, mut place) = self.register(entry, asked.number)?;
+        let (origin, place) = self.register(entry, asked.number)?;
         let permits = shared
             .admission
             .admit_shares(&request.caller, asked, &layout.shares)?;
-        place.canvases = asked.canvases;
+        place.spent.begin(asked.canvases);
         let place = Arc::new(place);
         let texts = layout.build(request);
         let (board, scores) = scoring::Board::new(&texts);
@@ -399,6 +402,7 @@ impl Engine {
         Ok(ScoringRun {
             scores,
             predicted,
+            spent: Arc::clone(&origin.spent),
             id: request.id.clone(),
             number: origin.number,
             shared: Arc::clone(shared),
@@ -477,14 +481,12 @@ impl Engine {
             }),
         };
         self.shared.loader.acquire(&request.model);
+        let spent = Arc::new(Spent::default());
         let place = Place {
             id: request.id.clone(),
             number,
-            caller: request.caller.clone(),
             model: request.model,
-            canvases: 0,
-            admitted: Instant::now(),
-            tally: Tally::default(),
+            spent: Arc::clone(&spent),
             shared: Arc::clone(&self.shared),
         };
         let origin = Origin {
@@ -496,6 +498,7 @@ impl Engine {
             deadline: request.deadline,
             priority: request.priority,
             admitted: Instant::now(),
+            spent,
             shared: Arc::clone(&self.shared),
         };
         Ok((Arc::new(origin), place))

@@ -112,9 +112,7 @@ impl Pass {
             .zip(outcomes)
             .enumerate()
             .map(|(index, (work, outcome))| {
-                work.timings.queue += started.saturating_duration_since(work.ready);
-                work.timings.network += clock.network;
-                work.timings.sampling += clock.sampling;
+                work.count_pass(started, clock.network, clock.sampling);
                 let spent = 1 + u32::from(seconds.get(index).is_some_and(Option::is_some));
                 outcome.map(|moves| work.job.commit(&work.evaluation, moves, spent))
             })

@@ -161,6 +161,8 @@ pub struct Generation {
     pub canvases: Vec<watch::Receiver<State>>,
     /// When the last canvas will be finished, as predicted.
     pub predicted: Duration,
+    /// What it has taken so far.
+    pub spent: Arc<super::Spent>,
     pub(super) id: String,
     pub(super) number: u64,
     pub(super) shared: Arc<Shared>,

@@ -105,6 +105,8 @@ pub struct ScoringRun {
     pub scores: watch::Receiver<Scores>,
     /// When the last text will be scored, as predicted.
     pub predicted: std::time::Duration,
+    /// What it has taken so far.
+    pub spent: Arc<super::Spent>,
     pub(super) id: String,
     pub(super) number: u64,
     pub(super) shared: Arc<Shared>,

@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -13,6 +13,7 @@ use super::job::Job;
 use super::queue::{FlowDescription, FlowKey, Lane, Urgency, Weight};
 use super::request::{Caller, Deadline, OnDeadline};
 use super::scoring::{Board, Scoring};
+use super::spent::Spent;
 use super::{Counters, Failure, Phase, Publish, Shared, State, Timings};
 use crate::diffusion::sampler::Evaluation;
 use crate::models::{ServedModel, Waiting};
@@ -38,6 +39,7 @@ pub(super) struct Origin {
     pub(super) deadline: Option<Deadline>,
     pub(super) priority: i32,
     pub(super) admitted: Instant,
+    pub(super) spent: Arc<Spent>,
     pub(super) shared: Arc<Shared>,
 }
 
@@ -72,19 +74,9 @@ impl Origin {
 pub(super) struct Place {
     pub(super) id: String,
     pub(super) number: u64,
-    pub(super) caller: Caller,
     pub(super) model: Arc<ServedModel>,
-    pub(super) canvases: u32,
-    pub(super) admitted: Instant,
-    pub(super) tally: Tally,
+    pub(super) spent: Arc<Spent>,
     pub(super) shared: Arc<Shared>,
-}
-
-/// How the canvases of a request have ended.
-#[derive(Debug, Default)]
-pub(super) struct Tally {
-    done: AtomicU32,
-    evaluations: AtomicU64,
 }
 
 impl Drop for Place {
@@ -93,20 +85,13 @@ impl Drop for Place {
         if self.shared.loader.release(&self.model) {
             self.shared.costs.forget(&self.model);
         }
-        let done = self.tally.done.load(Ordering::Acquire);
-        // Requests that were refused after they had a place are told as refusals.
-        if self.canvases > 0 {
-            tracing::info!(
-                request = self.id,
-                caller = %self.caller,
-                model = %self.model,
-                canvases = self.canvases,
-                done,
-                evaluations = self.tally.evaluations.load(Ordering::Acquire),
-                ms = self.admitted.elapsed().as_millis() as u64,
-                "a request has ended"
-            );
-        }
+        tracing::debug!(
+            request = self.id,
+            model = %self.model,
+            done = self.spent.done(),
+            evaluations = self.spent.evaluations(),
+            "a request has left the engine"
+        );
     }
 }
 
@@ -179,11 +164,7 @@ impl Ticket {
 
     fn done(&self, job: &Job, timings: Timings) {
         if let Some((_, place)) = &*self.held.lock() {
-            place.tally.done.fetch_add(1, Ordering::AcqRel);
-            place
-                .tally
-                .evaluations
-                .fetch_add(job.nfe().into(), Ordering::AcqRel);
+            place.spent.count_done();
         }
         match (&self.follower, job) {
             (Follower::Canvas(progress), Job::Denoising(canvas)) => {
@@ -391,6 +372,15 @@ impl Work {
         }
     }
 
+    /// Takes note of a pass that this took part in since `started`.
+    pub(super) fn count_pass(&mut self, started: Instant, network: Duration, sampling: Duration) {
+        let queue = started.saturating_duration_since(self.ready);
+        self.timings.queue += queue;
+        self.timings.network += network;
+        self.timings.sampling += sampling;
+        self.origin.spent.count_pass(queue, network);
+    }
+
     /// Why this should not go on, if it should not.
     pub(super) fn is_over(&self) -> Option<Failure> {
         let too_late =
@@ -416,6 +406,7 @@ impl Work {
             self.job.evaluations_left()
         };
         let spent = self.job.nfe() - std::mem::replace(&mut self.counted, self.job.nfe());
+        self.origin.spent.count_evaluations(spent.into());
         self.ticket.keep(spent.into(), left);
         if let Follower::Scoring(board) = &self.ticket.follower {
             board.advance(spent.into());

@@ -2,7 +2,9 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
+use http::Extensions;
 use tonic::Request;
+use tonic::transport::server::TcpConnectInfo;
 
 use crate::engine::Caller;
 
@@ -10,7 +12,15 @@ use crate::engine::Caller;
 ///
 /// IPv6 callers are told apart by their /64: one host has as many addresses of it as it likes.
 pub(super) fn of<T>(request: &Request<T>) -> Caller {
-    match request.remote_addr() {
+    behind(request.extensions())
+}
+
+/// The caller of the request that has `extensions`.
+pub(super) fn behind(extensions: &Extensions) -> Caller {
+    match extensions
+        .get::<TcpConnectInfo>()
+        .and_then(|peer| peer.remote_addr())
+    {
         Some(address) => Caller::new(network(address.ip())),
         None => Caller::new("local"),
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use futures_util::stream::{BoxStream, StreamExt};
 use tonic::{Request, Response, Status};
 
+use super::access::Notes;
 use super::request;
 use super::resume::{self, Repeated, States};
 use super::sampler;
@@ -25,6 +26,7 @@ use crate::proto::v1::event::Event;
 struct Call {
     id: String,
     caller: Caller,
+    notes: Notes,
     model: Arc<ServedModel>,
     sampling: Option<v1::Sampling>,
     frames: Option<v1::FramePolicy>,
@@ -39,6 +41,7 @@ struct Call {
 /// Who calls, when, and how long the call may take.
 pub(super) struct Arrival {
     pub(super) caller: Caller,
+    pub(super) notes: Notes,
     at: Instant,
     timeout: Option<Duration>,
 }
@@ -47,6 +50,7 @@ impl Arrival {
     pub(super) fn of<T>(request: &Request<T>) -> Self {
         Self {
             caller: caller::of(request),
+            notes: Notes::of(request.extensions()),
             at: Instant::now(),
             timeout: deadline::timeout(request.metadata()),
         }
@@ -107,6 +111,7 @@ impl Service {
         let call = Call {
             id: request::id(words.request_id)?,
             caller: arrival.caller,
+            notes: arrival.notes,
             model: self.model(words.model)?,
             sampling: words.sampling,
             frames: words.frames,
@@ -116,6 +121,7 @@ impl Service {
             token_sets: words.token_sets,
             resume,
         };
+        call.notes.asks(&call.id, &call.model);
         Ok((call, parts))
     }
 
@@ -180,6 +186,7 @@ impl Service {
             resume,
             allowed,
         })?;
+        asked.notes.spends(&generation.spent);
         accepted.token_sets = sets.told();
         accepted.predicted_seconds = generation.predicted.as_secs_f64();
         tracing::debug!(request = %asked.id, model = %asked.model, length = accepted.length, steps = accepted.total, samples = resolved.samples, "admitted");

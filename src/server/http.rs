@@ -83,7 +83,7 @@ async fn elsewhere() -> (StatusCode, &'static str) {
     (StatusCode::NOT_FOUND, hint)
 }
 
-async fn count(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
-    let call = metrics.call(request.uri().path());
+async fn count(State(metrics): State<Arc<Metrics>>, mut request: Request, next: Next) -> Response {
+    let call = metrics.call(&mut request);
     call.follow(next.run(request).await)
 }

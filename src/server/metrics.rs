@@ -21,6 +21,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use tonic::Code;
 
+use super::access::Access;
 use crate::engine::Engine;
 use crate::models::{Catalogue, ModelState};
 
@@ -94,11 +95,14 @@ impl Metrics {
         Ok(text)
     }
 
-    /// A call of `path` that begins now.
-    pub(super) fn call(self: &Arc<Self>, path: &str) -> Call {
+    /// A call that begins now, with its request.
+    pub(super) fn call(self: &Arc<Self>, request: &mut axum::extract::Request) -> Call {
+        let path = request.uri().path().to_owned();
+        let access = Access::begin(&path, request.extensions_mut());
         let method = path.rsplit_once('/').map_or("", |(_, method)| method);
         Call {
             metrics: Arc::clone(self),
+            access,
             method: method.to_owned(),
             arrived: Instant::now(),
             code: None,
@@ -111,6 +115,7 @@ impl Metrics {
 #[derive(Debug)]
 pub(super) struct Call {
     metrics: Arc<Metrics>,
+    access: Access,
     method: String,
     arrived: Instant,
     /// The code, once it is told.
@@ -142,7 +147,9 @@ impl Drop for Call {
         } else {
             std::mem::take(&mut self.method)
         };
-        let seconds = self.arrived.elapsed().as_secs_f64();
+        let total = self.arrived.elapsed();
+        self.access.log(name(code), total);
+        let seconds = total.as_secs_f64();
         let labels = Method {
             method: method.clone(),
         };

@@ -3,6 +3,7 @@
 //! `request` checks what comes in, `stream` shapes what goes out, `status` alone knows gRPC codes.
 //! A [`Server`] is a function of a configuration (or of models, in tests) and a shutdown future.
 
+mod access;
 mod caller;
 mod connections;
 mod deadline;

@@ -11,6 +11,7 @@ use tonic::{Request, Status};
 
 use self::read::Document;
 use super::Service;
+use super::access::Notes;
 use super::diffusion_service::Arrival;
 use super::request;
 use super::status::FieldError;
@@ -47,6 +48,7 @@ struct Words {
     priority: i32,
     deadline: Option<Deadline>,
     caller: crate::engine::Caller,
+    notes: Notes,
 }
 
 impl Words {
@@ -99,14 +101,17 @@ impl Service {
                 return Err(FieldError::new("seed", problem).into());
             }
         };
+        let id = request::id(request_id)?;
+        arrival.notes.asks(&id, &model);
         Ok(Words {
             model,
             likelihood,
             seed,
-            id: request::id(request_id)?,
+            id,
             priority,
             deadline,
             caller: arrival.caller,
+            notes: arrival.notes,
         })
     }
 
@@ -126,7 +131,7 @@ impl Service {
         let (service, id, until) = (self.clone(), words.id.clone(), words.deadline);
         let start = move || {
             let documents = read::documents(asked.texts, &words.model, &service.limits)?;
-            let run = service.admit(&words.request(&documents), "texts")?;
+            let run = service.admit(&words, &documents, "texts")?;
             Ok(stream::events(accepted(&words, &run), run, documents))
         };
         Ok(deliver(
@@ -166,7 +171,7 @@ impl Service {
                 &words.model,
                 &service.limits,
             )?;
-            let run = service.admit(&words.request(&candidates), "candidates")?;
+            let run = service.admit(&words, &candidates, "candidates")?;
             Ok((run, words))
         };
         let (mut run, words) = self.text.run(start).await?;
@@ -184,13 +189,18 @@ impl Service {
         })
     }
 
-    fn admit(&self, request: &ScoreRequest, field: &str) -> Result<ScoringRun, Status> {
-        self.engine.score(request).map_err(|refusal| {
+    fn admit(&self, words: &Words, documents: &[Document], field: &str) -> Result<ScoringRun, Status> {
+        let run = self.engine.score(&words.request(documents)).map_err(|refusal| {
             if let AdmitError::NoRoom(room @ NoRoom::Request(_)) = refusal {
-                return FieldError::new(field, format!("{room}; ask for fewer texts or draws")).into();
+                return Status::from(FieldError::new(
+                    field,
+                    format!("{room}; ask for fewer texts or draws"),
+                ));
             }
-            refusal.into()
-        })
+            Status::from(refusal)
+        })?;
+        words.notes.spends(&run.spent);
+        Ok(run)
     }
 }
 
