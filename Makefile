@@ -56,7 +56,8 @@ INTERLEAVINGS ?= 1000
 
 .PHONY: test-interleavings
 test-interleavings: prerequisites ## Try orders of threads on engine and models (INTERLEAVINGS: how many).
-	DENOISED_INTERLEAVINGS=$(INTERLEAVINGS) cargo test --locked --package denoised --features shuttle --lib interleavings_test
+	# Of the whole workspace: with one package alone, dependencies would have other features and be compiled again.
+	DENOISED_INTERLEAVINGS=$(INTERLEAVINGS) cargo test --locked --workspace --features denoised/shuttle --lib interleavings_test
 
 # A python with torch and safetensors, to compare with: `make bench BENCH_PYTHON=venv/bin/python`.
 BENCH_PYTHON ?=

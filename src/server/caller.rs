@@ -19,7 +19,7 @@ pub(super) fn of<T>(request: &Request<T>) -> Caller {
 pub(super) fn behind(extensions: &Extensions) -> Caller {
     match extensions
         .get::<TcpConnectInfo>()
-        .and_then(|peer| peer.remote_addr())
+        .and_then(TcpConnectInfo::remote_addr)
     {
         Some(address) => Caller::new(network(address.ip())),
         None => Caller::new("local"),
