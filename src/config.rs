@@ -39,6 +39,15 @@ pub struct ServerConfig {
     pub reflection: bool,
     /// Whether `/metrics` tells numbers for Prometheus.
     pub metrics: bool,
+    /// The server's certificate and those between it and its authority, in PEM; empty for no TLS.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub tls_certificate: Option<PathBuf>,
+    /// The key of the certificate, in PEM.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub tls_key: Option<PathBuf>,
+    /// Authorities of the certificates that clients must show, in PEM; empty where they need none.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub tls_client_ca: Option<PathBuf>,
     /// Connections that may be open.
     pub max_connections: usize,
     /// Seconds that a new connection has to say that it speaks HTTP/2.
@@ -58,6 +67,9 @@ impl Default for ServerConfig {
             drain_grace_seconds: 20,
             reflection: true,
             metrics: true,
+            tls_certificate: None,
+            tls_key: None,
+            tls_client_ca: None,
             max_connections: 1024,
             handshake_seconds: 10,
             max_concurrent_streams: 256,
@@ -337,6 +349,31 @@ impl Config {
                 value: self.models.memory_megabytes.to_string(),
                 wanted: "0 to 1048576",
             });
+        }
+        let server = &self.server;
+        let has_certificate = server.tls_certificate.is_some();
+        for (key, value, is_needed, is_wrong) in [
+            (
+                "server.tls_key",
+                &server.tls_key,
+                "set where server.tls_certificate is, and only there",
+                server.tls_key.is_some() != has_certificate,
+            ),
+            (
+                "server.tls_client_ca",
+                &server.tls_client_ca,
+                "empty without server.tls_certificate",
+                server.tls_client_ca.is_some() && !has_certificate,
+            ),
+        ] {
+            if is_wrong {
+                let value = value.as_ref().map(|file| file.display().to_string());
+                return Err(ConfigError::Range {
+                    key,
+                    value: value.unwrap_or_else(|| "empty".to_owned()),
+                    wanted: is_needed,
+                });
+            }
         }
         let share = self.engine.max_caller_share;
         if !(share > 0.0 && share <= 1.0) {

@@ -36,7 +36,8 @@ impl Serving {
             .unwrap();
         let address = line
             .trim()
-            .strip_prefix("listening on http://")
+            .split_once("://")
+            .map(|(_, address)| address)
             .expect(&line)
             .to_owned();
         Self { child, address }
@@ -246,9 +247,31 @@ fn mistakes_end_with_one_line_and_the_right_code() {
             "sampling.temperature",
         ),
         (
-            vec!["generate", "--server", "https://127.0.0.1:1"],
+            vec!["generate", "--server", "ftp://127.0.0.1:1"],
             64,
-            "must begin with http://",
+            "must begin with http:// or https://",
+        ),
+        (
+            vec![
+                "generate",
+                "--server",
+                "http://127.0.0.1:1",
+                "--ca-certificate",
+                "a",
+            ],
+            64,
+            "certificates are for https://",
+        ),
+        (
+            vec![
+                "generate",
+                "--server",
+                "https://127.0.0.1:1",
+                "--ca-certificate",
+                "/nowhere.pem",
+            ],
+            64,
+            "--ca-certificate /nowhere.pem",
         ),
         (vec!["infill", "no gap"], 64, "template"),
         (vec!["infill", "open [[gap"], 64, "not closed"),

@@ -34,3 +34,4 @@ mod resume;
 mod samplers;
 mod scores;
 mod support;
+mod tls;

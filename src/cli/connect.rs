@@ -1,12 +1,12 @@
 //! A channel to the server that was given, or to one started within this process.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use super::Failed;
 use crate::config::{Config, LogConfig};
@@ -26,6 +26,25 @@ pub(super) struct Target {
     /// Seconds that a server may take to answer at all, 1 to 3600.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     connect_timeout: u64,
+    /// Authorities, as a PEM file, whose certificates servers at https:// may show; without, those that the system trusts.
+    #[arg(long, value_name = "FILE", env = "DENOISED_CA_CERTIFICATE")]
+    ca_certificate: Option<PathBuf>,
+    /// Certificate of this client, as a PEM file, for servers at https:// that ask for one.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "DENOISED_CLIENT_CERTIFICATE",
+        requires = "client_key"
+    )]
+    client_certificate: Option<PathBuf>,
+    /// Key of that certificate, as a PEM file.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "DENOISED_CLIENT_KEY",
+        requires = "client_certificate"
+    )]
+    client_key: Option<PathBuf>,
     /// TOML file with settings for the server that this command starts; not read with --server.
     #[arg(long, value_name = "FILE", env = "DENOISED_CONFIG")]
     config: Option<PathBuf>,
@@ -61,14 +80,23 @@ impl Target {
         };
         let mut endpoints = Vec::with_capacity(urls.len());
         for url in urls {
-            if !url.starts_with("http://") {
+            let is_secure = url.starts_with("https://");
+            if !is_secure && !url.starts_with("http://") {
                 // Anything else would be spoken in plaintext all the same.
-                let problem = format!("--server {url}: must begin with http://; TLS is not spoken yet");
+                let problem = format!("--server {url}: must begin with http:// or https://");
                 return Err(Failed::usage(problem));
             }
-            let endpoint = Endpoint::from_shared(url.clone())
-                .map_err(|e| Failed::usage(format!("--server {url}: {e}")))?
-                .connect_timeout(Duration::from_secs(self.connect_timeout));
+            if !is_secure && (self.ca_certificate.is_some() || self.client_certificate.is_some()) {
+                let problem = format!("--server {url}: certificates are for https://");
+                return Err(Failed::usage(problem));
+            }
+            let wrong =
+                |e: tonic::transport::Error| Failed::usage(format!("--server {url}: {}", root_cause(&e)));
+            let mut endpoint = Endpoint::from_shared(url.clone()).map_err(wrong)?;
+            if is_secure {
+                endpoint = endpoint.tls_config(self.tls()?).map_err(wrong)?;
+            }
+            let endpoint = endpoint.connect_timeout(Duration::from_secs(self.connect_timeout));
             endpoints.push((url, endpoint));
         }
         let mut nobody = Vec::new();
@@ -91,10 +119,34 @@ impl Target {
         Err(Failed::unavailable(nobody.join("; ")))
     }
 
+    /// How this client shows itself, and whom it trusts.
+    fn tls(&self) -> Result<ClientTlsConfig, Failed> {
+        let read = |option: &str, file: &Path| {
+            std::fs::read(file)
+                .map_err(|error| Failed::usage(format!("{option} {}: {error}", file.display())))
+        };
+        let mut tls = ClientTlsConfig::new();
+        tls = match &self.ca_certificate {
+            Some(file) => tls.ca_certificate(Certificate::from_pem(read("--ca-certificate", file)?)),
+            None => tls.with_enabled_roots(),
+        };
+        if let (Some(certificate), Some(key)) = (&self.client_certificate, &self.client_key) {
+            tls = tls.identity(Identity::from_pem(
+                read("--client-certificate", certificate)?,
+                read("--client-key", key)?,
+            ));
+        }
+        Ok(tls)
+    }
+
     async fn start(&self) -> Result<(String, Own), Failed> {
         let mut flags = vec![
             ("server.listen", "127.0.0.1:0".to_owned()),
             ("server.drain_grace_seconds", "0".to_owned()),
+            // Nobody else can reach it.
+            ("server.tls_certificate", String::new()),
+            ("server.tls_key", String::new()),
+            ("server.tls_client_ca", String::new()),
         ];
         flags.extend(
             self.repository
@@ -108,7 +160,7 @@ impl Target {
         };
         let log = telemetry::init(&quiet).map_err(Failed::software)?;
         let server = Server::bind(&config).await?;
-        let url = format!("http://{}", server.address());
+        let url = server.url();
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(server.run(async {
             let _gone = stopped.await.is_err();

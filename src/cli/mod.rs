@@ -116,7 +116,7 @@ impl From<StartError> for Failed {
     fn from(error: StartError) -> Self {
         match error {
             // The configuration names what is not there.
-            StartError::Models(_) => Self::usage(error),
+            StartError::Models(_) | StartError::Tls(_) => Self::usage(error),
             StartError::Bundle { .. } | StartError::Network(_) | StartError::System { .. } => {
                 Self::software(error)
             }

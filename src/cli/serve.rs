@@ -54,10 +54,10 @@ impl Serve {
         // Before the socket is bound: whoever sees the port may send the signal.
         let shutdown = shutdown_signal().map_err(Failed::software)?;
         let server = Server::bind(&config).await?;
-        let address = server.address();
-        tracing::info!("serving on http://{address}: {}", server.summary());
+        let url = server.url();
+        tracing::info!("serving on {url}: {}", server.summary());
         let mut out = std::io::stdout();
-        writeln!(out, "listening on http://{address}")
+        writeln!(out, "listening on {url}")
             .and_then(|()| out.flush())
             .map_err(Failed::software)?;
         server.run(shutdown).await;

@@ -23,7 +23,7 @@ mod states;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 pub use events::{Event, Events, Resumed};
 pub use request::{Request, draft, gap, gap_of, text, tokens};
@@ -78,13 +78,19 @@ pub struct Client {
 
 impl Client {
     /// A client of the servers at these URLs, of which the first is asked, and the next when it has gone away.
-    /// Connections are made when they are needed.
+    /// Connections are made when they are needed; those to `https://` trust the authorities that the system trusts. For
+    /// others, or with a certificate of the client's, make channels and use [`Self::of`].
     ///
     /// # Errors
-    /// When a URL is none.
+    /// When a URL is none, or the system's authorities cannot be read.
     pub fn new<U: AsRef<str>>(urls: impl IntoIterator<Item = U>) -> Result<Self, tonic::transport::Error> {
         let channel = |url: U| {
             let endpoint = Endpoint::from_shared(url.as_ref().to_owned())?;
+            let endpoint = if url.as_ref().starts_with("https://") {
+                endpoint.tls_config(ClientTlsConfig::new().with_enabled_roots())?
+            } else {
+                endpoint
+            };
             Ok(endpoint.connect_timeout(CONNECT_TIMEOUT).connect_lazy())
         };
         let servers: Vec<Channel> = urls.into_iter().map(channel).collect::<Result<_, _>>()?;

@@ -45,6 +45,9 @@ fn mistakes_are_named() {
         ("[engin]\nworkers = 1", "engin"),
         ("[server]\ndrain_grace_seconds = 1.5", "drain_grace_seconds"),
         ("[server]\ndrain_grace_seconds = 100000", "at most 86400"),
+        ("[server]\ntls_certificate = \"a.pem\"", "server.tls_key is empty"),
+        ("[server]\ntls_key = \"a.key\"", "server.tls_key is a.key"),
+        ("[server]\ntls_client_ca = \"a.pem\"", "server.tls_client_ca"),
     ] {
         let error = load(toml, &[], &[]).unwrap_err().to_string();
         assert!(error.contains(says), "{toml}: {error}");

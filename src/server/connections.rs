@@ -1,4 +1,5 @@
-//! Connections: accepted, bounded in what they hold, and ended gracefully. HTTP/2 for gRPC, HTTP/1 for plain requests.
+//! Connections: accepted, bounded in what they hold, and ended gracefully. HTTP/2 for gRPC, HTTP/1 for plain requests,
+//! both behind TLS where there is a certificate.
 //!
 //! tonic's own server has no setting for what a stream may hold that its connection has not taken: here that is
 //! [`SEND_BUFFER`] bytes in HTTP/2 and [`UNSENT`] in the kernel, two keyframes or so, so that events are made when
@@ -15,11 +16,14 @@ use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::TcpConnectInfo;
 use tower::ServiceExt;
 
+use super::tls::Tls;
 use crate::config::ServerConfig;
 
 /// Bytes of a stream that HTTP/2 holds until the connection takes them.
@@ -62,6 +66,7 @@ pub(super) async fn serve(
     listener: TcpListener,
     routes: ByProtocol,
     config: &ServerConfig,
+    tls: Option<Tls>,
     stop: impl Future<Output = ()>,
 ) {
     let places = Arc::new(Semaphore::new(config.max_connections));
@@ -109,16 +114,24 @@ pub(super) async fn serve(
         };
         let (http1, http2, routes) = (http1.clone(), http2.clone(), routes.clone());
         let watcher = graceful.watcher();
+        let acceptor = tls.as_ref().map(Tls::acceptor);
         tokio::spawn(async move {
             let _place = place;
-            let (builder, routes) = match tokio::time::timeout(handshake, speaks(&stream)).await {
-                Ok(Ok(Spoken::Http1)) => (http1, routes.http1),
-                Ok(Ok(Spoken::Http2)) => (http2, routes.http2),
-                Ok(Ok(Spoken::Other) | Err(_)) => return,
+            let (spoken, stream) = match tokio::time::timeout(handshake, begin(stream, acceptor)).await {
+                Ok(Ok(begun)) => begun,
+                Ok(Err(error)) => {
+                    tracing::debug!(%remote, %error, "a connection ended before it began");
+                    return;
+                }
                 Err(_) => {
                     tracing::debug!(%remote, "a connection is closed: it said nothing (server.handshake_seconds)");
                     return;
                 }
+            };
+            let (builder, routes) = match spoken {
+                Spoken::Http1 => (http1, routes.http1),
+                Spoken::Http2 => (http2, routes.http2),
+                Spoken::Other => return,
             };
             let service = TowerToHyperService::new(seen_from(peer, routes));
             let connection = builder.serve_connection(TokioIo::new(stream), service);
@@ -131,6 +144,28 @@ pub(super) async fn serve(
     // Nobody new can connect while open calls end.
     drop(listener);
     graceful.shutdown().await;
+}
+
+/// Bytes that come and go, encrypted or not.
+trait Bytes: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Bytes for T {}
+
+/// What the client of a new connection speaks, behind TLS where there is an acceptor.
+async fn begin(
+    stream: TcpStream,
+    acceptor: Option<TlsAcceptor>,
+) -> std::io::Result<(Spoken, Box<dyn Bytes>)> {
+    let Some(acceptor) = acceptor else {
+        return Ok((speaks(&stream).await?, Box::new(stream)));
+    };
+    let stream = acceptor.accept(stream).await?;
+    // Whoever speaks gRPC says so in the handshake.
+    let spoken = match stream.get_ref().1.alpn_protocol() {
+        Some(b"h2") => Spoken::Http2,
+        _ => Spoken::Http1,
+    };
+    Ok((spoken, Box::new(stream)))
 }
 
 /// Waits until so much of what a client says first is there that it is clear what it speaks.

@@ -25,6 +25,7 @@ mod status;
 mod stream;
 mod template;
 mod text;
+mod tls;
 mod token_sets;
 
 pub use template::MASKED;
@@ -50,6 +51,7 @@ use crate::proto::v1::model_service_server::ModelServiceServer;
 use crate::proto::v1::server_service_server::ServerServiceServer;
 use crate::proto::{DESCRIPTORS, v1};
 use repository::Repository;
+use tls::Tls;
 
 /// Why the server cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +70,9 @@ pub enum StartError {
     /// There is nothing to serve, or the default model is not served.
     #[error("{0}")]
     Models(String),
+    /// There can be no TLS with the configured files.
+    #[error("server.tls: {0}")]
+    Tls(String),
     /// The socket or a thread cannot be had.
     #[error("{what}: {source}")]
     System {
@@ -216,6 +221,7 @@ pub struct Server {
     address: SocketAddr,
     service: Service,
     config: Config,
+    tls: Option<Tls>,
     /// Where models come from, but for those of tests.
     repository: Option<Repository>,
 }
@@ -238,6 +244,7 @@ impl Server {
     /// Serves `models` instead of the configured ones.
     pub async fn with_models(config: &Config, models: Models) -> Result<Self, StartError> {
         let system = |what: String| move |source| StartError::System { what, source };
+        let tls = Tls::open(&config.server).map_err(|error| StartError::Tls(error.to_string()))?;
         let listen = config.server.listen;
         let listener = TcpListener::bind(listen)
             .await
@@ -277,6 +284,7 @@ impl Server {
             address,
             service,
             config: config.clone(),
+            tls,
             repository: None,
         })
     }
@@ -284,6 +292,12 @@ impl Server {
     /// The bound address.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where clients find it.
+    pub fn url(&self) -> String {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
     /// Models, workers and device in one line.
@@ -333,17 +347,24 @@ impl Server {
         let grace = Duration::from_secs(self.config.server.drain_grace_seconds);
         let poll = Duration::from_secs(self.config.models.poll_seconds);
         let (stop_accepting, stopped) = oneshot::channel::<()>();
-        let serving = connections::serve(self.listener, routes, &self.config.server, async {
-            // An error means that the sender is gone, which is a reason to stop as well.
-            let _gone = stopped.await.is_err();
-        });
+        let serving = connections::serve(
+            self.listener,
+            routes,
+            &self.config.server,
+            self.tls.clone(),
+            async {
+                // An error means that the sender is gone, which is a reason to stop as well.
+                let _gone = stopped.await.is_err();
+            },
+        );
         let draining = async {
             tokio::select! {
                 () = shutdown => {}
                 // Ends with the engine alone, which ends below.
                 () = service.report_health(health.clone()) => {}
-                // Ends never.
+                // Ends never, nor does what follows.
                 () = service.follow(self.repository, poll) => {}
+                () = follow_tls(self.tls) => {}
             }
             tracing::info!(
                 "draining: no new requests, {} s for running ones",
@@ -401,6 +422,13 @@ impl Server {
             }
         }
         routes
+    }
+}
+
+async fn follow_tls(tls: Option<Tls>) {
+    match tls {
+        Some(tls) => tls.follow().await,
+        None => std::future::pending().await,
     }
 }
 
