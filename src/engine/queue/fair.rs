@@ -4,15 +4,16 @@
 //! was given so far. The caller with the least of it is next, and of its requests the one with the least
 //! (start-time fair queueing, Goyal et al. 1996; for language models the "virtual token counter" of arXiv
 //! 2401.00588). What is charged is predicted time, so a short canvas is not charged as a long one. A new or
-//! returning flow starts at the present virtual time, which goes on with all that is given, shared by those who
-//! wait: idle time earns nothing, and whoever waits is not passed by new ones for ever.
+//! returning flow starts at the virtual time at which the running pass began: idle time earns nothing, and having
+//! come a little too late for that pass costs nothing. Virtual time goes on with all that is given, shared by those
+//! who wait, so that whoever waits is not passed by new ones for ever.
 //!
 //! Of a caller's requests the most urgent goes first ([`Urgency`]): that of the highest priority, and of those the
 //! one whose deadline is nearest, and of those the one with the least virtual time. But half of a caller's time
 //! goes to whichever of its patient requests, without priority and deadline, has been given least in all: a short
-//! request beside long ones, whose evaluations cost little, waits for one pass and then goes on, as long as that
-//! pass lasted. The other half goes by virtual time, so that an endless row of short ones does not starve a long
-//! one.
+//! request beside long ones, whose evaluations cost little, waits for a pass and then goes on, as long as that pass
+//! lasted. The other half goes by virtual time, so that an endless row of short ones does not starve a long one.
+//! (Passes that both orders would have begun alike count for neither.)
 //!
 //! A pass is headed by whose turn it is and filled, in the same order, with others that can share it. Whoever
 //! rides along is charged as well, so nobody gains by it, and no room of a pass is left empty.
@@ -98,6 +99,37 @@ pub(in crate::engine) struct Pass {
     pub(in crate::engine) cost: u64,
 }
 
+/// The present virtual time: at least that of whose turn it is, and what was given, shared by those who are there.
+#[derive(Clone, Copy, Debug, Default)]
+struct VirtualClock {
+    now: VirtualTime,
+    /// The newest pass.
+    pass: u64,
+    /// What that pass costs. It is shared when the next one begins, for whoever comes until then waits for it as well.
+    pending: VirtualTime,
+}
+
+impl VirtualClock {
+    /// A pass begins with something of virtual time `time`, while there are as many as `present`.
+    fn pass_begins(&mut self, pass: u64, time: VirtualTime, present: usize) {
+        if self.pass == pass {
+            return;
+        }
+        let shared = std::mem::take(&mut self.pending) / present.max(1) as u64;
+        self.now = self.now.saturating_add(shared).max(time);
+        self.pass = pass;
+    }
+
+    fn charge(&mut self, cost: u64) {
+        self.pending = self.pending.saturating_add(cost);
+    }
+
+    /// Nobody is there: whoever comes next waits for nothing.
+    fn stop(&mut self) {
+        self.pending = 0;
+    }
+}
+
 #[derive(Debug)]
 struct Flow<L, T> {
     caller: CallerNumber,
@@ -106,8 +138,9 @@ struct Flow<L, T> {
     time: VirtualTime,
     /// Predicted time of all that was taken.
     given: u64,
-    /// The last charge.
-    last: u64,
+    /// The last charge, or how far behind the present it was then, if that is more: what it may be behind when it is
+    /// back, for it was not idle.
+    may_lag: u64,
     /// Items that wait, by number of the canvas: the first canvases of a request are finished first.
     items: BTreeMap<u32, T>,
     /// Members that have not left, waiting or not.
@@ -126,8 +159,10 @@ struct Place {
 struct CallerFlow<C, L> {
     name: C,
     time: VirtualTime,
-    /// The present virtual time of its requests.
-    now: VirtualTime,
+    /// As of a flow.
+    may_lag: u64,
+    /// Of its requests.
+    clock: VirtualClock,
     /// Flows with items that wait.
     waiting: BTreeSet<(Urgency, VirtualTime, FlowKey)>,
     /// The patient ones by what they were given.
@@ -163,8 +198,9 @@ pub(in crate::engine) struct FairOrder<C, L, T> {
     backlogged: BTreeSet<(VirtualTime, CallerNumber)>,
     /// Callers without members that are ahead of `now` still: what they had is not forgotten before.
     ahead: BTreeSet<(VirtualTime, CallerNumber)>,
-    /// The present virtual time of callers.
-    now: VirtualTime,
+    /// Of callers.
+    clock: VirtualClock,
+    passes: u64,
     arrivals: u64,
     items: usize,
 }
@@ -182,7 +218,8 @@ where
             lanes: HashMap::new(),
             backlogged: BTreeSet::new(),
             ahead: BTreeSet::new(),
-            now: 0,
+            clock: VirtualClock::default(),
+            passes: 0,
             arrivals: 0,
             items: 0,
         }
@@ -200,7 +237,7 @@ where
             flow.members += 1;
             return;
         }
-        let (now, arrivals) = (self.now, &mut self.arrivals);
+        let (now, arrivals) = (self.clock.now, &mut self.arrivals);
         let number = *self.numbers.entry(description.caller.clone()).or_insert_with(|| {
             *arrivals += 1;
             CallerNumber(*arrivals)
@@ -208,7 +245,8 @@ where
         let caller = self.callers.entry(number).or_insert_with(|| CallerFlow {
             name: description.caller.clone(),
             time: now,
-            now: 0,
+            may_lag: 0,
+            clock: VirtualClock::default(),
             waiting: BTreeSet::new(),
             patient: BTreeSet::new(),
             ahead_of_turns: 0,
@@ -221,9 +259,9 @@ where
             caller: number,
             lane: description.lane,
             urgency: description.urgency,
-            time: caller.now,
+            time: caller.clock.now,
             given: 0,
-            last: 0,
+            may_lag: 0,
             items: BTreeMap::new(),
             members: 1,
         };
@@ -246,7 +284,11 @@ where
         };
         caller.flows = caller.flows.saturating_sub(1);
         if caller.flows == 0 {
+            caller.clock.stop();
             self.ahead.insert((caller.time, number));
+            if self.ahead.len() == self.callers.len() {
+                self.clock.stop();
+            }
             self.forget_who_is_not_ahead();
         }
     }
@@ -260,10 +302,9 @@ where
             return Err(item);
         };
         if flow.items.is_empty() {
-            // Whose last evaluation has only just come back was not idle.
-            flow.time = flow.time.max(caller.now.saturating_sub(flow.last));
+            flow.time = flow.time.max(caller.clock.now.saturating_sub(flow.may_lag));
             if caller.waiting.is_empty() {
-                caller.time = caller.time.max(self.now.saturating_sub(flow.last));
+                caller.time = caller.time.max(self.clock.now.saturating_sub(caller.may_lag));
                 self.backlogged.insert((caller.time, flow.caller));
             }
             caller.waiting.insert((flow.urgency, flow.time, key));
@@ -299,16 +340,19 @@ where
         let Some(&(time, number)) = self.backlogged.first() else {
             return Vec::new();
         };
-        self.now = self.now.max(time);
+        self.passes += 1;
+        let present = self.callers.len().saturating_sub(self.ahead.len());
+        self.clock.pass_begins(self.passes, time, present);
         self.forget_who_is_not_ahead();
         let Some(caller) = self.callers.get_mut(&number) else {
             return Vec::new();
         };
-        let least_given = caller.patient.first().filter(|_| caller.ahead_of_turns <= 0);
-        let to_least_given = least_given.is_some();
-        let first = least_given
-            .map(|(_, key)| *key)
-            .or(caller.waiting.first().map(|(_, _, key)| *key));
+        let in_turn = caller.waiting.first().map(|(_, _, key)| *key);
+        let least_given = caller.patient.first().map(|(_, key)| *key);
+        let to_least_given = least_given.filter(|_| caller.ahead_of_turns <= 0);
+        // Where both agree, neither gains a turn.
+        let counts = least_given.is_some() && least_given != in_turn;
+        let first = to_least_given.or(in_turn);
         let Some(key) = first else {
             return Vec::new();
         };
@@ -340,13 +384,9 @@ where
                 None
             };
         }
-        if let Some(caller) = self
-            .callers
-            .get_mut(&number)
-            .filter(|caller| !caller.patient.is_empty() || to_least_given)
-        {
+        if let Some(caller) = self.callers.get_mut(&number).filter(|_| counts) {
             let time = i64::try_from(time_of_pass).unwrap_or(i64::MAX);
-            let turn = if to_least_given {
+            let turn = if to_least_given.is_some() {
                 time
             } else {
                 time.saturating_neg()
@@ -416,13 +456,19 @@ where
         flow.time = flow.time.saturating_add(cost);
         flow.given = flow.given.saturating_add(cost);
         let (time, given) = (flow.time, flow.given);
-        flow.last = cost;
         let again = !flow.items.is_empty();
-        self.count_out(lane, 1);
         if let Some(caller) = self.callers.get_mut(&number) {
-            let share = |of: usize| cost / of.max(1) as u64;
-            caller.now = caller.now.max(before.time) + share(caller.waiting.len());
-            self.now += share(self.backlogged.len());
+            // Who goes first by urgency, or by what it was given, says nothing of the others' time.
+            let least = caller
+                .waiting
+                .first()
+                .filter(|(urgency, ..)| urgency.is_patient());
+            let least = least.map_or(0, |(_, time, _)| *time);
+            caller.clock.pass_begins(self.passes, least, caller.flows);
+            caller.clock.charge(cost);
+            self.clock.charge(cost);
+            flow.may_lag = cost.max(caller.clock.now.saturating_sub(before.time));
+            caller.may_lag = cost.max(self.clock.now.saturating_sub(caller.time));
             self.backlogged.remove(&(caller.time, number));
             caller.time = caller.time.saturating_add(cost);
             self.backlogged.insert((caller.time, number));
@@ -438,6 +484,7 @@ where
                 }
             }
         }
+        self.count_out(lane, 1);
         if !again {
             self.unlist(key, number, before, lane);
         }
@@ -499,7 +546,7 @@ where
     fn forget_who_is_not_ahead(&mut self) {
         while let Some(&(time, number)) = self.ahead.first() {
             // With nobody left there is nobody to be ahead of.
-            if time > self.now && self.ahead.len() < self.callers.len() {
+            if time > self.clock.now && self.ahead.len() < self.callers.len() {
                 return;
             }
             self.ahead.remove(&(time, number));
@@ -512,467 +559,4 @@ where
 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    /// A lane and what its items cost.
-    type Lane = (u32, u64);
-    type Order = FairOrder<&'static str, Lane, (u64, u32)>;
-
-    fn key(request: u64) -> FlowKey {
-        FlowKey {
-            request,
-            length: 10,
-            alone: None,
-        }
-    }
-
-    /// Adds `items` items of `cost` each.
-    fn add(order: &mut Order, request: u64, caller: &'static str, lane: u32, items: u32, cost: u64) {
-        for index in 0..items {
-            let lane = (lane, cost);
-            let urgency = Urgency::default();
-            order.join(
-                key(request),
-                &FlowDescription {
-                    caller,
-                    lane,
-                    urgency,
-                },
-            );
-            order.push(key(request), index, (request, index)).unwrap();
-        }
-    }
-
-    fn add_urgent(order: &mut Order, request: u64, lane: Lane, urgency: Urgency, items: u32) {
-        for index in 0..items {
-            let description = FlowDescription {
-                caller: "one",
-                lane,
-                urgency,
-            };
-            order.join(key(request), &description);
-            order.push(key(request), index, (request, index)).unwrap();
-        }
-    }
-
-    fn urgency(priority: i32, deadline: u64) -> Urgency {
-        Urgency {
-            priority: Reverse(priority),
-            deadline,
-        }
-    }
-
-    #[test]
-    fn priority_comes_before_deadline_and_deadline_before_the_rest() {
-        let mut order = Order::new();
-        for (request, urgency) in [
-            (2, urgency(0, 900)),
-            (3, urgency(0, 500)),
-            (4, urgency(1, u64::MAX)),
-            (5, urgency(1, 800)),
-        ] {
-            add_urgent(&mut order, request, (0, 10), urgency, 4);
-        }
-        let taken: Vec<u64> = (0..8)
-            .flat_map(|_| take(&mut order, 2))
-            .map(|(request, _)| request)
-            .collect();
-        assert_eq!(taken, [5, 5, 5, 5, 4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2]);
-    }
-
-    #[test]
-    fn half_of_the_time_is_for_who_has_neither() {
-        let mut order = Order::new();
-        add_urgent(&mut order, 1, (0, 10), urgency(0, 500), 10);
-        add_urgent(&mut order, 2, (1, 10), Urgency::default(), 5);
-        add_urgent(&mut order, 3, (2, 10), urgency(-1, 100), 5);
-        let taken: Vec<u64> = (0..20).map(|_| take(&mut order, 1)[0].0).collect();
-        let of = |request| taken[..10].iter().filter(|taken| **taken == request).count();
-        assert_eq!(of(1), 5, "{taken:?}");
-        assert!(of(2) >= 2 && of(3) >= 2, "{taken:?}");
-    }
-
-    fn take(order: &mut Order, room: usize) -> Vec<(u64, u32)> {
-        order.take(0, pass(room), light)
-    }
-
-    fn pass(items: usize) -> impl Fn(&Lane) -> Pass {
-        move |(_, cost)| Pass {
-            items,
-            output_bytes: 0,
-            cost: *cost,
-        }
-    }
-
-    fn light(_: &(u64, u32)) -> Weight {
-        Weight {
-            evaluations: 1,
-            output_bytes: 0,
-        }
-    }
-
-    #[test]
-    fn callers_take_turns_whatever_they_queue() {
-        let mut order = Order::new();
-        add(&mut order, 1, "greedy", 0, 100, 10);
-        add(&mut order, 2, "modest", 1, 3, 10);
-        let taken: Vec<u64> = (0..6).map(|_| take(&mut order, 1)[0].0).collect();
-        assert_eq!(taken, [1, 2, 1, 2, 1, 2]);
-    }
-
-    #[test]
-    fn requests_of_a_caller_take_turns_and_cost_counts() {
-        let mut order = Order::new();
-        add(&mut order, 1, "one", 0, 100, 40);
-        add(&mut order, 2, "one", 1, 100, 10);
-        let short = (0..50).filter(|_| take(&mut order, 1)[0].0 == 2).count();
-        assert_eq!(short, 40, "four short evaluations for every long one");
-    }
-
-    #[test]
-    fn a_short_request_passes_by_long_ones_of_its_caller_for_half_of_the_time() {
-        let mut order = Order::new();
-        for request in 1..=32 {
-            add(&mut order, request, "one", 0, 20, 10);
-        }
-        (0..100).for_each(|_| drop(take(&mut order, 4)));
-        add(&mut order, 33, "one", 1, 1, 10);
-        // One at a time, as evaluations of one canvas come: a pass of the long ones takes as long as four of them.
-        let turns: Vec<bool> = (0..12)
-            .map(|_| {
-                let short = take(&mut order, 4)[0].0 == 33;
-                if short {
-                    order.push(key(33), 0, (33, 0)).unwrap();
-                }
-                short
-            })
-            .collect();
-        let passes = turns.chunk_by(|a, b| a == b);
-        let short: Vec<usize> = passes.filter(|turns| turns[0]).map(<[bool]>::len).collect();
-        assert!(short.iter().skip(1).all(|turns| *turns >= 4), "{turns:?}");
-        assert!(turns.iter().filter(|short| !**short).count() >= 2, "{turns:?}");
-    }
-
-    /// Beside an endless row of short requests a long one has its share, be it half of the turns or, where more
-    /// comes than can be served, that of one among many.
-    #[test]
-    fn short_requests_do_not_starve_long_ones_of_their_caller() {
-        for (every, least) in [(2, 45), (1, 5)] {
-            let mut order = Order::new();
-            add(&mut order, 0, "one", 0, 100, 10);
-            let long = (1..=100u64)
-                .filter(|turn| {
-                    if turn.is_multiple_of(every) {
-                        add(&mut order, *turn, "one", 1, 1, 10);
-                    }
-                    take(&mut order, 1)[0].0 == 0
-                })
-                .count();
-            assert!(long >= least, "a short one every {every}: {long}");
-        }
-    }
-
-    #[test]
-    fn canvases_of_a_request_go_in_their_order() {
-        let mut order = Order::new();
-        add(&mut order, 1, "one", 0, 5, 10);
-        let batch = take(&mut order, 3);
-        assert_eq!(batch, [(1, 0), (1, 1), (1, 2)]);
-        for item in batch {
-            order.push(key(1), item.1, item).unwrap();
-        }
-        assert_eq!(
-            take(&mut order, 3),
-            [(1, 0), (1, 1), (1, 2)],
-            "the oldest first, again"
-        );
-    }
-
-    #[test]
-    fn a_pass_is_filled_in_turn_with_those_who_can_share_it() {
-        let mut order = Order::new();
-        add(&mut order, 1, "one", 7, 10, 10);
-        add(&mut order, 2, "two", 8, 10, 10);
-        add(&mut order, 3, "three", 7, 10, 10);
-        let of =
-            |batch: Vec<(u64, u32)>| -> Vec<u64> { batch.into_iter().map(|(request, _)| request).collect() };
-        assert_eq!(of(take(&mut order, 4)), [1, 3, 1, 3]);
-        assert_eq!(of(take(&mut order, 4)), [2, 2, 2, 2]);
-    }
-
-    #[test]
-    fn who_sleeps_gets_a_share() {
-        let mut order = Order::new();
-        add(&mut order, 1, "one", 0, 8, 10);
-        assert_eq!(order.take(1, pass(8), light).len(), 4);
-        assert_eq!(order.take(0, pass(8), light).len(), 4);
-        assert_eq!(order.take(3, pass(8), light).len(), 0);
-    }
-
-    #[test]
-    fn a_pass_gives_no_more_bytes_than_it_may_but_for_one_item() {
-        let mut order = Order::new();
-        add(&mut order, 1, "one", 0, 8, 10);
-        let pass = |output_bytes| {
-            move |_: &Lane| Pass {
-                items: 8,
-                output_bytes,
-                cost: 10,
-            }
-        };
-        // The later a canvas, the more it takes.
-        let weigh = |&(_, index): &(u64, u32)| Weight {
-            evaluations: 1,
-            output_bytes: 100 * index as usize,
-        };
-        assert_eq!(order.take(0, pass(300), weigh).len(), 3, "0 + 100 + 200");
-        assert_eq!(
-            order.take(0, pass(299), weigh),
-            [(1, 3)],
-            "more than it may: alone"
-        );
-        assert_eq!(order.take(0, pass(900), weigh), [(1, 4), (1, 5)]);
-    }
-
-    #[test]
-    fn two_evaluations_are_charged_twice() {
-        let mut order = Order::new();
-        add(&mut order, 1, "two evaluations", 0, 60, 10);
-        add(&mut order, 2, "one evaluation", 1, 60, 10);
-        let weigh = |&(request, _): &(u64, u32)| Weight {
-            evaluations: 3 - request,
-            output_bytes: 0,
-        };
-        let double = (0..30)
-            .filter(|_| order.take(0, pass(1), weigh)[0].0 == 1)
-            .count();
-        assert_eq!(double, 10);
-    }
-
-    #[test]
-    fn idle_time_earns_nothing() {
-        let mut order = Order::new();
-        add(&mut order, 1, "steady", 0, 1000, 10);
-        add(&mut order, 2, "returning", 1, 1, 10);
-        (0..101).for_each(|_| drop(take(&mut order, 1)));
-        add(&mut order, 3, "returning", 1, 50, 10);
-        let returning = (0..20).filter(|_| take(&mut order, 1)[0].0 == 3).count();
-        assert!(
-            (9..=11).contains(&returning),
-            "half, not all that it has missed: {returning}"
-        );
-    }
-
-    #[test]
-    fn leaving_and_coming_back_erases_no_debt() {
-        let mut order = Order::new();
-        add(&mut order, 1, "steady", 0, 100, 10);
-        add(&mut order, 2, "hopping", 1, 1, 100);
-        let first: Vec<u64> = (0..2).map(|_| take(&mut order, 1)[0].0).collect();
-        assert_eq!(first, [1, 2]);
-        order.leave(key(2));
-        add(&mut order, 3, "hopping", 1, 1, 100);
-        let steady = (0..9).filter(|_| take(&mut order, 1)[0].0 == 1).count();
-        assert_eq!(steady, 9, "what it had is charged still");
-    }
-
-    #[test]
-    fn withdrawn_items_are_gone_and_flows_without_members_forgotten() {
-        let mut order = Order::new();
-        add(&mut order, 1, "one", 0, 3, 10);
-        let alone = FlowKey {
-            request: 1,
-            length: 10,
-            alone: Some(2),
-        };
-        order.join(
-            alone,
-            &FlowDescription {
-                caller: "one",
-                lane: (9, 10),
-                urgency: Urgency::default(),
-            },
-        );
-        order.push(alone, 2, (1, 2)).unwrap();
-        add(&mut order, 2, "two", 0, 1, 10);
-        assert_eq!(order.withdraw(1).len(), 4);
-        assert_eq!(order.len(), 1);
-        assert_eq!(take(&mut order, 4), [(2, 0)]);
-        for key in [key(1), key(1), key(1), alone, key(2)] {
-            order.leave(key);
-        }
-        assert!(order.callers.is_empty() && order.numbers.is_empty() && order.flows.is_empty());
-        assert!(order.lanes.is_empty() && order.backlogged.is_empty() && order.ahead.is_empty());
-    }
-
-    const CALLERS: [&str; 4] = ["a", "b", "c", "d"];
-
-    /// One worker on a simulated clock, with requests that arrive while it works.
-    struct Simulation {
-        order: Order,
-        clock: u64,
-        /// Evaluations that the canvases of a request need still.
-        left: BTreeMap<u64, Vec<u32>>,
-        /// Time that every caller was given.
-        served: [u64; 4],
-        /// For every two callers, how far the second was ahead when both began to wait.
-        ahead: [[i64; 4]; 4],
-    }
-
-    /// Arrival time, caller, canvases, evaluations of each and what one costs.
-    type Arrival = (u64, usize, u32, u32, u64);
-
-    impl Simulation {
-        fn waits(&self, caller: usize, requests: &[Arrival]) -> bool {
-            self.left
-                .keys()
-                .any(|request| requests[*request as usize].1 == caller)
-        }
-
-        fn arrive(&mut self, number: u64, requests: &[Arrival]) {
-            let (_, caller, canvases, evaluations, cost) = requests[number as usize];
-            if !self.waits(caller, requests) {
-                for other in 0..4 {
-                    let ahead = self.served[other] as i64 - self.served[caller] as i64;
-                    (self.ahead[caller][other], self.ahead[other][caller]) = (ahead, -ahead);
-                }
-            }
-            self.left.insert(number, vec![evaluations; canvases as usize]);
-            // Nobody shares a pass with another.
-            add(
-                &mut self.order,
-                number,
-                CALLERS[caller],
-                number as u32,
-                canvases,
-                cost,
-            );
-        }
-
-        /// One pass.
-        fn pass(&mut self, room: usize, requests: &[Arrival]) -> Vec<(u64, u32)> {
-            let batch = take(&mut self.order, room);
-            for &(request, index) in &batch {
-                let (_, caller, _, _, cost) = requests[request as usize];
-                self.clock += cost;
-                self.served[caller] += cost;
-                let left = self.left.get_mut(&request).unwrap();
-                left[index as usize] -= 1;
-                if left[index as usize] > 0 {
-                    self.order.push(key(request), index, (request, index)).unwrap();
-                } else {
-                    self.order.leave(key(request));
-                }
-                if left.iter().all(|left| *left == 0) {
-                    self.left.remove(&request);
-                }
-            }
-            batch
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(200))]
-
-        /// Over random arrivals, on a simulated clock: the worker is never idle while something waits, canvases of a
-        /// request go in their order, and of any two callers who both wait neither gets ahead of the other by more
-        /// than a pass of each since both do.
-        #[test]
-        fn arrivals_put_nobody_back_by_more_than_a_pass(
-            mut requests in prop::collection::vec((0u64..3000, 0usize..4, 1u32..8, 1u32..12, 1u64..50), 1..20),
-            room in 1usize..5,
-        ) {
-            requests.sort_unstable();
-            let mut simulation = Simulation {
-                order: Order::new(),
-                clock: 0,
-                left: BTreeMap::new(),
-                served: [0; 4],
-                ahead: [[0; 4]; 4],
-            };
-            let most_of_a_pass = 50 * room as i64;
-            let (mut arrived, mut busy) = (0, 0);
-            loop {
-                while arrived < requests.len() && requests[arrived].0 <= simulation.clock {
-                    simulation.arrive(arrived as u64, &requests);
-                    arrived += 1;
-                }
-                if simulation.left.is_empty() {
-                    let Some(next) = requests.get(arrived) else { break };
-                    simulation.clock = next.0;
-                    continue;
-                }
-                let before: BTreeMap<u64, Vec<u32>> = simulation.left.clone();
-                let started = simulation.clock;
-                let batch = simulation.pass(room, &requests);
-                busy += simulation.clock - started;
-                prop_assert!(!batch.is_empty(), "idle while something waits");
-                let waiting = before[&batch[0].0].iter().filter(|left| **left > 0).count();
-                prop_assert_eq!(batch.len(), room.min(waiting), "room is left while canvases wait");
-                for (request, index) in &batch {
-                    let oldest = before[request].iter().position(|left| *left > 0).unwrap();
-                    prop_assert!((*index as usize) < oldest + room, "an older canvas was passed by");
-                }
-                for (a, b) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {
-                    if a != b && simulation.waits(a, &requests) && simulation.waits(b, &requests) {
-                        let ahead = simulation.served[b] as i64 - simulation.served[a] as i64;
-                        let ahead = ahead - simulation.ahead[a][b];
-                        prop_assert!(ahead <= 2 * most_of_a_pass, "{} is {ahead} ahead of {}", CALLERS[b], CALLERS[a]);
-                    }
-                }
-            }
-            let all: u64 = requests.iter().map(|r| u64::from(r.2) * u64::from(r.3) * r.4).sum();
-            prop_assert_eq!(busy, all);
-            prop_assert!(simulation.order.flows.is_empty() && simulation.order.backlogged.is_empty());
-        }
-
-        /// Over random arrivals: a pass is never empty while something waits, and full while its lane has more;
-        /// nothing is lost or doubled. Where no two callers can share a pass, none that waits falls behind
-        /// another by more than one pass. (Who rides along in room that would be empty gets more, and is charged.)
-        #[test]
-        fn nobody_who_waits_falls_behind_by_more_than_a_pass(
-            requests in prop::collection::vec((0usize..4, 0u32..3, 1u32..30, 1u64..50), 1..20),
-            room in 1usize..6,
-            shared: bool,
-        ) {
-            let mut order = Order::new();
-            let mut waiting = [0usize; 4];
-            let lane_of = |caller: usize, lane: u32| if shared { lane } else { 3 * caller as u32 + lane };
-            for (number, &(caller, lane, items, cost)) in requests.iter().enumerate() {
-                add(&mut order, number as u64, CALLERS[caller], lane_of(caller, lane), items, cost);
-                waiting[caller] += items as usize;
-            }
-            let most_of_a_pass = 50 * room as u64;
-            let mut served = [0u64; 4];
-            let mut seen = BTreeSet::new();
-            while order.len() > 0 {
-                let before = order.len();
-                let batch = take(&mut order, room);
-                prop_assert!(!batch.is_empty() && before - order.len() == batch.len());
-                let lane = |request: u64| {
-                    let (caller, lane, _, cost) = requests[request as usize];
-                    (lane_of(caller, lane), cost)
-                };
-                let passed = lane(batch[0].0);
-                prop_assert!(batch.iter().all(|(request, _)| lane(*request) == passed));
-                if batch.len() < room {
-                    prop_assert!(!order.lanes.contains_key(&passed), "room is left while the lane has more");
-                }
-                for &(request, index) in &batch {
-                    prop_assert!(seen.insert((request, index)));
-                    let (caller, _, _, cost) = requests[request as usize];
-                    served[caller] += cost;
-                    waiting[caller] -= 1;
-                }
-                for (a, b) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {
-                    if !shared && waiting[a] > 0 {
-                        prop_assert!(served[b] <= served[a] + most_of_a_pass, "{served:?}");
-                    }
-                }
-            }
-            prop_assert_eq!(seen.len() as u32, requests.iter().map(|r| r.2).sum::<u32>());
-        }
-    }
-}
+mod tests;
