@@ -8,9 +8,11 @@ use denoised::config::Config;
 use denoised::diffusion::{Graph, GraphKind};
 use denoised::network::closed_form::ClosedForm;
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
+use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use denoised::proto::v1::event::Event;
 use denoised::proto::v1::{CancelRequest, GenerateRequest, Resume, Sampling, frame};
 use tonic::Code;
+use tonic::transport::Endpoint;
 
 use crate::support::{Gate, TestServer, config, generate};
 
@@ -91,6 +93,32 @@ async fn cancel_ends_a_running_request() {
     };
     assert_eq!(status.code(), Code::Cancelled);
     assert!(evaluations.load(Ordering::Acquire) <= 1);
+    server.stop().await;
+}
+
+/// Another caller can neither end nor find a request, and may have one of the same id.
+#[tokio::test(flavor = "multi_thread")]
+async fn ids_belong_to_their_callers() {
+    let (server, _, gate) = watched().await;
+    let own = server.client().generate(long("mine")).await.unwrap();
+    let elsewhere = Endpoint::from_shared(server.url.clone())
+        .unwrap()
+        .local_address(Some([127, 0, 0, 2].into()))
+        .connect()
+        .await
+        .unwrap();
+    let mut stranger = DiffusionServiceClient::new(elsewhere);
+    let cancel = || CancelRequest {
+        request_id: "mine".into(),
+    };
+    let refused = stranger.cancel(cancel()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    let theirs = stranger.generate(long("mine")).await.unwrap();
+    stranger.cancel(cancel()).await.unwrap();
+    drop(theirs);
+    server.client().cancel(cancel()).await.unwrap();
+    gate.open();
+    drop(own);
     server.stop().await;
 }
 

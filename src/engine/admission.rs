@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::request::{Caller, Deadline, OnDeadline};
+use super::caller::Caller;
+use super::request::{Deadline, OnDeadline};
 use crate::sync::Mutex;
 
 /// Why there is no room for a request.
@@ -40,7 +41,8 @@ pub struct Room {
 pub(super) struct Admission {
     /// For all workers together.
     limit: u64,
-    caller_limit: u64,
+    /// Share of it for one caller that has no other.
+    share: f64,
     workers: u64,
     /// Held for additions only.
     waiting: Mutex<Waiting>,
@@ -123,7 +125,7 @@ impl Admission {
         let limit = (limit.as_nanos() as u64).saturating_mul(workers);
         Self {
             limit,
-            caller_limit: (limit as f64 * share) as u64,
+            share,
             workers,
             waiting: Mutex::new(Waiting::default()),
         }
@@ -163,19 +165,24 @@ impl Admission {
         let needed = shares.iter().map(nanos).fold(0, u64::saturating_add);
         let mut waiting = self.waiting.lock();
         let own = waiting.callers.get(caller).map_or(0, |own| own.all);
-        let callers = waiting.callers.len().max(1) as u64;
-        if needed > self.caller_limit {
-            return Err(NoRoom::Request(self.room(needed, self.caller_limit, 0)));
+        let weights = waiting.callers.keys().filter(|name| *name != caller);
+        let weights = weights.fold(u64::from(caller.weight()), |sum, name| {
+            sum + u64::from(name.weight())
+        });
+        let caller_limit = (self.limit as f64 * caller.max_share().unwrap_or(self.share)) as u64;
+        if needed > caller_limit {
+            return Err(NoRoom::Request(self.room(needed, caller_limit, 0)));
         }
         let over = waiting.all.saturating_add(needed).saturating_sub(self.limit);
-        let own_over = own.saturating_add(needed).saturating_sub(self.caller_limit);
-        // Callers take turns, so that one's own work goes the slower the more there are.
-        let until_room = over.max(own_over.saturating_mul(callers).min(waiting.all));
+        let own_over = own.saturating_add(needed).saturating_sub(caller_limit);
+        // Callers take turns, so that one's own work goes the slower the more others there are.
+        let until_room =
+            over.max((own_over.saturating_mul(weights) / u64::from(caller.weight())).min(waiting.all));
         if over > 0 {
             return Err(NoRoom::Server(self.room(waiting.all, self.limit, until_room)));
         }
         if own_over > 0 {
-            return Err(NoRoom::Caller(self.room(own, self.caller_limit, until_room)));
+            return Err(NoRoom::Caller(self.room(own, caller_limit, until_room)));
         }
         waiting.all += needed;
         let own = waiting.callers.entry(caller.clone()).or_default();
@@ -269,7 +276,11 @@ impl Admission {
         }
         let own = first.saturating_add(patient.min(if must.is_some() { first } else { u64::MAX }));
         let callers = waiting.callers.iter().filter(|(name, _)| *name != caller);
-        let all = callers.fold(own, |sum, (_, other)| sum.saturating_add(other.all.min(own)));
+        let all = callers.fold(own, |sum, (name, other)| {
+            // While this takes its turns, others take theirs.
+            let turns = own.saturating_mul(name.weight().into()) / u64::from(caller.weight());
+            sum.saturating_add(other.all.min(turns))
+        });
         // However urgent, its evaluations follow each other, and each takes as long as those that share its pass.
         let company = waiting
             .canvases
@@ -381,6 +392,9 @@ mod tests {
         let _of_b = admission.admit(&caller("b"), wants(1, 4, second)).unwrap();
         assert_eq!(predicted("c", 1), 3, "a turn of each");
         assert_eq!(predicted("c", 10), 17, "until all is done");
+        let heavy = caller("c").with_weight(2);
+        let predicted_heavy = admission.predicted(&heavy, &wants(1, 4, second), 4);
+        assert_eq!(predicted_heavy.as_secs(), 8, "two turns for one of each");
         let wide = Asked {
             per_pass: 8,
             ..wants(1, 10, second)
@@ -455,17 +469,21 @@ mod tests {
         let admission = admission();
         let ask =
             |name: &str, seconds: u64| admission.admit(&caller(name), wants(1, seconds, 1_000 * MILLISECOND));
-        let _first = ask("a", 5).unwrap();
+        let first = ask("a", 5).unwrap();
         assert!(matches!(ask("a", 7), Err(NoRoom::Request(room)) if room.waiting == Duration::from_secs(7)));
         assert!(matches!(ask("a", 3), Err(NoRoom::Caller(room)) if room.waiting == Duration::from_secs(5)));
-        let _second = ask("b", 4).unwrap();
+        let second = ask("b", 4).unwrap();
         assert!(matches!(ask("c", 2), Err(NoRoom::Server(room)) if room.limit == Duration::from_secs(10)));
         assert_eq!(
             admission.waiting(),
             Duration::from_secs(9),
             "a refused request takes nothing"
         );
-        let _third = ask("c", 1).unwrap();
+        let third = ask("c", 1).unwrap();
+        drop((first, second, third));
+        let small = caller("d").with_max_share(Some(0.2));
+        let refused = admission.admit(&small, wants(1, 3, 1_000 * MILLISECOND));
+        assert!(matches!(refused, Err(NoRoom::Request(room)) if room.limit == Duration::from_secs(2)));
     }
 
     /// On a simulated clock: work goes at the predicted pace, callers in turns; when it is time to come back, there

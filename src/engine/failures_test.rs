@@ -205,7 +205,7 @@ fn loading_one_model_delays_no_other() {
         assert_eq!(tokens(&mut generation), undisturbed(&sound, n));
     }
     // What waits for a load can be cancelled.
-    assert!(engine.cancel("request-2"));
+    assert!(engine.cancel(&Caller::new("test"), "request-2"));
     let phase = end(&mut abandoned.canvases[0]).phase;
     assert!(matches!(phase, Phase::Failed(Failure::Cancelled)), "{phase:?}");
     drop(closed);

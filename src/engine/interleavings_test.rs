@@ -90,7 +90,7 @@ fn whatever_the_threads_do_requests_end_with_their_tokens() {
         let dropped = engine.admit(request(&model, 6)).unwrap();
         let canceller = {
             let engine = Arc::clone(&engine);
-            thread::spawn(move || engine.cancel("request-4"))
+            thread::spawn(move || engine.cancel(&Caller::new("test"), "request-4"))
         };
         drop(dropped);
         match end(&cancelled.canvases[0]).phase {

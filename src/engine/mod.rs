@@ -21,6 +21,7 @@
 
 mod admission;
 mod budget;
+mod caller;
 pub mod canvas;
 mod cost;
 mod counters;
@@ -48,6 +49,8 @@ use tokio::sync::watch;
 use admission::{Admission, Asked};
 pub use admission::{NoRoom, Room};
 use budget::Budget;
+pub use caller::Caller;
+use caller::RequestName;
 use canvas::Canvas;
 pub use canvas::CanvasState;
 use cost::Costs;
@@ -55,7 +58,7 @@ pub use counters::Counters;
 use plan::Plan;
 pub use progress::{Failure, Outcome, Phase, State, Timings};
 use queue::Queue;
-pub use request::{AdmitError, Caller, Deadline, Generation, OnDeadline, Publish, Request, Resume};
+pub use request::{AdmitError, Deadline, Generation, OnDeadline, Publish, Request, Resume};
 pub use scoring::{ScoreRequest, Scores, ScoringRun, TextScore, TextToScore};
 pub use spent::Spent;
 use watchdog::Watchdog;
@@ -135,8 +138,8 @@ struct Shared {
     threads: Mutex<Vec<Thread>>,
     /// Workers so far.
     workers: AtomicU64,
-    /// Running requests by id.
-    running: DashMap<String, Running>,
+    /// Running requests by caller and id.
+    running: DashMap<RequestName, Running>,
     /// Requests so far.
     requests: AtomicU64,
     started: Instant,
@@ -150,9 +153,10 @@ impl Shared {
     }
 
     /// A request has ended: its id and its place are free.
-    fn forget(&self, id: &str, number: u64) {
+    fn forget(&self, name: &RequestName, number: u64) {
         // Another may have the id by now.
-        self.running.remove_if(id, |_, running| running.number == number);
+        self.running
+            .remove_if(name, |_, running| running.number == number);
     }
 
     /// Takes out what waits of a request, wherever it does.
@@ -333,7 +337,10 @@ impl Engine {
             canvases,
             predicted,
             spent: Arc::clone(&origin.spent),
-            id: request.id,
+            name: RequestName {
+                caller: origin.caller.clone(),
+                id: request.id,
+            },
             number: origin.number,
             shared: Arc::clone(shared),
         })
@@ -403,7 +410,10 @@ impl Engine {
             scores,
             predicted,
             spent: Arc::clone(&origin.spent),
-            id: request.id.clone(),
+            name: RequestName {
+                caller: origin.caller.clone(),
+                id: request.id.clone(),
+            },
             number: origin.number,
             shared: Arc::clone(shared),
         })
@@ -473,7 +483,11 @@ impl Engine {
     /// Enters a request under its id, for as long as the place lives.
     fn register(&self, request: Entry, number: u64) -> Result<(Arc<Origin>, Place), AdmitError> {
         let cancelled = Arc::new(AtomicBool::new(false));
-        match self.shared.running.entry(request.id.clone()) {
+        let name = RequestName {
+            caller: request.caller.clone(),
+            id: request.id.clone(),
+        };
+        match self.shared.running.entry(name.clone()) {
             entry::Entry::Occupied(_) => return Err(AdmitError::Exists(request.id)),
             entry::Entry::Vacant(place) => place.insert(Running {
                 number,
@@ -483,7 +497,7 @@ impl Engine {
         self.shared.loader.acquire(&request.model);
         let spent = Arc::new(Spent::default());
         let place = Place {
-            id: request.id.clone(),
+            name,
             number,
             model: request.model,
             spent: Arc::clone(&spent),
@@ -504,10 +518,14 @@ impl Engine {
         Ok((Arc::new(origin), place))
     }
 
-    /// Ends a running request: canvases that wait at once, those in a pass after it; `false` when none has
-    /// this id.
-    pub fn cancel(&self, id: &str) -> bool {
-        let found = self.shared.running.get(id).map(|running| {
+    /// Ends a running request: canvases that wait at once, those in a pass after it; `false` when none of the caller
+    /// has this id.
+    pub fn cancel(&self, caller: &Caller, id: &str) -> bool {
+        let name = RequestName {
+            caller: caller.clone(),
+            id: id.to_owned(),
+        };
+        let found = self.shared.running.get(&name).map(|running| {
             running.cancelled.store(true, Ordering::Release);
             running.number
         });

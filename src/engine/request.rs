@@ -7,33 +7,17 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::admission::NoRoom;
+use super::caller::{Caller, RequestName};
 use super::canvas::{BadState, CanvasState};
 use super::plan::{Allowed, Draft, Sampling};
 use super::{Shared, State};
 use crate::diffusion::Token;
 use crate::models::ServedModel;
 
-/// A caller: a flow of its own in the queue, with a share of its own of what may wait.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Caller(Arc<str>);
-
-impl Caller {
-    /// The caller of this name: a principal, or an address.
-    pub fn new(name: impl Into<Arc<str>>) -> Self {
-        Self(name.into())
-    }
-}
-
-impl std::fmt::Display for Caller {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
 /// A request to denoise.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// Names the request among the running ones.
+    /// Names the request among those of its caller that run.
     pub id: String,
     /// The caller.
     pub caller: Caller,
@@ -132,7 +116,7 @@ pub enum AdmitError {
         /// What was to happen at the deadline.
         then: OnDeadline,
     },
-    /// A running request has this id.
+    /// A running request of the caller has this id.
     #[error("a request with id {0:?} is running")]
     Exists(String),
     /// The model cannot be loaded or run.
@@ -163,7 +147,7 @@ pub struct Generation {
     pub predicted: Duration,
     /// What it has taken so far.
     pub spent: Arc<super::Spent>,
-    pub(super) id: String,
+    pub(super) name: RequestName,
     pub(super) number: u64,
     pub(super) shared: Arc<Shared>,
 }
@@ -173,6 +157,6 @@ impl Drop for Generation {
         // Nobody listens any more; what is dropped here gives its room back.
         self.canvases.clear();
         drop(self.shared.withdraw(self.number));
-        self.shared.forget(&self.id, self.number);
+        self.shared.forget(&self.name, self.number);
     }
 }

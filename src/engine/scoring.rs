@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use super::caller::RequestName;
 use super::{Caller, Deadline, Failure, Shared};
 use crate::diffusion::likelihood::{Estimate, Likelihood, Question, ScoredText};
 use crate::diffusion::sampler::row::{RowError, Scratch};
@@ -18,7 +19,7 @@ use crate::models::ServedModel;
 /// A request to score texts.
 #[derive(Clone, Debug)]
 pub struct ScoreRequest {
-    /// Names the request among the running ones.
+    /// Names the request among those of its caller that run.
     pub id: String,
     /// The caller.
     pub caller: Caller,
@@ -107,7 +108,7 @@ pub struct ScoringRun {
     pub predicted: std::time::Duration,
     /// What it has taken so far.
     pub spent: Arc<super::Spent>,
-    pub(super) id: String,
+    pub(super) name: RequestName,
     pub(super) number: u64,
     pub(super) shared: Arc<Shared>,
 }
@@ -117,7 +118,7 @@ impl Drop for ScoringRun {
         // Nobody listens any more; what is dropped here gives its room back.
         self.scores = watch::channel(Scores::default()).1;
         drop(self.shared.withdraw(self.number));
-        self.shared.forget(&self.id, self.number);
+        self.shared.forget(&self.name, self.number);
     }
 }
 

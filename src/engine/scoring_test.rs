@@ -328,7 +328,7 @@ fn what_ends_early_gives_everything_back() {
     let long = ask(&model, Likelihood::Bound { draws: 2000 }, texts);
     let mut cancelled = engine.score(&long).unwrap();
     assert!(matches!(engine.score(&long), Err(AdmitError::Exists(_))));
-    assert!(engine.cancel("score"));
+    assert!(engine.cancel(&Caller::new("test"), "score"));
     assert_eq!(last(&mut cancelled).failure, Some(Failure::Cancelled));
     drop(cancelled);
     drop(engine.score(&long).unwrap());

@@ -429,8 +429,8 @@ fn every_refusal_and_every_ending_is_counted() {
     refused(long(4, "a", 29));
     let mut abandoned = engine.admit(long(2, "b", 29)).unwrap();
     refused(long(4, "c", 29));
-    refused(long(0, "c", 1));
-    assert!(engine.cancel("request-0"));
+    refused(long(0, "a", 1));
+    assert!(engine.cancel(&Caller::new("a"), "request-0"));
     abandoned.canvases.clear();
     // One of them may be in a pass.
     drop(closed);
@@ -482,8 +482,8 @@ fn cancelled_and_abandoned_canvases_leave_at_once() {
     let mut cancelled = engine.admit(request(&model, 1)).unwrap();
     let abandoned = engine.admit(request(&model, 3)).unwrap();
     assert!(engine.shared.admission.waiting() > occupied);
-    assert!(engine.cancel("request-1"));
-    assert!(!engine.cancel("request-77"));
+    assert!(engine.cancel(&Caller::new("test"), "request-1"));
+    assert!(!engine.cancel(&Caller::new("test"), "request-77"));
     drop(abandoned);
     // No pass has ended yet.
     assert_eq!(engine.shared.admission.waiting(), occupied);
@@ -505,7 +505,7 @@ fn what_runs_is_cancelled_after_its_pass() {
     while !engine.shared.queue.is_empty() {
         std::thread::yield_now();
     }
-    assert!(engine.cancel("request-4"));
+    assert!(engine.cancel(&Caller::new("test"), "request-4"));
     drop(closed);
     let state = end(&mut running.canvases[0]);
     assert!(

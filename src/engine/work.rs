@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use super::admission::Permit;
+use super::caller::{Caller, RequestName};
 use super::canvas::Canvas;
 use super::job::Job;
 use super::queue::{FlowDescription, FlowKey, Lane, Urgency, Weight};
-use super::request::{Caller, Deadline, OnDeadline};
+use super::request::{Deadline, OnDeadline};
 use super::scoring::{Board, Scoring};
 use super::spent::Spent;
 use super::{Counters, Failure, Phase, Publish, Shared, State, Timings};
@@ -72,7 +73,7 @@ impl Origin {
 /// not its stream has been read.
 #[derive(Debug)]
 pub(super) struct Place {
-    pub(super) id: String,
+    pub(super) name: RequestName,
     pub(super) number: u64,
     pub(super) model: Arc<ServedModel>,
     pub(super) spent: Arc<Spent>,
@@ -81,12 +82,12 @@ pub(super) struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.shared.forget(&self.id, self.number);
+        self.shared.forget(&self.name, self.number);
         if self.shared.loader.release(&self.model) {
             self.shared.costs.forget(&self.model);
         }
         tracing::debug!(
-            request = self.id,
+            request = self.name.id,
             model = %self.model,
             done = self.spent.done(),
             evaluations = self.spent.evaluations(),
@@ -342,6 +343,7 @@ impl Work {
         };
         let description = FlowDescription {
             caller: self.origin.caller.clone(),
+            weight: self.origin.caller.weight(),
             lane,
             urgency: self.origin.urgency(),
         };

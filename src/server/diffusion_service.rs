@@ -349,11 +349,12 @@ impl DiffusionService for Service {
         &self,
         request: Request<v1::CancelRequest>,
     ) -> Result<Response<v1::CancelResponse>, Status> {
+        let caller = caller::of(&request);
         let id = request.into_inner().request_id;
         if id.is_empty() {
             return Err(FieldError::new("request_id", "is empty").into());
         }
-        if self.engine.cancel(&id) {
+        if self.engine.cancel(&caller, &id) {
             Ok(Response::new(v1::CancelResponse {}))
         } else {
             Err(not_found("request", &id, "it may have ended"))

@@ -1,7 +1,7 @@
 //! Who is next: virtual-time fair queueing over callers, and over the requests of a caller.
 //!
 //! Every caller and every request (a *flow*) has a virtual time: the predicted time of the evaluations that it
-//! was given so far. The caller with the least of it is next, and of its requests the one with the least
+//! was given so far, of callers by their weight. The caller with the least of it is next, and of its requests the one with the least
 //! (start-time fair queueing, Goyal et al. 1996; for language models the "virtual token counter" of arXiv
 //! 2401.00588). What is charged is predicted time, so a short canvas is not charged as a long one. A new or
 //! returning flow starts at the virtual time at which the running pass began: idle time earns nothing, and having
@@ -73,6 +73,8 @@ impl Default for Urgency {
 pub(in crate::engine) struct FlowDescription<C, L> {
     /// The caller.
     pub(in crate::engine) caller: C,
+    /// Its share beside other callers, at least 1: with twice the weight it is given twice as much.
+    pub(in crate::engine) weight: u32,
     /// Items of the same lane can share a pass.
     pub(in crate::engine) lane: L,
     /// How urgent it is among the flows of its caller.
@@ -110,12 +112,12 @@ struct VirtualClock {
 }
 
 impl VirtualClock {
-    /// A pass begins with something of virtual time `time`, while there are as many as `present`.
-    fn pass_begins(&mut self, pass: u64, time: VirtualTime, present: usize) {
+    /// A pass begins with something of virtual time `time`, while those who are there have weights of `present` in all.
+    fn pass_begins(&mut self, pass: u64, time: VirtualTime, present: u64) {
         if self.pass == pass {
             return;
         }
-        let shared = std::mem::take(&mut self.pending) / present.max(1) as u64;
+        let shared = std::mem::take(&mut self.pending) / present.max(1);
         self.now = self.now.saturating_add(shared).max(time);
         self.pass = pass;
     }
@@ -158,6 +160,7 @@ struct Place {
 #[derive(Debug)]
 struct CallerFlow<C, L> {
     name: C,
+    weight: u64,
     time: VirtualTime,
     /// As of a flow.
     may_lag: u64,
@@ -201,6 +204,8 @@ pub(in crate::engine) struct FairOrder<C, L, T> {
     /// Of callers.
     clock: VirtualClock,
     passes: u64,
+    /// Weights of the callers that have members.
+    present: u64,
     arrivals: u64,
     items: usize,
 }
@@ -220,6 +225,7 @@ where
             ahead: BTreeSet::new(),
             clock: VirtualClock::default(),
             passes: 0,
+            present: 0,
             arrivals: 0,
             items: 0,
         }
@@ -244,6 +250,7 @@ where
         });
         let caller = self.callers.entry(number).or_insert_with(|| CallerFlow {
             name: description.caller.clone(),
+            weight: description.weight.max(1).into(),
             time: now,
             may_lag: 0,
             clock: VirtualClock::default(),
@@ -254,6 +261,10 @@ where
             flows: 0,
         });
         self.ahead.remove(&(caller.time, number));
+        if caller.flows == 0 {
+            caller.weight = description.weight.max(1).into();
+            self.present += caller.weight;
+        }
         caller.flows += 1;
         let flow = Flow {
             caller: number,
@@ -285,6 +296,7 @@ where
         caller.flows = caller.flows.saturating_sub(1);
         if caller.flows == 0 {
             caller.clock.stop();
+            self.present -= caller.weight;
             self.ahead.insert((caller.time, number));
             if self.ahead.len() == self.callers.len() {
                 self.clock.stop();
@@ -341,8 +353,7 @@ where
             return Vec::new();
         };
         self.passes += 1;
-        let present = self.callers.len().saturating_sub(self.ahead.len());
-        self.clock.pass_begins(self.passes, time, present);
+        self.clock.pass_begins(self.passes, time, self.present);
         self.forget_who_is_not_ahead();
         let Some(caller) = self.callers.get_mut(&number) else {
             return Vec::new();
@@ -464,10 +475,11 @@ where
                 .first()
                 .filter(|(urgency, ..)| urgency.is_patient());
             let least = least.map_or(0, |(_, time, _)| *time);
-            caller.clock.pass_begins(self.passes, least, caller.flows);
+            caller.clock.pass_begins(self.passes, least, caller.flows as u64);
             caller.clock.charge(cost);
             self.clock.charge(cost);
             flow.may_lag = cost.max(caller.clock.now.saturating_sub(before.time));
+            let cost = (cost / caller.weight).max(1);
             caller.may_lag = cost.max(self.clock.now.saturating_sub(caller.time));
             self.backlogged.remove(&(caller.time, number));
             caller.time = caller.time.saturating_add(cost);

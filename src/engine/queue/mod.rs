@@ -2,8 +2,8 @@
 
 mod fair;
 
+use super::caller::Caller;
 use super::cost::Costs;
-use super::request::Caller;
 use super::work::Work;
 use crate::sync::{Condvar, Mutex};
 use fair::Pass;

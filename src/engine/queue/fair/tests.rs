@@ -24,6 +24,7 @@ fn add(order: &mut Order, request: u64, caller: &'static str, lane: u32, items: 
             key(request),
             &FlowDescription {
                 caller,
+                weight: 1,
                 lane,
                 urgency,
             },
@@ -36,6 +37,7 @@ fn add_urgent(order: &mut Order, request: u64, lane: Lane, urgency: Urgency, ite
     for index in 0..items {
         let description = FlowDescription {
             caller: "one",
+            weight: 1,
             lane,
             urgency,
         };
@@ -217,6 +219,30 @@ fn short_requests_beside_long_ones(
     (times, of_long as f64 / of_all as f64)
 }
 
+#[test]
+fn callers_are_given_by_their_weight() {
+    let mut order = Order::new();
+    for (request, caller, weight) in [(1, "light", 1), (2, "heavy", 3)] {
+        for index in 0..100 {
+            let description = FlowDescription {
+                caller,
+                weight,
+                lane: (request as u32, 30),
+                urgency: Urgency::default(),
+            };
+            order.join(key(request), &description);
+            order.push(key(request), index, (request, index)).unwrap();
+        }
+    }
+    let heavy = (0..80).filter(|_| take(&mut order, 1)[0].0 == 2).count();
+    assert_eq!(heavy, 60);
+    // Whoever comes while both wait begins at the present, whatever their weights.
+    add(&mut order, 3, "new", 3, 100, 30);
+    let mut given = [0; 4];
+    (0..50).for_each(|_| given[take(&mut order, 1)[0].0 as usize] += 1);
+    assert_eq!(given, [0, 10, 30, 10]);
+}
+
 /// Alone a short request takes 12; a pass of the long ones, 40. That which runs when it comes has to end, one more may
 /// come between, and with its own caller's two more.
 #[test]
@@ -372,6 +398,7 @@ fn withdrawn_items_are_gone_and_flows_without_members_forgotten() {
         alone,
         &FlowDescription {
             caller: "one",
+            weight: 1,
             lane: (9, 10),
             urgency: Urgency::default(),
         },
