@@ -48,6 +48,9 @@ pub struct ServerConfig {
     /// Authorities of the certificates that clients must show, in PEM; empty where they need none.
     #[serde(deserialize_with = "empty_is_none")]
     pub tls_client_ca: Option<PathBuf>,
+    /// Tokens of those who may call, as a TOML file of their hashes; empty where everybody may.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub tokens: Option<PathBuf>,
     /// Connections that may be open.
     pub max_connections: usize,
     /// Seconds that a new connection has to say that it speaks HTTP/2.
@@ -70,6 +73,7 @@ impl Default for ServerConfig {
             tls_certificate: None,
             tls_key: None,
             tls_client_ca: None,
+            tokens: None,
             max_connections: 1024,
             handshake_seconds: 10,
             max_concurrent_streams: 256,

@@ -43,6 +43,10 @@ impl Serving {
         Self { child, address }
     }
 
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn terminate(&self) {
         let killed = Command::new("kill")
             .arg(self.child.id().to_string())

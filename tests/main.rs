@@ -35,3 +35,4 @@ mod samplers;
 mod scores;
 mod support;
 mod tls;
+mod tokens;

@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use crate::support::{TestServer, closed_form, config, generate};
 
 /// Status, head and body of what a server answers.
-async fn ask(url: &str, request: &str) -> (u16, String, String) {
+pub(crate) async fn ask(url: &str, request: &str) -> (u16, String, String) {
     let address = url.trim_start_matches("http://");
     let mut socket = TcpStream::connect(address).await.unwrap();
     socket.write_all(request.as_bytes()).await.unwrap();
@@ -30,7 +30,7 @@ async fn ask(url: &str, request: &str) -> (u16, String, String) {
     (status, head.to_lowercase(), body.to_owned())
 }
 
-async fn get(url: &str, path: &str) -> (u16, String, String) {
+pub(crate) async fn get(url: &str, path: &str) -> (u16, String, String) {
     ask(url, &format!("GET {path} HTTP/1.1\r\nHost: here\r\n\r\n")).await
 }
 

@@ -6,9 +6,11 @@ use std::time::Duration;
 use clap::Args;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use super::Failed;
+use crate::client::{Bearer, Client};
 use crate::config::{Config, LogConfig};
 use crate::server::Server;
 use crate::telemetry::{self, Log};
@@ -45,6 +47,9 @@ pub(super) struct Target {
         requires = "client_certificate"
     )]
     client_key: Option<PathBuf>,
+    /// Token for servers that ask for one; better kept in the variable, since others can see a command line.
+    #[arg(long, value_name = "TOKEN", env = "DENOISED_TOKEN", hide_env_values = true)]
+    token: Option<String>,
     /// TOML file with settings for the server that this command starts; not read with --server.
     #[arg(long, value_name = "FILE", env = "DENOISED_CONFIG")]
     config: Option<PathBuf>,
@@ -53,13 +58,16 @@ pub(super) struct Target {
     repository: Option<String>,
 }
 
+/// A server that answers, as this client calls it.
+pub(super) type Answering = InterceptedService<Channel, Bearer>;
+
 /// A connection, and the server behind it if it is ours.
 #[derive(Debug)]
 pub(super) struct Connection {
     /// The first server that answers.
-    pub(super) channel: Channel,
-    /// All of them, beginning with that one.
-    pub(super) servers: Vec<Channel>,
+    pub(super) server: Answering,
+    /// A client of all of them, beginning with that one.
+    pub(super) client: Client,
     own: Option<Own>,
 }
 
@@ -99,6 +107,9 @@ impl Target {
             let endpoint = endpoint.connect_timeout(Duration::from_secs(self.connect_timeout));
             endpoints.push((url, endpoint));
         }
+        let bearer = self.token.as_deref().map(Bearer::new).transpose();
+        let bearer = bearer.map_err(|_| Failed::usage("--token: has characters that no token has"))?;
+        let bearer = bearer.unwrap_or_default();
         let mut nobody = Vec::new();
         for index in 0..endpoints.len() {
             let (url, endpoint) = &endpoints[index];
@@ -106,10 +117,11 @@ impl Target {
                 Ok(channel) => {
                     let others = endpoints.iter().cycle().skip(index + 1).take(endpoints.len() - 1);
                     let others = others.map(|(_, other)| other.connect_lazy());
-                    let servers = std::iter::once(channel.clone()).chain(others).collect();
+                    let servers: Vec<Channel> = std::iter::once(channel.clone()).chain(others).collect();
+                    let client = Client::of(servers);
                     return Ok(Connection {
-                        channel,
-                        servers,
+                        server: InterceptedService::new(channel, bearer.clone()),
+                        client: client.with_bearer(bearer),
                         own,
                     });
                 }
@@ -147,6 +159,7 @@ impl Target {
             ("server.tls_certificate", String::new()),
             ("server.tls_key", String::new()),
             ("server.tls_client_ca", String::new()),
+            ("server.tokens", String::new()),
         ];
         flags.extend(
             self.repository
@@ -179,7 +192,7 @@ impl Target {
 impl Connection {
     /// Ends our own server, if there is one, and waits for it.
     pub(super) async fn close(self) -> Result<(), Failed> {
-        drop((self.channel, self.servers));
+        drop((self.server, self.client));
         let Some(own) = self.own else { return Ok(()) };
         let _already_over = own.stop.send(()).is_err();
         own.serving.await.map_err(Failed::software)

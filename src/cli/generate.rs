@@ -12,7 +12,7 @@ use tonic::Status;
 use super::connect::{Connection, Target};
 use super::view::View;
 use super::{Failed, INTERRUPTED, input, json, template, tokens};
-use crate::client::{self, Client, Event, Retry};
+use crate::client::{self, Event, Retry};
 use crate::proto::v1::generate_request::PromptAs;
 use crate::proto::v1::sampling::Sampler;
 use crate::proto::v1::{
@@ -245,7 +245,7 @@ impl Generate {
             times: self.retries,
             ..Retry::default()
         };
-        let client = Client::of(connection.servers.clone());
+        let client = connection.client.clone();
         let events = client.with_retry(retry).run(request).into_stream().boxed();
         let shown = tokio::select! {
             shown = self.show(events, &mut view) => shown,

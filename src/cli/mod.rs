@@ -13,6 +13,7 @@ mod models;
 mod score;
 mod serve;
 mod template;
+mod token;
 mod tokens;
 mod view;
 
@@ -72,6 +73,9 @@ enum Command {
     /// Turn a model's tokens into text.
     #[command(after_help = EXIT_CODES)]
     Detokenize(tokens::Detokenize),
+    /// Make tokens for those who may call a server.
+    #[command(after_help = EXIT_CODES)]
+    Token(token::Token),
 }
 
 /// Why a command failed, with what the shell is told.
@@ -116,7 +120,7 @@ impl From<StartError> for Failed {
     fn from(error: StartError) -> Self {
         match error {
             // The configuration names what is not there.
-            StartError::Models(_) | StartError::Tls(_) => Self::usage(error),
+            StartError::Models(_) | StartError::Tls(_) | StartError::Tokens(_) => Self::usage(error),
             StartError::Bundle { .. } | StartError::Network(_) | StartError::System { .. } => {
                 Self::software(error)
             }
@@ -189,6 +193,7 @@ pub fn main() -> ExitCode {
             Command::Models(models) => models.run().await,
             Command::Tokenize(tokenize) => tokenize.run().await,
             Command::Detokenize(detokenize) => detokenize.run().await,
+            Command::Token(token) => token.run(),
         }
     });
     // Text that never ends to be read must not keep the process from ending.

@@ -26,7 +26,7 @@ pub(super) struct ListModels {
 impl ListModels {
     pub(super) async fn run(self) -> Result<(), Failed> {
         let connection = self.target.connect().await?;
-        let mut client = ModelServiceClient::new(connection.channel.clone());
+        let mut client = ModelServiceClient::new(connection.server.clone());
         let listed = client.list_models(ListModelsRequest {}).await;
         drop(client);
         let printed = listed.map_err(Failed::from).and_then(|response| {

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use futures_util::StreamExt;
 use tonic::Request;
 
-use super::connect::Target;
+use super::connect::{Answering, Target};
 use super::generate::{deadline_ms, seed};
 use super::{Failed, INTERRUPTED, input, json, tokens};
 use crate::proto::v1::diffusion_service_client::DiffusionServiceClient;
@@ -156,7 +156,7 @@ impl Score {
             ..ScoreRequest::default()
         };
         let connection = self.options.target.connect().await?;
-        let mut client = DiffusionServiceClient::new(connection.channel.clone());
+        let mut client = DiffusionServiceClient::new(connection.server.clone());
         let shown = tokio::select! {
             shown = self.show(&mut client, request, &texts) => shown,
             // The stream is dropped, which cancels the request.
@@ -190,7 +190,7 @@ impl Score {
 
     async fn show(
         &self,
-        client: &mut DiffusionServiceClient<tonic::transport::Channel>,
+        client: &mut DiffusionServiceClient<Answering>,
         request: ScoreRequest,
         texts: &[String],
     ) -> Result<(), Failed> {
@@ -314,7 +314,7 @@ impl Choose {
             ..ChooseRequest::default()
         };
         let connection = self.options.target.connect().await?;
-        let mut client = DiffusionServiceClient::new(connection.channel.clone());
+        let mut client = DiffusionServiceClient::new(connection.server.clone());
         let answer = tokio::select! {
             answer = client.choose(self.options.call(request)) => answer.map_err(Failed::from),
             _ = tokio::signal::ctrl_c() => Err(Failed { code: INTERRUPTED, message: String::new() }),

@@ -71,10 +71,17 @@ impl Serve {
     }
 }
 
-/// Completes on SIGTERM or SIGINT; a second one ends the process at once.
+/// Completes on SIGTERM or SIGINT; a second one ends the process at once. SIGHUP, on which others read their files
+/// again, is no reason to go: certificates and tokens are read again by themselves.
 fn shutdown_signal() -> std::io::Result<impl Future<Output = ()> + Send> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        while hang_up.recv().await.is_some() {
+            tracing::info!("SIGHUP: certificates, tokens and models are looked at all the time");
+        }
+    });
     let (told, tells) = tokio::sync::oneshot::channel::<()>();
     tokio::spawn(async move {
         tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }

@@ -61,7 +61,7 @@ impl Tokenize {
         };
         let model = model(self.options.model.as_deref())?;
         let connection = self.options.target.connect().await?;
-        let mut client = DiffusionServiceClient::new(connection.channel.clone());
+        let mut client = DiffusionServiceClient::new(connection.server.clone());
         let answer = client.tokenize(TokenizeRequest { model, text }).await;
         drop(client);
         let printed = answer.map_err(Failed::from).and_then(|answer| {
@@ -94,7 +94,7 @@ impl Detokenize {
             .collect::<Result<Vec<u32>, _>>()?;
         let model = model(self.options.model.as_deref())?;
         let connection = self.options.target.connect().await?;
-        let mut client = DiffusionServiceClient::new(connection.channel.clone());
+        let mut client = DiffusionServiceClient::new(connection.server.clone());
         let answer = client.detokenize(DetokenizeRequest { model, tokens }).await;
         drop(client);
         let printed = answer

@@ -16,6 +16,7 @@
 //! # }
 //! ```
 
+mod bearer;
 mod events;
 mod request;
 mod states;
@@ -23,8 +24,11 @@ mod states;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tonic::metadata::errors::InvalidMetadataValue;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
+pub use bearer::Bearer;
 pub use events::{Event, Events, Resumed};
 pub use request::{Request, draft, gap, gap_of, text, tokens};
 
@@ -74,6 +78,7 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Client {
     servers: Arc<[Channel]>,
     retry: Retry,
+    bearer: Bearer,
 }
 
 impl Client {
@@ -102,7 +107,22 @@ impl Client {
         Self {
             servers: servers.into(),
             retry: Retry::default(),
+            bearer: Bearer::default(),
         }
+    }
+
+    /// The same for servers that ask for a token. To `http://` it travels in plaintext.
+    ///
+    /// # Errors
+    /// When the token has characters that no header can have.
+    pub fn with_token(self, token: &str) -> Result<Self, InvalidMetadataValue> {
+        Ok(self.with_bearer(Bearer::new(token)?))
+    }
+
+    /// The same with this token.
+    #[must_use]
+    pub fn with_bearer(self, bearer: Bearer) -> Self {
+        Self { bearer, ..self }
     }
 
     /// The same with other waits.
@@ -119,8 +139,9 @@ impl Client {
     }
 
     /// The server that is asked for the `turn`th time.
-    fn server(&self, turn: usize) -> Option<Channel> {
-        self.servers.get(turn % self.servers.len().max(1)).cloned()
+    fn server(&self, turn: usize) -> Option<InterceptedService<Channel, Bearer>> {
+        let server = self.servers.get(turn % self.servers.len().max(1))?;
+        Some(InterceptedService::new(server.clone(), self.bearer.clone()))
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use http::Extensions;
 
-use super::caller;
+use super::caller::Principal;
 use crate::engine::{Caller, Spent};
 use crate::models::ServedModel;
 
@@ -52,7 +52,7 @@ impl Access {
         extensions.insert(notes.clone());
         Self {
             path: path.to_owned(),
-            caller: caller::behind(extensions),
+            caller: Principal::behind(extensions).caller().clone(),
             notes,
         }
     }

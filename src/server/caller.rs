@@ -1,6 +1,7 @@
-//! Who asks: the address that a call comes from.
+//! Who asks: the principal whose token came with a call, or else the address that it comes from.
 
 use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
 
 use http::Extensions;
 use tonic::Request;
@@ -8,21 +9,63 @@ use tonic::transport::server::TcpConnectInfo;
 
 use crate::engine::Caller;
 
-/// The caller of `request`, for fair order and shares.
-///
-/// IPv6 callers are told apart by their /64: one host has as many addresses of it as it likes.
-pub(super) fn of<T>(request: &Request<T>) -> Caller {
-    behind(request.extensions())
+/// A caller, and what they may do.
+#[derive(Clone, Debug)]
+pub(super) struct Principal {
+    caller: Caller,
+    /// The models that they may use, where not all.
+    models: Option<Arc<[String]>>,
+    is_admin: bool,
 }
 
-/// The caller of the request that has `extensions`.
-pub(super) fn behind(extensions: &Extensions) -> Caller {
-    match extensions
-        .get::<TcpConnectInfo>()
-        .and_then(TcpConnectInfo::remote_addr)
-    {
-        Some(address) => Caller::new(network(address.ip())),
-        None => Caller::new("local"),
+impl Principal {
+    pub(super) fn known(caller: Caller, models: Option<Vec<String>>, is_admin: bool) -> Self {
+        Self {
+            caller,
+            models: models.map(Into::into),
+            is_admin,
+        }
+    }
+
+    /// Of a server that asks for no tokens, anybody: told apart by address, and free to do everything.
+    ///
+    /// IPv6 callers are told apart by their /64: one host has as many addresses of it as it likes.
+    fn at_address(extensions: &Extensions) -> Self {
+        let caller = match extensions
+            .get::<TcpConnectInfo>()
+            .and_then(TcpConnectInfo::remote_addr)
+        {
+            Some(address) => Caller::new(network(address.ip())),
+            None => Caller::new("local"),
+        };
+        Self::known(caller, None, true)
+    }
+
+    /// Who sent the request that has `extensions`.
+    pub(super) fn behind(extensions: &Extensions) -> Self {
+        let known = extensions.get::<Self>().cloned();
+        known.unwrap_or_else(|| Self::at_address(extensions))
+    }
+
+    /// Who sent `request`.
+    pub(super) fn of<T>(request: &Request<T>) -> Self {
+        Self::behind(request.extensions())
+    }
+
+    /// For fair order and shares.
+    pub(super) fn caller(&self) -> &Caller {
+        &self.caller
+    }
+
+    /// Whether they may use the model of this name, and know of it.
+    pub(super) fn may_use(&self, model: &str) -> bool {
+        let models = self.models.as_ref();
+        models.is_none_or(|models| models.iter().any(|allowed| allowed == model))
+    }
+
+    /// Whether they may see what the server does for others.
+    pub(super) fn is_admin(&self) -> bool {
+        self.is_admin
     }
 }
 

@@ -7,6 +7,7 @@ use futures_util::stream::{BoxStream, StreamExt};
 use tonic::{Request, Response, Status};
 
 use super::access::Notes;
+use super::caller::Principal;
 use super::request;
 use super::resume::{self, Repeated, States};
 use super::sampler;
@@ -14,7 +15,7 @@ use super::status::{FieldError, not_found};
 use super::stream::{View, deliver, events};
 use super::template::Template;
 use super::token_sets::TokenSets;
-use super::{Service, caller, deadline};
+use super::{Service, deadline};
 use crate::config::LimitsConfig;
 use crate::engine::{Caller, Deadline, OnDeadline, Publish, Resume};
 use crate::models::ServedModel;
@@ -40,7 +41,7 @@ struct Call {
 
 /// Who calls, when, and how long the call may take.
 pub(super) struct Arrival {
-    pub(super) caller: Caller,
+    pub(super) principal: Principal,
     pub(super) notes: Notes,
     at: Instant,
     timeout: Option<Duration>,
@@ -49,7 +50,7 @@ pub(super) struct Arrival {
 impl Arrival {
     pub(super) fn of<T>(request: &Request<T>) -> Self {
         Self {
-            caller: caller::of(request),
+            principal: Principal::of(request),
             notes: Notes::of(request.extensions()),
             at: Instant::now(),
             timeout: deadline::timeout(request.metadata()),
@@ -110,9 +111,9 @@ impl Service {
         };
         let call = Call {
             id: request::id(words.request_id)?,
-            caller: arrival.caller,
+            caller: arrival.principal.caller().clone(),
             notes: arrival.notes,
-            model: self.model(words.model)?,
+            model: self.model(&arrival.principal, words.model)?,
             sampling: words.sampling,
             frames: words.frames,
             keep_after_end: words.keep_after_end,
@@ -349,12 +350,12 @@ impl DiffusionService for Service {
         &self,
         request: Request<v1::CancelRequest>,
     ) -> Result<Response<v1::CancelResponse>, Status> {
-        let caller = caller::of(&request);
+        let principal = Principal::of(&request);
         let id = request.into_inner().request_id;
         if id.is_empty() {
             return Err(FieldError::new("request_id", "is empty").into());
         }
-        if self.engine.cancel(&caller, &id) {
+        if self.engine.cancel(principal.caller(), &id) {
             Ok(Response::new(v1::CancelResponse {}))
         } else {
             Err(not_found("request", &id, "it may have ended"))
@@ -365,8 +366,9 @@ impl DiffusionService for Service {
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let principal = Principal::of(&request);
         let asked = request.into_inner();
-        let model = self.model(asked.model)?;
+        let model = self.model(&principal, asked.model)?;
         let limits = self.limits.clone();
         let encode = move || request::encode("text", &asked.text, &model, &limits);
         let tokens = self.text.run(encode).await?;
@@ -377,8 +379,9 @@ impl DiffusionService for Service {
         &self,
         request: Request<v1::DetokenizeRequest>,
     ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let principal = Principal::of(&request);
         let asked = request.into_inner();
-        let model = self.model(asked.model)?;
+        let model = self.model(&principal, asked.model)?;
         let (tokens, max) = (asked.tokens.len(), self.limits.max_request_tokens);
         if tokens > max {
             let problem = format!("has {tokens} tokens, at most {max} are allowed");

@@ -11,7 +11,9 @@ use axum::routing::get;
 use tokio::sync::watch;
 use tonic::service::Routes;
 
+use super::authentication;
 use super::metrics::Metrics;
+use super::tokens::Tokens;
 
 /// As Prometheus asks for it.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -25,6 +27,8 @@ pub(super) struct Plain {
     pub(super) metrics: Arc<Metrics>,
     /// Whether the numbers are told.
     pub(super) tells_metrics: bool,
+    /// Tokens of those who may ask, where not everybody may.
+    pub(super) tokens: Option<Tokens>,
 }
 
 impl Plain {
@@ -36,7 +40,10 @@ impl Plain {
     /// Routes for clients that speak HTTP/2: gRPC, counted, and the same.
     pub(super) fn http2(self, routes: Routes) -> Router {
         let counted = middleware::from_fn_with_state(Arc::clone(&self.metrics), count);
-        let grpc = routes.into_axum_router().layer(counted);
+        let grpc = routes
+            .into_axum_router()
+            .layer(middleware::from_fn(authentication::require))
+            .layer(counted);
         self.routes(grpc)
     }
 
@@ -45,8 +52,10 @@ impl Plain {
             .route("/healthz", get(|| async { "the server runs\n" }))
             .route("/readyz", get(readiness))
             .route("/metrics", get(metrics))
-            .with_state(self);
-        router.merge(plain).with_state(())
+            .layer(middleware::from_fn(authentication::require))
+            .with_state(self.clone());
+        let identify = middleware::from_fn_with_state(self.tokens, authentication::identify);
+        router.merge(plain).layer(identify).with_state(())
     }
 }
 

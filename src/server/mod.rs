@@ -4,6 +4,7 @@
 //! A [`Server`] is a function of a configuration (or of models, in tests) and a shutdown future.
 
 mod access;
+mod authentication;
 mod caller;
 mod connections;
 mod deadline;
@@ -27,6 +28,8 @@ mod template;
 mod text;
 mod tls;
 mod token_sets;
+pub(crate) mod tokens;
+mod watched;
 
 pub use template::MASKED;
 
@@ -50,8 +53,10 @@ use crate::proto::v1::diffusion_service_server::DiffusionServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
 use crate::proto::v1::server_service_server::ServerServiceServer;
 use crate::proto::{DESCRIPTORS, v1};
+use caller::Principal;
 use repository::Repository;
 use tls::Tls;
+use tokens::Tokens;
 
 /// Why the server cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +78,9 @@ pub enum StartError {
     /// There can be no TLS with the configured files.
     #[error("server.tls: {0}")]
     Tls(String),
+    /// The configured file of tokens cannot be used.
+    #[error("server.tokens: {0}")]
+    Tokens(String),
     /// The socket or a thread cannot be had.
     #[error("{what}: {source}")]
     System {
@@ -105,8 +113,12 @@ struct Service {
 }
 
 impl Service {
-    /// The model that a request names, or the default one.
-    fn model(&self, asked: Option<v1::ModelReference>) -> Result<Arc<ServedModel>, Status> {
+    /// The model that a request of `principal` names, or the default one. What they may not use does not exist for them.
+    fn model(
+        &self,
+        principal: &Principal,
+        asked: Option<v1::ModelReference>,
+    ) -> Result<Arc<ServedModel>, Status> {
         let v1::ModelReference { name, version } = asked.unwrap_or_default();
         let version = (version > 0).then_some(version);
         if name.is_empty() && version.is_some() {
@@ -114,13 +126,15 @@ impl Service {
         }
         let named = (!name.is_empty()).then_some(name.as_str());
         let models = self.models.now();
-        let candidates = models.candidates(named, version);
+        let mut candidates = models.candidates(named, version);
+        candidates.retain(|model| principal.may_use(model.name()));
         self.choose(&candidates)
             .or(candidates.first())
             .cloned()
             .ok_or_else(|| {
                 let name = version.map_or(name.clone(), |version| format!("{name}@{version}"));
-                let served: Vec<String> = models.iter().map(ToString::to_string).collect();
+                let own = models.iter().filter(|model| principal.may_use(model.name()));
+                let served: Vec<String> = own.map(ToString::to_string).collect();
                 let hint = if served.len() <= TOLD_MODELS {
                     format!("there are {}", served.join(", "))
                 } else {
@@ -222,6 +236,7 @@ pub struct Server {
     service: Service,
     config: Config,
     tls: Option<Tls>,
+    tokens: Option<Tokens>,
     /// Where models come from, but for those of tests.
     repository: Option<Repository>,
 }
@@ -245,7 +260,12 @@ impl Server {
     pub async fn with_models(config: &Config, models: Models) -> Result<Self, StartError> {
         let system = |what: String| move |source| StartError::System { what, source };
         let tls = Tls::open(&config.server).map_err(|error| StartError::Tls(error.to_string()))?;
+        let tokens = Tokens::open(config.server.tokens.as_ref());
+        let tokens = tokens.map_err(|error| StartError::Tokens(error.to_string()))?;
         let listen = config.server.listen;
+        if tokens.is_some() && tls.is_none() && !listen.ip().is_loopback() {
+            tracing::warn!("tokens travel in plaintext: there is no server.tls_certificate");
+        }
         let listener = TcpListener::bind(listen)
             .await
             .map_err(system(format!("cannot listen on {listen}")))?;
@@ -285,6 +305,7 @@ impl Server {
             service,
             config: config.clone(),
             tls,
+            tokens,
             repository: None,
         })
     }
@@ -338,6 +359,7 @@ impl Server {
             ready: service.ready.subscribe(),
             metrics: Arc::new(metrics::Metrics::new(&service.engine, &service.models)),
             tells_metrics: self.config.server.metrics,
+            tokens: self.tokens.clone(),
         };
         let routes = connections::ByProtocol {
             http1: plain.clone().http1(),
@@ -364,7 +386,8 @@ impl Server {
                 () = service.report_health(health.clone()) => {}
                 // Ends never, nor does what follows.
                 () = service.follow(self.repository, poll) => {}
-                () = follow_tls(self.tls) => {}
+                () = watched::follow(self.tls) => {}
+                () = watched::follow(self.tokens) => {}
             }
             tracing::info!(
                 "draining: no new requests, {} s for running ones",
@@ -422,13 +445,6 @@ impl Server {
             }
         }
         routes
-    }
-}
-
-async fn follow_tls(tls: Option<Tls>) {
-    match tls {
-        Some(tls) => tls.follow().await,
-        None => std::future::pending().await,
     }
 }
 

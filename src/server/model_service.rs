@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
+use super::caller::Principal;
 use super::{Service, sampler};
 use crate::diffusion::{GraphKind, Schedule};
 use crate::models::{ModelState, Models, ServedModel};
@@ -11,7 +12,7 @@ use crate::proto::v1;
 use crate::proto::v1::model_service_server::ModelService;
 
 impl Service {
-    fn describe(&self, model: &Arc<ServedModel>, models: &Models) -> v1::Model {
+    fn describe(&self, principal: &Principal, model: &Arc<ServedModel>, models: &Models) -> v1::Model {
         let manifest = model.manifest();
         let schedule = match manifest.schedule {
             Schedule::LogLinear { eps } => v1::schedule::Schedule::LogLinear(v1::LogLinear { eps }),
@@ -44,7 +45,7 @@ impl Service {
             has_tokenizer: model.tokenizer().is_some(),
             limits: Some(v1::Limits {
                 max_length: manifest.max_length as u32,
-                ..self.told.limits.unwrap_or_default()
+                ..self.limits_of(principal)
             }),
             state: state.into(),
             state_reason,
@@ -69,10 +70,12 @@ impl Service {
 impl ModelService for Service {
     async fn list_models(
         &self,
-        _: Request<v1::ListModelsRequest>,
+        request: Request<v1::ListModelsRequest>,
     ) -> Result<Response<v1::ListModelsResponse>, Status> {
         let now = self.models.now();
-        let models = now.iter().map(|model| self.describe(model, &now)).collect();
+        let principal = Principal::of(&request);
+        let own = now.iter().filter(|model| principal.may_use(model.name()));
+        let models = own.map(|model| self.describe(&principal, model, &now)).collect();
         Ok(Response::new(v1::ListModelsResponse { models }))
     }
 
@@ -80,9 +83,10 @@ impl ModelService for Service {
         &self,
         request: Request<v1::GetModelRequest>,
     ) -> Result<Response<v1::GetModelResponse>, Status> {
-        let model = self.model(request.into_inner().model)?;
+        let principal = Principal::of(&request);
+        let model = self.model(&principal, request.into_inner().model)?;
         Ok(Response::new(v1::GetModelResponse {
-            model: Some(self.describe(&model, &self.models.now())),
+            model: Some(self.describe(&principal, &model, &self.models.now())),
         }))
     }
 }

@@ -3,6 +3,7 @@
 use tonic::{Request, Response, Status};
 
 use super::Service;
+use super::caller::Principal;
 use crate::config::Config;
 use crate::proto::v1;
 use crate::proto::v1::server_service_server::ServerService;
@@ -43,12 +44,30 @@ pub(super) fn server(config: &Config) -> v1::GetServerResponse {
     }
 }
 
+impl Service {
+    /// The limits as they are for `principal`.
+    pub(super) fn limits_of(&self, principal: &Principal) -> v1::Limits {
+        let limits = self.told.limits.unwrap_or_default();
+        let own = principal.caller().max_share();
+        v1::Limits {
+            max_caller_seconds: own.map_or(limits.max_caller_seconds, |share| {
+                limits.max_queue_seconds * share
+            }),
+            ..limits
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl ServerService for Service {
     async fn get_server(
         &self,
-        _: Request<v1::GetServerRequest>,
+        request: Request<v1::GetServerRequest>,
     ) -> Result<Response<v1::GetServerResponse>, Status> {
-        Ok(Response::new((*self.told).clone()))
+        let principal = Principal::of(&request);
+        Ok(Response::new(v1::GetServerResponse {
+            limits: Some(self.limits_of(&principal)),
+            ..(*self.told).clone()
+        }))
     }
 }

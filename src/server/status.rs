@@ -5,6 +5,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use super::tokens::Unknown;
 use crate::engine::{AdmitError, Failure, NoRoom, Room};
 
 /// The `ErrorInfo` domain of all our errors.
@@ -39,6 +40,13 @@ impl From<FieldError> for Status {
         details.set_error_info("BAD_FIELD", DOMAIN, [("field".to_owned(), error.field.clone())]);
         Self::with_error_details(Code::InvalidArgument, error.to_string(), details)
     }
+}
+
+/// The refusal of a call that is nobody's.
+pub(super) fn unauthenticated(unknown: Unknown) -> Status {
+    let mut details = ErrorDetails::new();
+    details.set_error_info("TOKEN_NEEDED", DOMAIN, [] as [(String, String); 0]);
+    Status::with_error_details(Code::Unauthenticated, unknown.to_string(), details)
 }
 
 impl From<AdmitError> for Status {

@@ -1,9 +1,7 @@
 //! TLS: certificate, key and the authority of clients from files, which are read again when they change.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio_rustls::TlsAcceptor;
@@ -13,12 +11,8 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 
+use super::watched::{FileError, Watched, contents};
 use crate::config;
-
-/// Time between two looks at the files.
-const LOOK: Duration = Duration::from_secs(2);
-/// Bytes of one file, at most.
-const LARGEST: u64 = 1 << 20;
 
 /// Where it is written what the server shows and whom it trusts.
 #[derive(Clone, Debug)]
@@ -53,17 +47,9 @@ impl std::fmt::Debug for Tls {
     }
 }
 
-/// Why a connection cannot be made with these files, in a line.
-#[derive(Debug, thiserror::Error)]
-#[error("{}: {problem}", file.display())]
-pub(super) struct TlsError {
-    file: PathBuf,
-    problem: String,
-}
-
 impl Tls {
     /// TLS as configured, if it is.
-    pub(super) fn open(config: &config::ServerConfig) -> Result<Option<Self>, TlsError> {
+    pub(super) fn open(config: &config::ServerConfig) -> Result<Option<Self>, FileError> {
         let (Some(certificate), Some(key)) = (&config.tls_certificate, &config.tls_key) else {
             return Ok(None);
         };
@@ -85,36 +71,13 @@ impl Tls {
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(self.now.load_full())
     }
+}
 
-    /// Looks at the files again and again. Connections that are open stay as they are.
-    pub(super) async fn follow(mut self) {
-        let mut told = None;
-        loop {
-            tokio::time::sleep(LOOK).await;
-            let looked = tokio::task::spawn_blocking(move || {
-                let looked = self.look();
-                (self, looked)
-            });
-            match looked.await {
-                Ok((tls, looked)) => {
-                    self = tls;
-                    // A problem that stays is told once.
-                    let problem = looked.err().map(|error| error.to_string());
-                    if let Some(problem) = problem.as_ref().filter(|problem| told.as_ref() != Some(*problem))
-                    {
-                        tracing::error!(problem, "the new certificate is refused; the one before it stays");
-                    }
-                    told = problem;
-                }
-                Err(error) => {
-                    tracing::error!(%error, "looking for certificates failed; it is given up");
-                    return std::future::pending().await;
-                }
-            }
-        }
-    }
+impl Watched for Tls {
+    const NAME: &'static str = "certificate";
 
-    fn look(&mut self) -> Result<(), TlsError> {
+    // Connections that are open stay as they are.
+    fn look(&mut self) -> Result<(), FileError> {
         let written = self.files.read()?;
         if written != self.written {
             let settings = self.files.settings(&written)?;
@@ -127,7 +90,7 @@ impl Tls {
 }
 
 impl Files {
-    fn read(&self) -> Result<Written, TlsError> {
+    fn read(&self) -> Result<Written, FileError> {
         Ok(Written {
             certificate: contents(&self.certificate)?,
             key: contents(&self.key)?,
@@ -135,64 +98,42 @@ impl Files {
         })
     }
 
-    fn settings(&self, written: &Written) -> Result<ServerConfig, TlsError> {
+    fn settings(&self, written: &Written) -> Result<ServerConfig, FileError> {
         let provider = Arc::new(ring::default_provider());
         let versions = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
-            .map_err(|error| problem(&self.certificate, error))?;
+            .map_err(|error| FileError::new(&self.certificate, error))?;
         let clients = match (&self.client_ca, &written.client_ca) {
             (Some(file), Some(pem)) => {
                 let mut roots = RootCertStore::empty();
                 for authority in certificates(file, pem)? {
-                    roots.add(authority).map_err(|error| problem(file, error))?;
+                    roots
+                        .add(authority)
+                        .map_err(|error| FileError::new(file, error))?;
                 }
                 let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
                     .build()
-                    .map_err(|error| problem(file, error))?;
+                    .map_err(|error| FileError::new(file, error))?;
                 versions.with_client_cert_verifier(verifier)
             }
             _ => versions.with_no_client_auth(),
         };
         let chain = certificates(&self.certificate, &written.certificate)?;
-        let key = PrivateKeyDer::from_pem_slice(&written.key).map_err(|error| problem(&self.key, error))?;
+        let key =
+            PrivateKeyDer::from_pem_slice(&written.key).map_err(|error| FileError::new(&self.key, error))?;
         let mut settings = clients
             .with_single_cert(chain, key)
-            .map_err(|error| problem(&self.certificate, error))?;
+            .map_err(|error| FileError::new(&self.certificate, error))?;
         settings.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(settings)
     }
 }
 
-fn contents(file: &Path) -> Result<Vec<u8>, TlsError> {
-    let unreadable = |error: std::io::Error| problem(file, error);
-    // Opening a pipe would wait.
-    if !std::fs::metadata(file).map_err(unreadable)?.is_file() {
-        return Err(problem(file, "is no file"));
-    }
-    let mut bytes = Vec::new();
-    let opened = std::fs::File::open(file).map_err(unreadable)?;
-    opened
-        .take(LARGEST + 1)
-        .read_to_end(&mut bytes)
-        .map_err(unreadable)?;
-    if bytes.len() as u64 > LARGEST {
-        return Err(problem(file, "is larger than a megabyte"));
-    }
-    Ok(bytes)
-}
-
-fn certificates(file: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+fn certificates(file: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, FileError> {
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    let all = all.map_err(|error| problem(file, error))?;
+    let all = all.map_err(|error| FileError::new(file, error))?;
     if all.is_empty() {
-        return Err(problem(file, "has no certificate"));
+        return Err(FileError::new(file, "has no certificate"));
     }
     Ok(all)
-}
-
-fn problem(file: &Path, problem: impl std::fmt::Display) -> TlsError {
-    TlsError {
-        file: file.to_owned(),
-        problem: problem.to_string(),
-    }
 }

@@ -90,7 +90,7 @@ impl Service {
         priority: i32,
     ) -> Result<Words, Status> {
         let deadline = arrival.deadline(None)?;
-        let model = self.model(model)?;
+        let model = self.model(&arrival.principal, model)?;
         let graph = model.manifest().graph;
         let likelihood = read::likelihood(likelihood, default(graph), graph, &self.limits)?;
         let seed = match (likelihood, seed) {
@@ -110,7 +110,7 @@ impl Service {
             id,
             priority,
             deadline,
-            caller: arrival.caller,
+            caller: arrival.principal.caller().clone(),
             notes: arrival.notes,
         })
     }
