@@ -53,6 +53,8 @@ pub struct ServerConfig {
     pub tokens: Option<PathBuf>,
     /// Connections that may be open.
     pub max_connections: usize,
+    /// Of these, those of one address.
+    pub max_connections_per_peer: usize,
     /// Seconds that a new connection has to say that it speaks HTTP/2.
     pub handshake_seconds: u64,
     /// Calls that one connection may have open.
@@ -75,6 +77,7 @@ impl Default for ServerConfig {
             tls_client_ca: None,
             tokens: None,
             max_connections: 1024,
+            max_connections_per_peer: 256,
             handshake_seconds: 10,
             max_concurrent_streams: 256,
             max_message_bytes: 4 << 20,
@@ -326,6 +329,10 @@ impl Config {
             ("engine.threads_per_worker", self.engine.threads_per_worker),
             ("engine.max_output_megabytes", self.engine.max_output_megabytes),
             ("server.max_connections", self.server.max_connections),
+            (
+                "server.max_connections_per_peer",
+                self.server.max_connections_per_peer,
+            ),
         ] {
             let (range, wanted) = match key {
                 "engine.workers" => (1..=1024, "1 to 1024"),

@@ -33,6 +33,7 @@ mod repository;
 mod resume;
 mod samplers;
 mod scores;
+mod strangers;
 mod support;
 mod tls;
 mod tokens;

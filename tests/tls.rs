@@ -29,7 +29,7 @@ fn text(name: &str) -> String {
 }
 
 /// The demo model behind TLS, with files of its own in `folder`.
-fn serve(folder: &Path, settings: &[(&str, &Path)]) -> Serving {
+pub(crate) fn serve(folder: &Path, settings: &[(&str, &Path)]) -> Serving {
     std::fs::copy(fixture("first.pem"), folder.join("tls.pem")).unwrap();
     std::fs::copy(fixture("first.key"), folder.join("tls.key")).unwrap();
     let mut command = denoised();
@@ -42,13 +42,16 @@ fn serve(folder: &Path, settings: &[(&str, &Path)]) -> Serving {
     Serving::start_with(&mut command)
 }
 
-fn trusting() -> ClientTlsConfig {
+pub(crate) fn trusting() -> ClientTlsConfig {
     ClientTlsConfig::new()
         .ca_certificate(Certificate::from_pem(text("authority.pem")))
         .domain_name("localhost")
 }
 
-async fn connect(server: &Serving, tls: ClientTlsConfig) -> Result<Channel, tonic::transport::Error> {
+pub(crate) async fn connect(
+    server: &Serving,
+    tls: ClientTlsConfig,
+) -> Result<Channel, tonic::transport::Error> {
     let url = format!("https://{}", server.address);
     Channel::from_shared(url)
         .unwrap()
@@ -57,7 +60,7 @@ async fn connect(server: &Serving, tls: ClientTlsConfig) -> Result<Channel, toni
         .await
 }
 
-async fn lists(channel: Channel) -> Result<usize, tonic::Status> {
+pub(crate) async fn lists(channel: Channel) -> Result<usize, tonic::Status> {
     let answer = ModelServiceClient::new(channel)
         .list_models(ListModelsRequest {})
         .await?;

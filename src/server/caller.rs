@@ -28,8 +28,6 @@ impl Principal {
     }
 
     /// Of a server that asks for no tokens, anybody: told apart by address, and free to do everything.
-    ///
-    /// IPv6 callers are told apart by their /64: one host has as many addresses of it as it likes.
     fn at_address(extensions: &Extensions) -> Self {
         let caller = match extensions
             .get::<TcpConnectInfo>()
@@ -69,7 +67,8 @@ impl Principal {
     }
 }
 
-fn network(address: IpAddr) -> String {
+/// The address, or the network that stands for it: one host has as many addresses of an IPv6 /64 as it likes.
+pub(super) fn network(address: IpAddr) -> String {
     match address.to_canonical() {
         IpAddr::V4(address) => address.to_string(),
         IpAddr::V6(address) => {

@@ -23,6 +23,7 @@ use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::TcpConnectInfo;
 use tower::ServiceExt;
 
+use super::peers::Peers;
 use super::tls::Tls;
 use crate::config::ServerConfig;
 
@@ -30,6 +31,8 @@ use crate::config::ServerConfig;
 const SEND_BUFFER: usize = 16 << 10;
 /// Bytes of a connection that the kernel holds before it has sent them.
 const UNSENT: u32 = 16 << 10;
+/// Bytes of the headers of a call, at most.
+const HEADERS: u32 = 16 << 10;
 /// Pause after a connection that could not be accepted: there may be no file descriptor for it.
 const REFUSED: Duration = Duration::from_millis(50);
 /// Time between two signs of life of a silent connection.
@@ -70,6 +73,7 @@ pub(super) async fn serve(
     stop: impl Future<Output = ()>,
 ) {
     let places = Arc::new(Semaphore::new(config.max_connections));
+    let peers = Peers::default();
     let handshake = Duration::from_secs(config.handshake_seconds);
     let mut http1 = Builder::new(TokioExecutor::new()).http1_only();
     // One request a connection: none is idle then.
@@ -84,6 +88,7 @@ pub(super) async fn serve(
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(config.max_concurrent_streams)
+        .max_header_list_size(HEADERS)
         .max_send_buf_size(SEND_BUFFER)
         .keep_alive_interval(KEEP_ALIVE);
     let graceful = GracefulShutdown::new();
@@ -104,6 +109,11 @@ pub(super) async fn serve(
             tracing::warn!(%remote, "a connection is closed: there are as many as may be (server.max_connections)");
             continue;
         };
+        let Some(place_of_peer) = peers.enter(remote.ip(), config.max_connections_per_peer) else {
+            // Whoever tries again and again must not fill the log.
+            tracing::debug!(%remote, "a connection is closed: its address has as many as it may (server.max_connections_per_peer)");
+            continue;
+        };
         if let Err(error) = set_up(&stream) {
             tracing::debug!(%remote, %error, "a connection was gone before it was set up");
             continue;
@@ -116,7 +126,7 @@ pub(super) async fn serve(
         let watcher = graceful.watcher();
         let acceptor = tls.as_ref().map(Tls::acceptor);
         tokio::spawn(async move {
-            let _place = place;
+            let _places = (place, place_of_peer);
             let (spoken, stream) = match tokio::time::timeout(handshake, begin(stream, acceptor)).await {
                 Ok(Ok(begun)) => begun,
                 Ok(Err(error)) => {

@@ -16,6 +16,7 @@ mod metrics;
 mod model_service;
 pub mod models;
 mod pace;
+mod peers;
 mod repository;
 pub(crate) mod request;
 mod resume;
