@@ -96,6 +96,9 @@ pub struct ModelsConfig {
     /// `name` or `name@version` that requests get which name no model; empty for the first one.
     #[serde(deserialize_with = "empty_is_none")]
     pub default: Option<String>,
+    /// Versions, as `name@version`, that requests get which name that model and no version: where to go back to.
+    #[serde(deserialize_with = "names")]
+    pub pin: Vec<String>,
     /// Whether the demo model in the binary is served too.
     pub demo: bool,
     /// Seconds after which the repository is looked at again for versions that came or went; 0 for never.
@@ -109,6 +112,7 @@ impl Default for ModelsConfig {
         Self {
             repository: None,
             default: None,
+            pin: Vec::new(),
             demo: true,
             poll_seconds: 10,
             memory_megabytes: 0,
@@ -464,22 +468,27 @@ where
     Ok((!text.is_empty()).then(|| text.into()))
 }
 
-/// A list, or the same in one line with commas, as variables and flags have it.
 fn devices<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Device>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Devices {
-        Line(String),
-        List(Vec<String>),
-    }
-    let names = match Devices::deserialize(deserializer)? {
-        Devices::Line(line) => line.split(',').map(|name| name.trim().to_owned()).collect(),
-        Devices::List(names) => names,
-    };
+    let names = names(deserializer)?;
     let devices = names.iter().map(|name| name.parse());
     devices
         .collect::<Result<_, _>>()
         .map_err(serde::de::Error::custom)
+}
+
+/// A list, or the same in one line with commas, as variables and flags have it.
+fn names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Names {
+        Line(String),
+        List(Vec<String>),
+    }
+    Ok(match Names::deserialize(deserializer)? {
+        Names::Line(line) if line.trim().is_empty() => Vec::new(),
+        Names::Line(line) => line.split(',').map(|name| name.trim().to_owned()).collect(),
+        Names::List(names) => names,
+    })
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use denoised::proto::v1::{
     GenerateRequest, GetModelRequest, ListModelsRequest, ModelReference, ModelState, Sampling,
 };
+use denoised::server::Server;
 use tonic::Code;
 
 use crate::support::{TestServer, config, generate, publish};
@@ -45,6 +46,73 @@ async fn becomes(what: &str, mut reached: impl AsyncFnMut() -> bool) {
     tokio::time::timeout(Duration::from_secs(60), waiting)
         .await
         .unwrap_or_else(|_| panic!("{what}"));
+}
+
+/// The pinned version stands for its name whatever else comes; others are there by number.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pinned_version_stands_for_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    for version in [1, 2] {
+        publish(root, ("live", version), SOUND, false);
+    }
+    let mut config = config();
+    config.models.repository = Some(root.to_owned());
+    config.models.default = Some("live".to_owned());
+    config.models.poll_seconds = 1;
+    config.models.pin = vec!["live@1".to_owned()];
+    let server = TestServer::demo_with(&config).await;
+    assert_eq!(newest(&server).await, 1);
+    publish(root, ("live", 3), SOUND, false);
+    let by_number = async || {
+        let answer = generate(&mut server.client(), request(3)).await;
+        answer.is_ok()
+    };
+    becomes("version 3 is served", by_number).await;
+    assert_eq!(newest(&server).await, 1);
+    let unnamed = GenerateRequest {
+        model: None,
+        ..request(0)
+    };
+    let answer = generate(&mut server.client(), unnamed).await.unwrap();
+    assert_eq!(
+        answer.accepted.unwrap().model.unwrap().version,
+        1,
+        "the default is pinned too"
+    );
+    let listed = server.models().list_models(ListModelsRequest {}).await.unwrap();
+    let listed = listed.into_inner().models;
+    let of = |version| {
+        listed
+            .iter()
+            .find(|model| model.name == "live" && model.version == version)
+    };
+    assert_eq!(
+        of(2).unwrap().state(),
+        ModelState::Unloaded,
+        "nobody has asked for it"
+    );
+    // The version is gone: another is not what was wanted.
+    std::fs::remove_dir_all(root.join("live/1")).unwrap();
+    let refused = async || {
+        let answer = generate(&mut server.client(), request(0)).await;
+        answer.is_err_and(|status| status.code() == Code::NotFound)
+    };
+    becomes("the pinned version is gone", refused).await;
+    server.stop().await;
+
+    for (pin, says) in [
+        ("live@1", "live@1, which is not served"),
+        ("live", "must be a list of name@version"),
+        ("live@x", "must be a list of name@version"),
+    ] {
+        config.models.pin = vec![pin.to_owned()];
+        let error = Server::bind(&config).await.unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+    config.models.pin = vec!["live@2".to_owned(), "live@3".to_owned()];
+    let error = Server::bind(&config).await.unwrap_err().to_string();
+    assert!(error.contains("twice"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -29,6 +29,23 @@ fn flags_beat_the_environment_beats_the_file_beats_defaults() {
 }
 
 #[test]
+fn pins_are_a_list_or_a_line() {
+    let pins = |toml: &str, variable: &str| {
+        let environment = [("DENOISED__MODELS__PIN", variable)];
+        let environment = if variable.is_empty() {
+            &[]
+        } else {
+            &environment[..]
+        };
+        load(toml, environment, &[]).unwrap().models.pin
+    };
+    let file = "[models]\npin = [\"a@1\", \"b@2\"]";
+    assert_eq!(pins(file, ""), ["a@1", "b@2"]);
+    assert_eq!(pins(file, "c@3, d@4"), ["c@3", "d@4"]);
+    assert!(pins("", "").is_empty() && pins("", " ").is_empty());
+}
+
+#[test]
 fn mistakes_are_named() {
     for (toml, says) in [
         ("[engine]\nworker = 2", "worker"),

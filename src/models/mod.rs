@@ -44,6 +44,8 @@ pub struct Models {
     by_name: BTreeMap<String, BTreeMap<u64, Arc<ServedModel>>>,
     /// Name of the default, and its version unless it is whatever is the newest.
     default: Option<(String, Option<u64>)>,
+    /// Versions that stand for their names, in place of the newest.
+    pins: BTreeMap<String, u64>,
 }
 
 impl Models {
@@ -73,23 +75,31 @@ impl Models {
         known
     }
 
-    /// The model `name` at `version`, or its highest version.
+    /// Makes `version` stand for `name` where a request names no version, in place of the newest; `false` when it is
+    /// not served.
+    pub fn pin(&mut self, name: &str, version: u64) -> bool {
+        self.pins.insert(name.to_owned(), version);
+        self.find(name, Some(version)).is_some()
+    }
+
+    /// The model `name` at `version`, or at the one it is pinned to, or at its highest.
     pub fn find(&self, name: &str, version: Option<u64>) -> Option<Arc<ServedModel>> {
         let versions = self.by_name.get(name)?;
-        match version {
+        match version.or_else(|| self.pins.get(name).copied()) {
             Some(version) => versions.get(&version).cloned(),
             None => versions.values().next_back().cloned(),
         }
     }
 
     /// The versions that may stand for what a request asks for, the first choice first: the one that it names, or
-    /// all of its model, newest first; without a name those of the default.
+    /// all of its model, newest first, unless that is pinned to one; without a name those of the default.
     pub fn candidates(&self, name: Option<&str>, version: Option<u64>) -> Vec<Arc<ServedModel>> {
         let (name, version) = match (name, &self.default) {
             (Some(name), _) => (name, version),
             (None, Some((name, version))) => (name.as_str(), *version),
             (None, None) => return Vec::new(),
         };
+        let version = version.or_else(|| self.pins.get(name).copied());
         let versions = self.by_name.get(name).into_iter().flatten().rev();
         versions
             .filter(|(of, _)| version.is_none_or(|version| **of == version))

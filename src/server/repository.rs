@@ -35,6 +35,8 @@ pub(super) struct Repository {
     demo: Option<Arc<ServedModel>>,
     /// Name and version of the default, where one is configured.
     default: Option<(String, Option<u64>)>,
+    /// Versions that stand for their names.
+    pins: Vec<Version>,
     /// Whether the folder could be read when it was looked at last.
     readable: bool,
 }
@@ -65,6 +67,7 @@ impl Repository {
             devices,
             seen: BTreeMap::new(),
             default: default.transpose()?,
+            pins: pins(&config.models.pin)?,
             readable: true,
         };
         if let Some(root) = &repository.root {
@@ -84,6 +87,11 @@ impl Repository {
             tracing::warn!(repository = %root.display(), "the repository holds no usable bundle");
         }
         let (models, default_is_served) = repository.models();
+        if let Some((name, version)) = repository.unserved_pin(&models) {
+            return Err(StartError::Models(format!(
+                "models.pin has {name}@{version}, which is not served"
+            )));
+        }
         if let (Some(wanted), false) = (&config.models.default, default_is_served) {
             return Err(StartError::Models(format!(
                 "models.default is {wanted:?}, which is not served"
@@ -111,6 +119,9 @@ impl Repository {
                     let (models, default_is_served) = self.models();
                     if !default_is_served {
                         tracing::error!("models.default is not served any more");
+                    }
+                    if let Some((name, version)) = self.unserved_pin(&models) {
+                        tracing::error!("{name}@{version} of models.pin is not served any more");
                     }
                     models
                 })
@@ -169,6 +180,11 @@ impl Repository {
         served(bundle, entry.version, &self.devices)
     }
 
+    fn unserved_pin(&self, models: &Models) -> Option<&Version> {
+        let is_served = |(name, version): &&Version| models.find(name, Some(*version)).is_some();
+        self.pins.iter().find(|pin| !is_served(pin))
+    }
+
     /// The models as they were seen last, and whether the configured default is among them. Without one it is the
     /// first model of the folder, or the demo model.
     fn models(&self) -> (Models, bool) {
@@ -182,12 +198,32 @@ impl Repository {
         {
             models.share(demo);
         }
+        for (name, version) in &self.pins {
+            // Where it is not served, requests for the name are refused: a newer one is not what was wanted.
+            let _is_served = models.pin(name, *version);
+        }
         let is_served = self
             .default
             .as_ref()
             .is_none_or(|(name, version)| models.set_default(name, *version));
         (models, is_served)
     }
+}
+
+/// The versions of `models.pin`, one of each model.
+fn pins(wanted: &[String]) -> Result<Vec<Version>, StartError> {
+    let mut pins: Vec<Version> = Vec::with_capacity(wanted.len());
+    for text in wanted {
+        let Some((name, Some(version))) = parse_reference(text) else {
+            let problem = format!("models.pin has {text:?}, must be a list of name@version");
+            return Err(StartError::Models(problem));
+        };
+        if pins.iter().any(|(other, _)| other == name) {
+            return Err(StartError::Models(format!("models.pin has {name} twice")));
+        }
+        pins.push((name.to_owned(), version));
+    }
+    Ok(pins)
 }
 
 /// A folder that is a bundle, or holds versions, is not of models: they would be passed over in silence.
