@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub fn denoised() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_denoised"));
@@ -491,6 +491,75 @@ fn texts_are_scored_and_chosen_among() {
             "{arguments:?}: {found:?} {error}"
         );
     }
+}
+
+/// Requests come when they are due, however long they take, and every one of them is told of.
+#[test]
+fn a_load_is_put_on_a_server_and_told() {
+    let server = Serving::start();
+    let url = format!("http://{}", server.address);
+    let bench = |arguments: &[&str]| {
+        let output = denoised()
+            .args(["bench", "--server", &url, "--seconds", "1", "--warm-up", "0"])
+            .args(arguments)
+            .output()
+            .unwrap();
+        succeeds(&output)
+    };
+    let told = |arguments: &[&str]| {
+        let line = bench(&[arguments, &["--json"]].concat());
+        json_lines(&line).remove(0)["bench"].clone()
+    };
+    let closed = told(&[
+        "--streams",
+        "3",
+        "--length",
+        "16",
+        "--steps",
+        "4",
+        "--num-samples",
+        "2",
+    ]);
+    assert!(
+        closed["requests"].as_u64().unwrap() >= 3 && closed["failed"] == json!({}),
+        "{closed}"
+    );
+    let evaluations = closed["evaluations_per_canvas"].as_f64().unwrap();
+    assert!(
+        evaluations > 1.0 && evaluations <= 5.0,
+        "four steps and the last denoising: {evaluations}"
+    );
+    assert!(
+        closed["first_frame_ms"]["p50"].as_f64() <= closed["whole_ms"]["p50"].as_f64(),
+        "{closed}"
+    );
+    assert!(told(&["--length", "16", "--no-frames"])["first_frame_ms"].is_null());
+
+    let all = |told: &Value| {
+        let failed = told["failed"].as_object().unwrap().values();
+        let failed: u64 = failed.map(|requests| requests.as_u64().unwrap()).sum();
+        told["requests"].as_u64().unwrap() + failed + told["not_sent"].as_u64().unwrap()
+    };
+    let quick = told(&["--rate", "30", "--length", "8", "--steps", "1"]);
+    let slow = told(&["--rate", "30", "--length", "128", "--steps", "64"]);
+    assert!(all(&quick) > 10, "{quick}");
+    assert_eq!(all(&quick), all(&slow), "due at the same times");
+    assert!(slow["seconds"].as_f64() > quick["seconds"].as_f64(), "{slow}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let mix = folder.path().join("mix");
+    std::fs::write(&mix, "1 --length 8 --steps 2 'In the'\n1 --length 9999\n").unwrap();
+    let mixed = bench(&["--rate", "50", "--mix", mix.to_str().unwrap()]);
+    assert!(
+        mixed.contains("failed with InvalidArgument: ") && mixed.contains(" p99.9"),
+        "{mixed}"
+    );
+    let refused = denoised()
+        .args(["bench", "--length", "8", "--mix"])
+        .arg(&mix)
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(64), "{refused:?}");
 }
 
 #[test]

@@ -8,8 +8,10 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
 
-use super::Failed;
+use super::{Failed, UNAVAILABLE};
 use crate::client::{Bearer, Client};
 use crate::config::{Config, LogConfig};
 use crate::server::Server;
@@ -113,7 +115,7 @@ impl Target {
         let mut nobody = Vec::new();
         for index in 0..endpoints.len() {
             let (url, endpoint) = &endpoints[index];
-            match endpoint.connect().await {
+            match self.greeted(endpoint).await {
                 Ok(channel) => {
                     let others = endpoints.iter().cycle().skip(index + 1).take(endpoints.len() - 1);
                     let others = others.map(|(_, other)| other.connect_lazy());
@@ -125,10 +127,34 @@ impl Target {
                         own,
                     });
                 }
-                Err(error) => nobody.push(format!("no server answers at {url}: {}", root_cause(&error))),
+                Err(problem) => nobody.push(format!("no server answers at {url}: {problem}")),
             }
         }
         Err(Failed::unavailable(nobody.join("; ")))
+    }
+
+    /// A connection whose server has answered: a socket that opens says nothing of what is behind it, and calls to what
+    /// is none wait for ever, once in some hundred times.
+    async fn greeted(&self, endpoint: &Endpoint) -> Result<Channel, String> {
+        let channel = endpoint.connect().await.map_err(|error| root_cause(&error))?;
+        let mut health = HealthClient::new(channel.clone());
+        let answer = health.check(HealthCheckRequest::default());
+        let answered = tokio::time::timeout(Duration::from_secs(self.connect_timeout), answer).await;
+        match answered {
+            Err(_) => Err(format!(
+                "what is there says nothing for {} s, or speaks no gRPC",
+                self.connect_timeout
+            )),
+            // Whatever it thinks of its health, or of being asked, it answers.
+            Ok(Ok(_)) => Ok(channel),
+            Ok(Err(status)) => match Failed::from(status) {
+                Failed {
+                    code: UNAVAILABLE,
+                    message,
+                } => Err(message),
+                Failed { .. } => Ok(channel),
+            },
+        }
     }
 
     /// How this client shows itself, and whom it trusts.

@@ -474,6 +474,7 @@ mod tests {
             value(&Event::Score(v1::TextScore::default())),
             value(&Event::Total(v1::ScoreTotal::default())),
             value(Line::candidate("", 0, &v1::CandidateScore::default())),
+            crate::cli::bench::told_of_nothing(),
         ];
         let told: BTreeMap<String, BTreeSet<String>> = lines
             .iter()

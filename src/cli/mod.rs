@@ -3,6 +3,8 @@
 //! The client parts speak gRPC like any other client, to a server given by `--server` or to one that
 //! they start within the process.
 
+mod asked;
+mod bench;
 mod cells;
 mod connect;
 mod generate;
@@ -73,6 +75,9 @@ enum Command {
     /// Turn a model's tokens into text.
     #[command(after_help = EXIT_CODES)]
     Detokenize(tokens::Detokenize),
+    /// Put a server under load, and say how long it took.
+    #[command(after_help = EXIT_CODES)]
+    Bench(Box<bench::Bench>),
     /// Make tokens for those who may call a server.
     #[command(after_help = EXIT_CODES)]
     Token(token::Token),
@@ -193,6 +198,7 @@ pub fn main() -> ExitCode {
             Command::Models(models) => models.run().await,
             Command::Tokenize(tokenize) => tokenize.run().await,
             Command::Detokenize(detokenize) => detokenize.run().await,
+            Command::Bench(bench) => bench.run().await,
             Command::Token(token) => token.run(),
         }
     });

@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 use futures_util::StreamExt;
 use tonic::Request;
 
+use super::asked::{deadline_ms, seed};
 use super::connect::{Answering, Target};
-use super::generate::{deadline_ms, seed};
 use super::{Failed, INTERRUPTED, input, json, tokens};
 use crate::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use crate::proto::v1::score_response::Event;
