@@ -204,10 +204,11 @@ async fn what_runs_is_told() {
     assert_eq!(value(&metrics, "denoised_running_canvases"), Some(1.0));
     assert!(value(&metrics, "denoised_queued_seconds").unwrap() > 0.0);
     drop(stream);
-    is_open.store(true, Ordering::Release);
     let cancelled = "denoised_calls_total{method=\"Generate\",code=\"CANCELLED\"}";
     let told = async { while value(&get(&server.url, "/metrics").await.2, cancelled) != Some(1.0) {} };
     tokio::time::timeout(Duration::from_secs(20), told).await.unwrap();
+    // Not before: it could be finished, and told so, before the server has seen that nobody listens.
+    is_open.store(true, Ordering::Release);
     server.stop().await;
 }
 
