@@ -41,7 +41,7 @@ pub(super) struct Asked {
     remask_rate: Option<f64>,
     /// Seed of all random choices: the same seed gives the same text. Drawn by default.
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = seed)]
-    pub(super) seed: Option<u64>,
+    seed: Option<u64>,
     /// Independent texts to draw; 1 by default.
     #[arg(long, value_name = "N")]
     pub(super) num_samples: Option<u32>,

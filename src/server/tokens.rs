@@ -169,11 +169,12 @@ fn what_is_wrong(message: &str) -> &str {
 
 fn digest(hexadecimal: &str) -> Option<[u8; 32]> {
     let digits = hexadecimal.as_bytes();
-    if digits.len() != 64 || !hexadecimal.is_ascii() {
+    // Signs are parts of numbers, not of hashes.
+    if digits.len() != 64 || !digits.iter().all(u8::is_ascii_hexdigit) {
         return None;
     }
     let mut hash = [0; 32];
-    for (byte, digits) in hash.iter_mut().zip(hexadecimal.as_bytes().chunks(2)) {
+    for (byte, digits) in hash.iter_mut().zip(digits.chunks(2)) {
         let digits = std::str::from_utf8(digits).ok()?;
         *byte = u8::from_str_radix(digits, 16).ok()?;
     }
@@ -300,6 +301,10 @@ mod tests {
             ),
             (format!("[[token]]\nname = \"a\"\nsha256 = {secret}"), "line 3"),
             ("[[token]]\nname = \"a\"".to_owned(), "missing field `sha256`"),
+            (
+                format!("[[token]]\nname = \"a\"\nsha256 = \"{}\"", "+f".repeat(32)),
+                "64 hexadecimal",
+            ),
             (format!("{entry}weigth = 2"), "unknown field `weigth`"),
             (format!("{entry}weight = 0"), "weight must be 1 to 1000"),
             (format!("{entry}weight = \"{secret}\""), "line 4"),

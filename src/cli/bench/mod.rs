@@ -28,7 +28,7 @@ pub(super) struct Bench {
     /// Requests at once; each stream sends its next when the one before it has ended. 1 by default.
     #[arg(long, value_name = "N", conflicts_with = "rate", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     streams: Option<u32>,
-    /// Requests a second, at random times (Poisson), however long they take; above 0, at most 10000.
+    /// Requests a second, at random times (Poisson), however long they take; 0.001 to 10000.
     #[arg(long, value_name = "X", value_parser = rate)]
     rate: Option<f64>,
     /// Seconds that requests are sent and counted for, 1 to 86400.
@@ -109,7 +109,8 @@ pub(super) fn told_of_nothing() -> serde_json::Value {
 
 fn rate(text: &str) -> Result<f64, String> {
     match text.parse() {
-        Ok(rate) if rate > 0.0 && rate <= 10_000.0 => Ok(rate),
-        _ => Err("must be a number above 0, at most 10000".to_owned()),
+        // The less there are, the longer the waits between them, which must be times still.
+        Ok(rate) if (0.001..=10_000.0).contains(&rate) => Ok(rate),
+        _ => Err("must be a number, 0.001 to 10000".to_owned()),
     }
 }
