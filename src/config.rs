@@ -37,6 +37,8 @@ pub struct ServerConfig {
     pub drain_grace_seconds: u64,
     /// Whether clients may ask for the proto files.
     pub reflection: bool,
+    /// Whether models may be loaded and unloaded by calls; by those of admins, where there are tokens.
+    pub model_control: bool,
     /// Whether `/metrics` tells numbers for Prometheus.
     pub metrics: bool,
     /// The server's certificate and those between it and its authority, in PEM; empty for no TLS.
@@ -71,6 +73,7 @@ impl Default for ServerConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
             drain_grace_seconds: 20,
             reflection: true,
+            model_control: false,
             metrics: true,
             tls_certificate: None,
             tls_key: None,

@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
+use denoised::proto::v1::event::Event;
 use denoised::proto::v1::{
-    GenerateRequest, GetModelRequest, ListModelsRequest, ModelReference, ModelState, Sampling,
+    GenerateRequest, GetModelRequest, ListModelsRequest, LoadModelRequest, ModelReference, ModelState,
+    Sampling, UnloadModelRequest,
 };
 use denoised::server::Server;
-use tonic::Code;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
 
+use crate::binary::denoised;
 use crate::support::{TestServer, config, generate, publish};
 
 const SOUND: &[u8] = include_bytes!("fixtures/networks/float32.onnx");
@@ -188,5 +192,166 @@ async fn versions_come_and_go_and_every_request_is_answered() {
     std::fs::rename(&away, root).unwrap();
     publish(root, ("live", 6), SOUND, false);
     becomes("version 6 is served", async || newest(&server).await == 6).await;
+    server.stop().await;
+}
+
+fn named(name: &str, version: u64) -> ModelReference {
+    ModelReference {
+        name: name.to_owned(),
+        version,
+    }
+}
+
+/// Models come and go by order alone; what runs is not disturbed by it.
+#[tokio::test(flavor = "multi_thread")]
+async fn models_are_loaded_and_unloaded_by_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    publish(root, ("live", 1), SOUND, false);
+    publish(root, ("other", 1), SOUND, false);
+    let mut config = config();
+    config.models.repository = Some(root.to_owned());
+    config.models.default = Some("other".to_owned());
+    config.models.poll_seconds = 0;
+    config.server.model_control = true;
+    let server = TestServer::demo_with(&config).await;
+    let load = async |name: &str, version| {
+        let asked = LoadModelRequest {
+            model: Some(named(name, version)),
+        };
+        let loaded = server.models().load_model(asked).await?;
+        Ok::<_, Status>(loaded.into_inner().model.unwrap())
+    };
+    let unload = async |name: &str, version| {
+        let asked = UnloadModelRequest {
+            model: Some(named(name, version)),
+        };
+        let unloaded = server.models().unload_model(asked).await?.into_inner().unloaded;
+        Ok::<_, Status>(
+            unloaded
+                .into_iter()
+                .map(|model| model.version)
+                .collect::<Vec<_>>(),
+        )
+    };
+    let reason = |status: &Status| status.get_details_error_info().unwrap().reason;
+
+    // Loaded before anybody asks for it.
+    let loaded = load("live", 0).await.unwrap();
+    assert_eq!((loaded.version, loaded.state()), (1, ModelState::Ready));
+    // Nobody looks by himself.
+    publish(root, ("live", 2), SOUND, false);
+    assert_eq!(newest(&server).await, 1);
+    assert_eq!(load("live", 0).await.unwrap().version, 2);
+    assert_eq!(newest(&server).await, 2);
+
+    // A request that runs goes on while its model is unloaded.
+    let long = GenerateRequest {
+        sampling: Some(Sampling {
+            steps: Some(2000),
+            ..Sampling::default()
+        }),
+        ..request(2)
+    };
+    let mut running = server.client().generate(long).await.unwrap().into_inner();
+    running.message().await.unwrap().unwrap();
+    assert_eq!(unload("live", 2).await.unwrap(), [2]);
+    assert_eq!(newest(&server).await, 1);
+    let gone = generate(&mut server.client(), request(2)).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound);
+    let mut results = 0;
+    while let Some(message) = running.message().await.unwrap() {
+        let event = message.event.and_then(|event| event.event);
+        results += usize::from(matches!(event, Some(Event::Result(_))));
+    }
+    assert_eq!(results, 1);
+
+    // All versions, those to come included, until one is wanted again.
+    assert_eq!(unload("live", 0).await.unwrap(), [1]);
+    assert_eq!(
+        unload("live", 0).await.unwrap(),
+        [] as [u64; 0],
+        "once more is no error"
+    );
+    publish(root, ("live", 3), SOUND, false);
+    assert_eq!(load("other", 1).await.unwrap().version, 1);
+    let gone = generate(&mut server.client(), request(0)).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound);
+    assert_eq!(load("live", 1).await.unwrap().version, 1);
+    assert_eq!(newest(&server).await, 1, "the others stay away");
+    assert_eq!(load("live", 0).await.unwrap().version, 3);
+    assert_eq!(newest(&server).await, 3);
+    // The model in the binary, too.
+    let demo = server
+        .models()
+        .list_models(ListModelsRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    let demo = demo
+        .models
+        .into_iter()
+        .find(|model| model.has_tokenizer)
+        .unwrap()
+        .name;
+    assert_eq!(unload(&demo, 0).await.unwrap(), [1]);
+    assert_eq!(load(&demo, 1).await.unwrap().state(), ModelState::Ready);
+
+    // What cannot be done changes nothing.
+    let unknown = load("nobody", 0).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::NotFound, "{unknown}");
+    let unknown = unload("live", 9).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::NotFound, "{unknown}");
+    let default = unload("other", 0).await.unwrap_err();
+    assert_eq!(
+        (default.code(), reason(&default).as_str()),
+        (Code::FailedPrecondition, "MODEL_IS_DEFAULT")
+    );
+    let unnamed = server.models().load_model(LoadModelRequest::default()).await;
+    assert_eq!(unnamed.unwrap_err().code(), Code::InvalidArgument);
+    std::fs::create_dir(root.join("live/4")).unwrap();
+    std::fs::write(root.join("live/4/manifest.json"), "{}").unwrap();
+    let refused = load("live", 4).await.unwrap_err();
+    assert_eq!(
+        (refused.code(), reason(&refused).as_str()),
+        (Code::FailedPrecondition, "BUNDLE_REFUSED"),
+        "{refused}"
+    );
+    // One that cannot be run is told as such, and is tried anew when it is loaded again.
+    publish(root, ("live", 5), ENDLESS, true);
+    for _ in 0..2 {
+        let failed = load("live", 5).await.unwrap_err();
+        assert_eq!(failed.code(), Code::Unavailable, "{failed}");
+    }
+    std::fs::remove_dir_all(root.join("live/5")).unwrap();
+    publish(root, ("live", 5), SOUND, false);
+    assert_eq!(load("live", 5).await.unwrap().state(), ModelState::Ready);
+    assert_eq!(newest(&server).await, 5);
+
+    // From the command line.
+    for (arguments, says) in [
+        (["unload", "live"], "live@1\nlive@2\nlive@3\nlive@5\n"),
+        (["load", "live@5"], "live@5\n"),
+    ] {
+        let output = denoised()
+            .args(arguments)
+            .args(["--server", &server.url])
+            .output()
+            .unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stdout), says, "{output:?}");
+    }
+    assert_eq!(newest(&server).await, 5);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_loads_or_unloads_unless_that_is_switched_on() {
+    let server = TestServer::demo().await;
+    let asked = UnloadModelRequest {
+        model: Some(named("demo", 0)),
+    };
+    let denied = server.models().unload_model(asked).await.unwrap_err();
+    assert_eq!(denied.code(), Code::PermissionDenied);
+    assert!(denied.message().contains("server.model_control"), "{denied}");
     server.stop().await;
 }

@@ -105,6 +105,15 @@ async fn nothing_but_health_is_answered_without_a_token() {
             "{path}"
         );
     }
+    // Models are for admins to load, and for them only where that is switched on.
+    for (token, says) in [(&own, "admin"), (&admin, "model_control")] {
+        for method in ["LoadModel", "UnloadModel"] {
+            let path = format!("/denoised.v1.ModelService/{method}");
+            let denied = call(showing(&server.channel, token), &path).await.unwrap_err();
+            assert_eq!(denied.code(), Code::PermissionDenied, "{denied}");
+            assert!(denied.message().contains(says), "{denied}");
+        }
+    }
     call(anonymous, "/grpc.health.v1.Health/Check").await.unwrap();
 
     for path in ["/healthz", "/readyz"] {

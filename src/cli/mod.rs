@@ -69,6 +69,12 @@ enum Command {
     /// List what a server serves.
     #[command(after_help = EXIT_CODES)]
     Models(models::ListModels),
+    /// Have a server load a model of its repository, and wait until it is ready.
+    #[command(after_help = EXIT_CODES)]
+    Load(models::Load),
+    /// Have a server serve a model to nobody new.
+    #[command(after_help = EXIT_CODES)]
+    Unload(models::Unload),
     /// Turn text into a model's tokens.
     #[command(after_help = EXIT_CODES)]
     Tokenize(tokens::Tokenize),
@@ -196,6 +202,8 @@ pub fn main() -> ExitCode {
             Command::Score(score) => score.run().await,
             Command::Choose(choose) => choose.run().await,
             Command::Models(models) => models.run().await,
+            Command::Load(load) => load.run().await,
+            Command::Unload(unload) => unload.run().await,
             Command::Tokenize(tokenize) => tokenize.run().await,
             Command::Detokenize(detokenize) => detokenize.run().await,
             Command::Bench(bench) => bench.run().await,

@@ -1,4 +1,4 @@
-//! `denoised models`.
+//! `denoised models`, `load` and `unload`.
 
 use std::io::{self, Write};
 
@@ -8,7 +8,8 @@ use serde_json::Value;
 use super::connect::Target;
 use super::{Failed, json};
 use crate::proto::v1::model_service_client::ModelServiceClient;
-use crate::proto::v1::{ListModelsRequest, Model};
+use crate::proto::v1::{ListModelsRequest, LoadModelRequest, Model, ModelReference, UnloadModelRequest};
+use crate::server::models::parse_reference;
 
 /// Characters of a provenance that the table shows.
 const SUMMARY: usize = 72;
@@ -38,6 +39,69 @@ impl ListModels {
                 table(&models, &mut out)
             };
             Failed::unless_closed(printed)
+        });
+        printed.and(connection.close().await)
+    }
+}
+
+/// Options of `load` and `unload`, of servers with `server.model_control`.
+#[derive(Debug, Args)]
+struct Ordered {
+    #[command(flatten)]
+    target: Target,
+    /// The model.
+    #[arg(value_name = "NAME[@VERSION]", value_parser = reference)]
+    model: ModelReference,
+}
+
+/// Have a server load a model of its repository, and wait until it is ready.
+#[derive(Debug, Args)]
+pub(super) struct Load {
+    #[command(flatten)]
+    ordered: Ordered,
+}
+
+/// Have a server serve a model to nobody new.
+#[derive(Debug, Args)]
+pub(super) struct Unload {
+    #[command(flatten)]
+    ordered: Ordered,
+}
+
+fn reference(text: &str) -> Result<ModelReference, String> {
+    let (name, version) = parse_reference(text).ok_or("a version is a number from 1")?;
+    Ok(ModelReference {
+        name: name.to_owned(),
+        version: version.unwrap_or_default(),
+    })
+}
+
+impl Load {
+    pub(super) async fn run(self) -> Result<(), Failed> {
+        let connection = self.ordered.target.connect().await?;
+        let mut client = ModelServiceClient::new(connection.server.clone());
+        let model = Some(self.ordered.model);
+        let loaded = client.load_model(LoadModelRequest { model }).await;
+        drop(client);
+        let printed = loaded.map_err(Failed::from).and_then(|response| {
+            let model = response.into_inner().model.unwrap_or_default();
+            Failed::unless_closed(writeln!(io::stdout(), "{}@{}", model.name, model.version))
+        });
+        printed.and(connection.close().await)
+    }
+}
+
+impl Unload {
+    pub(super) async fn run(self) -> Result<(), Failed> {
+        let connection = self.ordered.target.connect().await?;
+        let mut client = ModelServiceClient::new(connection.server.clone());
+        let model = Some(self.ordered.model);
+        let unloaded = client.unload_model(UnloadModelRequest { model }).await;
+        drop(client);
+        let printed = unloaded.map_err(Failed::from).and_then(|response| {
+            let mut models = response.into_inner().unloaded.into_iter();
+            let mut out = io::stdout();
+            Failed::unless_closed(models.try_for_each(|m| writeln!(out, "{}@{}", m.name, m.version)))
         });
         printed.and(connection.close().await)
     }

@@ -560,6 +560,11 @@ impl Engine {
         self.shared.loader.state(model)
     }
 
+    /// Whether a model cannot be loaded or run now.
+    pub fn has_failed(&self, model: &Arc<ServedModel>) -> bool {
+        matches!(self.state(model), ModelState::Failed { .. })
+    }
+
     /// Whether a model has been served at some time, however it is now.
     pub fn was_ready(&self, model: &Arc<ServedModel>) -> bool {
         self.shared.loader.was_ready(model)

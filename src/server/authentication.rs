@@ -17,7 +17,7 @@ enum Needs {
     Nothing,
     /// Any token.
     Token,
-    /// That of an admin: it tells what others do.
+    /// That of an admin: it tells what others do, or changes what they get.
     Admin,
 }
 
@@ -25,7 +25,9 @@ impl Needs {
     fn of(path: &str) -> Self {
         match path {
             "/healthz" | "/readyz" => Self::Nothing,
-            "/metrics" => Self::Admin,
+            "/metrics" | "/denoised.v1.ModelService/LoadModel" | "/denoised.v1.ModelService/UnloadModel" => {
+                Self::Admin
+            }
             _ if path.starts_with("/grpc.health.v1.Health/") => Self::Nothing,
             _ => Self::Token,
         }
@@ -69,6 +71,9 @@ pub(super) async fn require(request: Request, next: Next) -> Response {
         return response;
     }
     if needs == Needs::Admin && !Principal::behind(request.extensions()).is_admin() {
+        if speaks_grpc {
+            return status::denied("this needs the token of an admin").into_http();
+        }
         return (StatusCode::FORBIDDEN, "this needs the token of an admin\n").into_response();
     }
     next.run(request).await

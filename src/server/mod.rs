@@ -11,6 +11,7 @@ mod deadline;
 mod diffusion_service;
 #[cfg(test)]
 mod documented_test;
+mod following;
 mod http;
 mod metrics;
 mod model_service;
@@ -111,6 +112,8 @@ struct Service {
     told: Arc<v1::GetServerResponse>,
     /// Whether requests are taken: health, for plain HTTP.
     ready: Arc<watch::Sender<bool>>,
+    /// Where models are ordered to come and go; absent where nobody may.
+    control: Option<following::Control>,
 }
 
 impl Service {
@@ -148,7 +151,7 @@ impl Service {
     /// Of versions, newest first, the one that is served: the newest that has not failed. As long as that has never
     /// been ready, one that is ready stands in for it, so that a new version never makes requests wait.
     fn choose<'a>(&self, candidates: &'a [Arc<ServedModel>]) -> Option<&'a Arc<ServedModel>> {
-        let newest = candidates.iter().find(|model| !self.has_failed(model))?;
+        let newest = candidates.iter().find(|model| !self.engine.has_failed(model))?;
         if self.engine.was_ready(newest) {
             return Some(newest);
         }
@@ -162,60 +165,16 @@ impl Service {
         }
     }
 
-    /// Looks for other models every `poll`; without a repository, or at no interval, never.
-    async fn follow(&self, repository: Option<Repository>, poll: Duration) {
-        let mut watched = repository.filter(|_| !poll.is_zero());
-        loop {
-            let Some(mut repository) = watched.take() else {
-                return std::future::pending().await;
-            };
-            tokio::time::sleep(poll).await;
-            let looked = tokio::task::spawn_blocking(move || {
-                let changed = repository.changed();
-                (repository, changed)
-            });
-            match looked.await {
-                Ok((repository, changed)) => {
-                    watched = Some(repository);
-                    if let Some(models) = changed {
-                        self.replace_models(models);
-                    }
-                }
-                Err(error) => tracing::error!(%error, "looking for models failed; it is given up"),
-            }
-        }
-    }
-
-    /// Serves `models` from now on: what is not among them to nobody new, and new versions of what is in use as soon as
-    /// they are loaded.
-    fn replace_models(&self, models: Models) {
-        let served: Vec<String> = models.iter().map(ToString::to_string).collect();
-        tracing::info!(models = served.join(", "), "the models have changed");
-        let (retired, engine) = (self.models.replace(models), Arc::clone(&self.engine));
-        tokio::spawn(async move {
-            // A request can have chosen one of them and not be admitted yet; what it names may not be on disk any more.
-            tokio::time::sleep(LAST_CHOICE).await;
-            retired.iter().for_each(|model| engine.retire(model));
-        });
-        let models = self.models.now();
-        for model in models.iter().filter(|model| !self.engine.was_ready(model)) {
-            let older = models.candidates(Some(model.name()), None);
-            let is_newest = older.first().is_some_and(|newest| Arc::ptr_eq(newest, model));
-            if is_newest && older.iter().any(|older| self.engine.was_ready(older)) {
-                self.engine.prepare(model);
-            }
-        }
-    }
-
-    fn has_failed(&self, model: &Arc<ServedModel>) -> bool {
-        matches!(self.engine.state(model), ModelState::Failed { .. })
-    }
-
     /// Keeps health at what the models are: down only while none of them can be served.
     async fn report_health(&self, health: HealthReporter) {
         let mut changes = self.engine.changes();
         loop {
-            let status = if self.models.now().iter().all(|model| self.has_failed(model)) {
+            let status = if self
+                .models
+                .now()
+                .iter()
+                .all(|model| self.engine.has_failed(model))
+            {
                 ServingStatus::NotServing
             } else {
                 ServingStatus::Serving
@@ -238,6 +197,8 @@ pub struct Server {
     config: Config,
     tls: Option<Tls>,
     tokens: Option<Tokens>,
+    /// Orders to load and unload models.
+    orders: following::Orders,
     /// Where models come from, but for those of tests.
     repository: Option<Repository>,
 }
@@ -252,7 +213,7 @@ impl Server {
             .map_err(|e| StartError::Models(format!("loading the models failed: {e}")))??;
         let server = Self::with_models(config, models).await?;
         Ok(Self {
-            repository: Some(repository).filter(Repository::is_watched),
+            repository: Some(repository),
             ..server
         })
     }
@@ -290,6 +251,7 @@ impl Server {
             last_chance: LAST_CHANCE,
         })
         .map_err(system("cannot start the workers".to_owned()))?;
+        let (control, orders) = following::control();
         let service = Service {
             engine: Arc::new(engine),
             models: Arc::new(Catalogue::new(models)),
@@ -299,6 +261,7 @@ impl Server {
             unread: Duration::from_secs(config.server.unread_seconds),
             told: Arc::new(server_service::server(config)),
             ready: Arc::new(watch::channel(true).0),
+            control: config.server.model_control.then_some(control),
         };
         Ok(Self {
             listener,
@@ -307,6 +270,7 @@ impl Server {
             config: config.clone(),
             tls,
             tokens,
+            orders,
             repository: None,
         })
     }
@@ -386,7 +350,7 @@ impl Server {
                 // Ends with the engine alone, which ends below.
                 () = service.report_health(health.clone()) => {}
                 // Ends never, nor does what follows.
-                () = service.follow(self.repository, poll) => {}
+                () = service.follow(self.repository, poll, self.orders) => {}
                 () = watched::follow(self.tls) => {}
                 () = watched::follow(self.tokens) => {}
             }

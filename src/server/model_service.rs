@@ -1,11 +1,14 @@
 //! `denoised.v1.ModelService`: what is served, with its limits.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use tonic::{Request, Response, Status};
 
 use super::caller::Principal;
-use super::{Service, sampler};
+use super::following::Wish;
+use super::repository::ControlError;
+use super::{Service, sampler, status};
 use crate::diffusion::{GraphKind, Schedule};
 use crate::models::{ModelState, Models, ServedModel};
 use crate::proto::v1;
@@ -64,6 +67,53 @@ impl Service {
             samplers: sampler::that_fit(manifest.graph).map(str::to_owned).collect(),
         }
     }
+
+    /// Has `wish` done with the model that is `asked` for, where `principal` may.
+    async fn order(
+        &self,
+        principal: &Principal,
+        wish: Wish,
+        asked: Option<v1::ModelReference>,
+    ) -> Result<Vec<Arc<ServedModel>>, Status> {
+        let Some(control) = &self.control else {
+            return Err(status::denied("server.model_control is off"));
+        };
+        let v1::ModelReference { name, version } = asked.unwrap_or_default();
+        if name.is_empty() {
+            return Err(status::FieldError::new("model.name", "is empty, must be that of a model").into());
+        }
+        if !principal.may_use(&name) {
+            return Err(ControlError::Unknown(name).into());
+        }
+        Ok(control
+            .order(wish, name, (version > 0).then_some(version))
+            .await?)
+    }
+
+    /// Waits until a model is loaded; whoever does not want to wait any more ends the call.
+    async fn loaded(&self, model: &Arc<ServedModel>) -> Result<(), Status> {
+        let mut changes = self.engine.changes();
+        loop {
+            changes.mark_unchanged();
+            match self.engine.state(model) {
+                ModelState::Ready => return Ok(()),
+                ModelState::Failed { reason, retry_at } => {
+                    let after = retry_at.saturating_duration_since(Instant::now());
+                    let message = format!("{model} cannot be loaded: {reason}");
+                    return Err(status::model_failed(message, model.to_string(), after));
+                }
+                // Again, where it had to make room meanwhile.
+                ModelState::Unloaded if model.is_retired() => {
+                    return Err(ControlError::Unknown(model.to_string()).into());
+                }
+                ModelState::Unloaded => self.engine.prepare(model),
+                ModelState::Loading => {}
+            }
+            if changes.changed().await.is_err() {
+                return Err(ControlError::NoRepository.into());
+            }
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -87,6 +137,39 @@ impl ModelService for Service {
         let model = self.model(&principal, request.into_inner().model)?;
         Ok(Response::new(v1::GetModelResponse {
             model: Some(self.describe(&principal, &model, &self.models.now())),
+        }))
+    }
+
+    async fn load_model(
+        &self,
+        request: Request<v1::LoadModelRequest>,
+    ) -> Result<Response<v1::LoadModelResponse>, Status> {
+        let principal = Principal::of(&request);
+        let loaded = self
+            .order(&principal, Wish::Load, request.into_inner().model)
+            .await?;
+        let mut model = None;
+        for loaded in &loaded {
+            self.loaded(loaded).await?;
+            model = Some(self.describe(&principal, loaded, &self.models.now()));
+        }
+        Ok(Response::new(v1::LoadModelResponse { model }))
+    }
+
+    async fn unload_model(
+        &self,
+        request: Request<v1::UnloadModelRequest>,
+    ) -> Result<Response<v1::UnloadModelResponse>, Status> {
+        let principal = Principal::of(&request);
+        let unloaded = self
+            .order(&principal, Wish::Unload, request.into_inner().model)
+            .await?;
+        let unloaded = unloaded.iter().map(|model| v1::ModelReference {
+            name: model.name().to_owned(),
+            version: model.version(),
+        });
+        Ok(Response::new(v1::UnloadModelResponse {
+            unloaded: unloaded.collect(),
         }))
     }
 }

@@ -1,7 +1,8 @@
 //! The model repository while the server runs: versions come and go without a restart.
 //!
 //! A new version is told at once, loaded beside the one before it, and stands for its name when it is ready; one
-//! that cannot be loaded changes nothing but its own state. A version whose folder is gone is served to nobody new.
+//! that cannot be loaded changes nothing but its own state. A version whose folder is gone is served to nobody new, nor
+//! is one that somebody unloaded, until it is loaded again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,69 @@ struct Seen {
     model: Result<Arc<ServedModel>, String>,
 }
 
+/// Why an order cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ControlError {
+    /// It is in no folder of the repository.
+    #[error("{0} is not in the repository")]
+    Unknown(String),
+    /// It is there, but it is not what it should be.
+    #[error("{model} is refused: {reason}")]
+    Refused {
+        /// Name and version.
+        model: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Requests that name no model would find none, or another.
+    #[error("{0} is the default model; set models.default to another one first")]
+    Default(String),
+    /// The folder cannot be read.
+    #[error("the repository cannot be read: {0}")]
+    Unreadable(#[from] BundleError),
+    /// The models come from nowhere that could be looked at again.
+    #[error("there is no repository that could be looked at, or not any more")]
+    NoRepository,
+}
+
+/// What is served to nobody, though it is there.
+#[derive(Clone, Debug, Default)]
+struct Unloaded {
+    /// Models of which no version is served, those to come included.
+    names: BTreeSet<String>,
+    versions: BTreeSet<Version>,
+}
+
+impl Unloaded {
+    fn has(&self, name: &str, version: u64) -> bool {
+        self.names.contains(name) || self.versions.contains(&(name.to_owned(), version))
+    }
+
+    fn add(&mut self, name: &str, version: Option<u64>) {
+        match version {
+            Some(version) => drop(self.versions.insert((name.to_owned(), version))),
+            None => {
+                self.versions.retain(|(of, _)| of != name);
+                self.names.insert(name.to_owned());
+            }
+        }
+    }
+
+    /// Serves the model `name` again, or only `version` of those that are `there`.
+    fn remove(&mut self, name: &str, version: Option<u64>, there: impl Iterator<Item = u64>) {
+        let was_whole = self.names.remove(name);
+        match version {
+            None => self.versions.retain(|(of, _)| of != name),
+            Some(version) => {
+                if was_whole {
+                    self.versions.extend(there.map(|other| (name.to_owned(), other)));
+                }
+                self.versions.remove(&(name.to_owned(), version));
+            }
+        }
+    }
+}
+
 /// All models of a configuration: those of the folder, and the demo model.
 #[derive(Debug)]
 pub(super) struct Repository {
@@ -33,6 +97,7 @@ pub(super) struct Repository {
     devices: Vec<OnnxOptions>,
     seen: BTreeMap<Version, Seen>,
     demo: Option<Arc<ServedModel>>,
+    unloaded: Unloaded,
     /// Name and version of the default, where one is configured.
     default: Option<(String, Option<u64>)>,
     /// Versions that stand for their names.
@@ -66,6 +131,7 @@ impl Repository {
             },
             devices,
             seen: BTreeMap::new(),
+            unloaded: Unloaded::default(),
             default: default.transpose()?,
             pins: pins(&config.models.pin)?,
             readable: true,
@@ -110,6 +176,137 @@ impl Repository {
         self.root.is_some()
     }
 
+    /// Serves the model `name`, or one version of it, as it is in the repository now; what `has_failed` is opened again.
+    /// Returns the version that requests for it get, and all models.
+    pub(super) fn load(
+        &mut self,
+        name: &str,
+        version: Option<u64>,
+        has_failed: impl Fn(&Arc<ServedModel>) -> bool,
+    ) -> Result<(Vec<Arc<ServedModel>>, Models), ControlError> {
+        let before = self.unloaded.clone();
+        let loaded = self.loaded(name, version, has_failed);
+        if loaded.is_err() {
+            self.unloaded = before;
+        }
+        loaded
+    }
+
+    fn loaded(
+        &mut self,
+        name: &str,
+        version: Option<u64>,
+        has_failed: impl Fn(&Arc<ServedModel>) -> bool,
+    ) -> Result<(Vec<Arc<ServedModel>>, Models), ControlError> {
+        let entries = match &self.root {
+            Some(root) => repository::scan(root)?,
+            None => Vec::new(),
+        };
+        let mut there: Vec<u64> = entries
+            .iter()
+            .filter(|e| e.name == name)
+            .map(|e| e.version)
+            .collect();
+        if let Some(demo) = self.demo.as_ref().filter(|demo| demo.name() == name) {
+            there.push(demo.version());
+        }
+        let called = || match version {
+            Some(version) => format!("{name}@{version}"),
+            None => name.to_owned(),
+        };
+        if !there
+            .iter()
+            .any(|other| version.is_none_or(|version| *other == version))
+        {
+            return Err(ControlError::Unknown(called()));
+        }
+        self.unloaded.remove(name, version, there.into_iter());
+        let is_meant = |model: &Arc<ServedModel>| {
+            model.name() == name && version.is_none_or(|version| model.version() == version)
+        };
+        // As if it had not been seen yet.
+        self.seen.retain(|_, seen| {
+            let model = seen.model.as_ref().ok();
+            !model.is_some_and(|model| is_meant(model) && has_failed(model))
+        });
+        if self
+            .demo
+            .as_ref()
+            .is_some_and(|demo| is_meant(demo) && has_failed(demo))
+        {
+            self.open_demo_again();
+        }
+        self.look()?;
+        let (models, _) = self.models();
+        if let Some(model) = models.find(name, version) {
+            return Ok((vec![model], models));
+        }
+        let seen = self.seen.iter().rev();
+        let mut refused =
+            seen.filter(|((of, number), _)| of == name && version.is_none_or(|version| *number == version));
+        let reason = refused.find_map(|(_, seen)| seen.model.as_ref().err());
+        Err(ControlError::Refused {
+            model: called(),
+            reason: reason
+                .cloned()
+                .unwrap_or_else(|| "it is pinned to another version".to_owned()),
+        })
+    }
+
+    /// Serves the model `name`, or one version of it, to nobody new. Returns the versions that were served, and the
+    /// models that still are.
+    pub(super) fn unload(
+        &mut self,
+        name: &str,
+        version: Option<u64>,
+    ) -> Result<(Vec<Arc<ServedModel>>, Models), ControlError> {
+        let (models, _) = self.models();
+        let default = models.default_model().map(|model| model.name().to_owned());
+        let is_meant = |model: &&Arc<ServedModel>| {
+            model.name() == name && version.is_none_or(|version| model.version() == version)
+        };
+        let meant: Vec<Arc<ServedModel>> = models.iter().filter(is_meant).cloned().collect();
+        let called = || match version {
+            Some(version) => format!("{name}@{version}"),
+            None => name.to_owned(),
+        };
+        let was_unloaded = match version {
+            Some(version) => self.unloaded.has(name, version),
+            None => self.unloaded.names.contains(name),
+        };
+        if meant.is_empty() && !was_unloaded {
+            return Err(ControlError::Unknown(called()));
+        }
+        let before = self.unloaded.clone();
+        self.unloaded.add(name, version);
+        let (models, _) = self.models();
+        if models.default_model().map(|model| model.name().to_owned()) != default {
+            self.unloaded = before;
+            return Err(ControlError::Default(called()));
+        }
+        self.forget_unloaded();
+        Ok((meant, models))
+    }
+
+    /// What is loaded again is opened again: the model that was there before is retired for good.
+    fn forget_unloaded(&mut self) {
+        let unloaded = &self.unloaded;
+        self.seen
+            .retain(|(name, version), _| !unloaded.has(name, *version));
+        let is_unloaded = |demo: &Arc<ServedModel>| unloaded.has(demo.name(), demo.version());
+        if self.demo.as_ref().is_some_and(is_unloaded) {
+            self.open_demo_again();
+        }
+    }
+
+    fn open_demo_again(&mut self) {
+        match demo_model(&self.devices) {
+            Ok(again) => self.demo = again.map(Arc::new),
+            // It is in the binary, and was sound before.
+            Err(error) => tracing::error!(%error, "the demo model cannot be opened again"),
+        }
+    }
+
     /// Looks again. The models, where they are others than before.
     pub(super) fn changed(&mut self) -> Option<Models> {
         match self.look() {
@@ -139,7 +336,8 @@ impl Repository {
     /// Opens what is new, forgets what is gone. Whether there was any of it.
     fn look(&mut self) -> Result<bool, BundleError> {
         let Some(root) = &self.root else { return Ok(false) };
-        let entries = repository::scan(root)?;
+        let mut entries = repository::scan(root)?;
+        entries.retain(|entry| !self.unloaded.has(&entry.name, entry.version));
         let there: BTreeSet<Version> = entries.iter().map(|e| (e.name.clone(), e.version)).collect();
         let before = self.seen.len();
         self.seen.retain(|version, _| there.contains(version));
@@ -189,11 +387,16 @@ impl Repository {
     /// first model of the folder, or the demo model.
     fn models(&self) -> (Models, bool) {
         let mut models = Models::default();
-        for model in self.seen.values().filter_map(|seen| seen.model.as_ref().ok()) {
+        let seen = self
+            .seen
+            .iter()
+            .filter(|((name, version), _)| !self.unloaded.has(name, *version));
+        for model in seen.filter_map(|(_, seen)| seen.model.as_ref().ok()) {
             models.share(model);
         }
         // A folder may hold a version of its own.
         if let Some(demo) = &self.demo
+            && !self.unloaded.has(demo.name(), demo.version())
             && models.find(demo.name(), Some(demo.version())).is_none()
         {
             models.share(demo);

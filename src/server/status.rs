@@ -5,6 +5,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use super::repository::ControlError;
 use super::tokens::Unknown;
 use crate::engine::{AdmitError, Failure, NoRoom, Room};
 
@@ -47,6 +48,31 @@ pub(super) fn unauthenticated(unknown: Unknown) -> Status {
     let mut details = ErrorDetails::new();
     details.set_error_info("TOKEN_NEEDED", DOMAIN, [] as [(String, String); 0]);
     Status::with_error_details(Code::Unauthenticated, unknown.to_string(), details)
+}
+
+/// Whoever asks may not.
+pub(super) fn denied(why: &str) -> Status {
+    let nothing = [] as [(String, String); 0];
+    let details = ErrorDetails::with_error_info("NOT_ALLOWED", DOMAIN, nothing);
+    Status::with_error_details(Code::PermissionDenied, why, details)
+}
+
+impl From<ControlError> for Status {
+    fn from(error: ControlError) -> Self {
+        let message = error.to_string();
+        let reason = match error {
+            ControlError::Unknown(model) => {
+                return not_found("model", &model, "it is not in the repository");
+            }
+            ControlError::Refused { .. } => "BUNDLE_REFUSED",
+            ControlError::Default(_) => "MODEL_IS_DEFAULT",
+            ControlError::Unreadable(_) => "REPOSITORY_UNREADABLE",
+            ControlError::NoRepository => "NO_REPOSITORY",
+        };
+        let nothing = [] as [(String, String); 0];
+        let details = ErrorDetails::with_error_info(reason, DOMAIN, nothing);
+        Self::with_error_details(Code::FailedPrecondition, message, details)
+    }
 }
 
 impl From<AdmitError> for Status {
@@ -133,7 +159,7 @@ fn seconds(room: &Room) -> [(String, String); 2] {
 }
 
 /// The model cannot be run now; it is tried again.
-fn model_failed(message: String, model: String, retry_after: Duration) -> Status {
+pub(super) fn model_failed(message: String, model: String, retry_after: Duration) -> Status {
     let mut details = ErrorDetails::with_retry_info(Some(retry_after));
     details.set_error_info("MODEL_FAILED", DOMAIN, [("model".to_owned(), model)]);
     Status::with_error_details(Code::Unavailable, message, details)

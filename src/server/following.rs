@@ -1,0 +1,139 @@
+//! The models while the server runs: the repository is looked at from time to time, and when somebody orders so.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::repository::{ControlError, Repository};
+use super::{LAST_CHOICE, Service};
+use crate::models::{Models, ServedModel};
+
+/// Orders that wait at most; who gives another one waits.
+const MAX_ORDERS: usize = 8;
+
+/// The versions that an order was about.
+type Done = Result<Vec<Arc<ServedModel>>, ControlError>;
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// Serve a version, looking for it first.
+    Load,
+    /// Serve a version, or all of a model, to nobody new.
+    Unload,
+}
+
+#[derive(Debug)]
+struct Order {
+    wish: Wish,
+    name: String,
+    version: Option<u64>,
+    done: oneshot::Sender<Done>,
+}
+
+/// Where orders are given.
+#[derive(Clone, Debug)]
+pub(super) struct Control(mpsc::Sender<Order>);
+
+/// Where they arrive.
+#[derive(Debug)]
+pub(super) struct Orders(mpsc::Receiver<Order>);
+
+/// Both ends.
+pub(super) fn control() -> (Control, Orders) {
+    let (send, receive) = mpsc::channel(MAX_ORDERS);
+    (Control(send), Orders(receive))
+}
+
+impl Control {
+    /// Has `wish` done with the model `name`, or one version of it. Returns the versions that it was done with.
+    pub(super) async fn order(&self, wish: Wish, name: String, version: Option<u64>) -> Done {
+        let (done, is_done) = oneshot::channel();
+        let order = Order {
+            wish,
+            name,
+            version,
+            done,
+        };
+        let sent = self.0.send(order).await;
+        sent.map_err(|_| ControlError::NoRepository)?;
+        is_done.await.map_err(|_| ControlError::NoRepository)?
+    }
+}
+
+impl Service {
+    /// Looks for other models every `poll`, and carries out orders; at no interval only those.
+    pub(super) async fn follow(&self, repository: Option<Repository>, poll: Duration, orders: Orders) {
+        self.follow_until_it_fails(repository, poll, orders).await;
+        // What is served goes on.
+        std::future::pending::<()>().await;
+    }
+
+    /// Orders are refused when it ends.
+    async fn follow_until_it_fails(
+        &self,
+        mut repository: Option<Repository>,
+        poll: Duration,
+        Orders(mut orders): Orders,
+    ) {
+        while let Some(mut here) = repository.take() {
+            let polls = here.is_watched() && !poll.is_zero();
+            let order = tokio::select! {
+                order = orders.recv() => order,
+                () = tokio::time::sleep(poll), if polls => None,
+            };
+            let engine = Arc::clone(&self.engine);
+            // Reads files: not on the runtime's threads.
+            let looked = tokio::task::spawn_blocking(move || {
+                let Some(order) = order else {
+                    return (here.changed(), None, here);
+                };
+                let (name, version) = (&order.name, order.version);
+                let done = match order.wish {
+                    Wish::Load => here.load(name, version, |model| engine.has_failed(model)),
+                    Wish::Unload => here.unload(name, version),
+                };
+                let (models, done) = match done {
+                    Ok((versions, models)) => (Some(models), Ok(versions)),
+                    Err(error) => (None, Err(error)),
+                };
+                (models, Some((order.done, done)), here)
+            });
+            match looked.await {
+                Ok((models, answer, here)) => {
+                    repository = Some(here);
+                    if let Some(models) = models {
+                        self.replace_models(models);
+                    }
+                    if let Some((to, done)) = answer {
+                        // Whoever has gone away need not know.
+                        let _told = to.send(done).is_ok();
+                    }
+                }
+                Err(error) => tracing::error!(%error, "looking for models failed; it is given up"),
+            }
+        }
+    }
+
+    /// Serves `models` from now on: what is not among them to nobody new, and new versions of what is in use as soon as
+    /// they are loaded.
+    fn replace_models(&self, models: Models) {
+        let served: Vec<String> = models.iter().map(ToString::to_string).collect();
+        tracing::info!(models = served.join(", "), "the models have changed");
+        let (retired, engine) = (self.models.replace(models), Arc::clone(&self.engine));
+        tokio::spawn(async move {
+            // A request can have chosen one of them and not be admitted yet; what it names may not be on disk any more.
+            tokio::time::sleep(LAST_CHOICE).await;
+            retired.iter().for_each(|model| engine.retire(model));
+        });
+        let models = self.models.now();
+        for model in models.iter().filter(|model| !self.engine.was_ready(model)) {
+            let older = models.candidates(Some(model.name()), None);
+            let is_newest = older.first().is_some_and(|newest| Arc::ptr_eq(newest, model));
+            if is_newest && older.iter().any(|older| self.engine.was_ready(older)) {
+                self.engine.prepare(model);
+            }
+        }
+    }
+}
