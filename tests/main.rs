@@ -27,6 +27,7 @@ mod masked_lm;
 mod memory;
 mod neighbours;
 mod network;
+mod operations;
 mod plain_http;
 mod readme;
 mod repository;

@@ -75,7 +75,8 @@ async fn metrics_tell_what_has_happened() {
     // Calls are counted when their connection has seen their end, which can be after their client has.
     let told = async {
         loop {
-            let (status, head, metrics) = get(&server.url, "/metrics").await;
+            let asked = "GET /metrics HTTP/1.1\r\nHost: here\r\nAccept: application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3\r\n\r\n";
+            let (status, head, metrics) = ask(&server.url, asked).await;
             assert_eq!(status, 200);
             assert!(
                 head.contains("content-type: application/openmetrics-text"),

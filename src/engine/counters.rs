@@ -1,5 +1,6 @@
 //! Counts and times of what happens to requests, canvases and passes, for whoever watches over the server.
 
+use std::hash::Hash;
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -10,10 +11,17 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::admission::NoRoom;
 use super::{AdmitError, Failure, Timings};
+use crate::network::NetworkError;
 
 /// Why a request was refused.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Refusal {
+    reason: &'static str,
+}
+
+/// Why a pass has failed.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Fault {
     reason: &'static str,
 }
 
@@ -31,6 +39,48 @@ struct Part {
 
 type Seconds = Family<Part, Histogram, fn() -> Histogram>;
 
+/// Reasons why requests are refused.
+const REFUSALS: [&str; 9] = [
+    "server_full",
+    "caller_share",
+    "too_much",
+    "running",
+    "id_exists",
+    "bad_state",
+    "model_failed",
+    "deadline",
+    "draining",
+];
+
+/// Reasons why passes fail.
+const FAULTS: [&str; 4] = ["error", "memory", "model", "hung"];
+
+/// Outcomes of canvases.
+const OUTCOMES: [&str; 10] = [
+    "done",
+    "finished_early",
+    "scored",
+    "cancelled",
+    "nothing_allowed",
+    "deadline",
+    "shut_down",
+    "abandoned",
+    "model_failed",
+    "failed",
+];
+
+/// A family that has a series of 0 for all of `values`: the first count of a series that is not there yet is no increase.
+fn from_zero<L: Clone + Hash + Eq>(
+    values: &[&'static str],
+    label: impl Fn(&'static str) -> L,
+) -> Family<L, Counter> {
+    let family = Family::default();
+    for value in values {
+        drop(family.get_or_create(&label(value)));
+    }
+    family
+}
+
 /// From 0.25 ms to 16 s.
 fn seconds() -> Histogram {
     Histogram::new(exponential_buckets(0.000_25, 2.0, 17))
@@ -42,6 +92,7 @@ pub struct Counters {
     pass_seconds: Seconds,
     pass_canvases: Histogram,
     pass_rows: Histogram,
+    passes_failed: Family<Fault, Counter>,
     canvas_seconds: Seconds,
     canvas_evaluations: Histogram,
     tokens: Counter,
@@ -59,11 +110,12 @@ impl Default for Counters {
             pass_seconds: Family::new_with_constructor(seconds),
             pass_canvases: Histogram::new(exponential_buckets(1.0, 2.0, 9)),
             pass_rows: Histogram::new(exponential_buckets(1.0, 4.0, 9)),
+            passes_failed: from_zero(&FAULTS, |reason| Fault { reason }),
             canvas_seconds: Family::new_with_constructor(seconds),
             canvas_evaluations: Histogram::new(exponential_buckets(1.0, 2.0, 13)),
             tokens: Counter::default(),
-            refused: Family::default(),
-            ended: Family::default(),
+            refused: from_zero(&REFUSALS, |reason| Refusal { reason }),
+            ended: from_zero(&OUTCOMES, |outcome| Ending { outcome }),
             evaluations: Counter::default(),
             given_back: Counter::default(),
             unread: Counter::default(),
@@ -89,6 +141,11 @@ impl Counters {
             "pass_rows",
             "Positions of all its canvases that a pass is asked about",
             self.pass_rows.clone(),
+        );
+        registry.register(
+            "passes_failed",
+            "Passes that have failed: of a network that gave an error, ran out of memory, hung, or cannot be run at all",
+            self.passes_failed.clone(),
         );
         registry.register_with_unit(
             "canvas",
@@ -160,6 +217,27 @@ impl Counters {
         }
         self.pass_canvases.observe(canvases as f64);
         self.pass_rows.observe(rows as f64);
+    }
+
+    /// Counts a pass that gave an error.
+    pub(super) fn count_failed_pass(&self, error: &NetworkError) {
+        self.count_fault(match error {
+            NetworkError::Run(_) => "error",
+            NetworkError::Memory(_) => "memory",
+            NetworkError::Runtime(_)
+            | NetworkError::Load(_)
+            | NetworkError::Room { .. }
+            | NetworkError::Contract(_) => "model",
+        });
+    }
+
+    /// Counts a pass that does not stop.
+    pub(super) fn count_hung_pass(&self) {
+        self.count_fault("hung");
+    }
+
+    fn count_fault(&self, reason: &'static str) {
+        self.passes_failed.get_or_create(&Fault { reason }).inc();
     }
 
     /// Counts a finished canvas that has filled `tokens` positions.

@@ -44,6 +44,7 @@ use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry;
+use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
 use admission::{Admission, Asked};
@@ -548,6 +549,12 @@ impl Engine {
     /// Counts of what has happened so far.
     pub fn counters(&self) -> &Counters {
         &self.shared.counters
+    }
+
+    /// Makes all numbers of the engine and its models part of `registry`.
+    pub fn register_metrics(&self, registry: &mut Registry) {
+        self.shared.counters.register(registry);
+        self.shared.loader.counters().register(registry);
     }
 
     /// Has a model loaded before a request asks for it.

@@ -169,6 +169,7 @@ fn ask_to_stop(stop: Option<&dyn Stop>, model: &ServedModel, limit: Duration) {
 }
 
 fn give_up(pass: &Running, shared: &Arc<Shared>) {
+    shared.counters.count_hung_pass();
     tracing::error!(model = %pass.model, canvases = pass.tickets.len(), "a pass does not stop; its thread is given up and replaced");
     for ticket in &pass.tickets {
         let request = ticket.request().to_owned();

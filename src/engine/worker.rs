@@ -73,6 +73,7 @@ fn work(shared: &Arc<Shared>, index: usize) {
                 shared.put(back);
             }
             Err(error @ NetworkError::Run(_)) => {
+                shared.counters.count_failed_pass(&error);
                 tracing::error!(worker = index, %model, %error, canvases = batch.len(), "a pass failed; its canvases run one by one");
                 sessions.lost(session, &shared.loader);
                 let with_others = batch.len() > 1;
@@ -84,6 +85,7 @@ fn work(shared: &Arc<Shared>, index: usize) {
                 );
             }
             Err(error @ NetworkError::Memory(_)) => {
+                shared.counters.count_failed_pass(&error);
                 let tokens: usize = batch.iter().map(|work| work.job.tokens().len()).sum();
                 let lowered = shared.budget.lower(tokens);
                 tracing::error!(worker = index, %model, %error, tokens, lowered, "there is no memory for a pass; the next ones are smaller");
@@ -105,6 +107,7 @@ fn work(shared: &Arc<Shared>, index: usize) {
                 | NetworkError::Room { .. }
                 | NetworkError::Contract(_)),
             ) => {
+                shared.counters.count_failed_pass(&error);
                 sessions.fail(Some(session), &error, &shared.loader);
                 sessions.end(batch);
             }

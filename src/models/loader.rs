@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use super::counters::LoadCounters;
 use super::memory::{Remedy, remedy};
 use super::sessions::Sessions;
 use super::{ModelState, ServedModel};
@@ -40,6 +41,7 @@ pub struct Loader<W: Waiting> {
     asked: Condvar,
     /// Guards what is taken of the budget. Locked before `models`, never while one's networks are.
     memory: Mutex<Memory<W>>,
+    counters: LoadCounters,
     /// Tells that some model is ready, or has failed.
     changed: watch::Sender<()>,
 }
@@ -110,6 +112,7 @@ impl<W: Waiting> Loader<W> {
                 taken: vec![0; devices],
                 waiting: VecDeque::new(),
             }),
+            counters: LoadCounters::default(),
             changed: watch::Sender::new(()),
         })
     }
@@ -193,6 +196,11 @@ impl<W: Waiting> Loader<W> {
     /// Says that the state of some model may have changed.
     pub fn tell(&self) {
         self.changed.send_replace(());
+    }
+
+    /// Numbers of all loads.
+    pub fn counters(&self) -> &LoadCounters {
+        &self.counters
     }
 
     pub(super) fn devices(&self) -> usize {

@@ -5,6 +5,7 @@
 //! into memory, on threads of its own and within a budget, and parks what waits for them; a model that nobody has
 //! used for longest makes room. It knows what waits as something that can be failed, not what it is.
 
+mod counters;
 mod loader;
 mod memory;
 mod served;
@@ -16,6 +17,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 
+pub use counters::LoadCounters;
 pub use loader::{Loader, Put, Waiting};
 pub use served::{NetworkSource, ServedModel};
 pub use sessions::{Session, Sessions};

@@ -373,8 +373,10 @@ impl<W: Waiting> Sessions<W> {
                 return false;
             }
         };
+        let began = Instant::now();
         let loaded = catch_unwind(AssertUnwindSafe(|| self.model.network(charge.device)))
             .unwrap_or_else(|_| Err(NetworkError::Load("loading it panicked".to_owned())));
+        loader.counters().count(began.elapsed(), loaded.is_ok());
         match loaded {
             Ok(network) => {
                 let session = Session {

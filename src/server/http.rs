@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -12,11 +12,8 @@ use tokio::sync::watch;
 use tonic::service::Routes;
 
 use super::authentication;
-use super::metrics::Metrics;
+use super::metrics::{Format, Metrics};
 use super::tokens::Tokens;
-
-/// As Prometheus asks for it.
-const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// What is served over plain HTTP.
 #[derive(Clone, Debug)]
@@ -68,15 +65,16 @@ async fn readiness(State(plain): State<Plain>) -> Response {
     }
 }
 
-async fn metrics(State(plain): State<Plain>) -> Response {
+async fn metrics(State(plain): State<Plain>, headers: HeaderMap) -> Response {
     if !plain.tells_metrics {
         return (StatusCode::NOT_FOUND, "metrics are off (server.metrics)\n").into_response();
     }
-    match plain.metrics.text() {
+    let format = Format::asked(&headers);
+    match plain.metrics.text(format) {
         Ok(text) => {
             let mut response = text.into_response();
-            let kind = HeaderValue::from_static(OPEN_METRICS);
-            response.headers_mut().insert(header::CONTENT_TYPE, kind);
+            let headers = response.headers_mut();
+            headers.insert(header::CONTENT_TYPE, format.content_type());
             response
         }
         Err(error) => {

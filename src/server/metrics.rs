@@ -10,9 +10,11 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::response::Response;
-use http::HeaderMap;
+use http::header::ACCEPT;
+use http::{HeaderMap, HeaderValue};
 use http_body::Frame;
 use prometheus_client::collector::Collector;
+use prometheus_client::encoding;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -29,6 +31,38 @@ use crate::models::{Catalogue, ModelState};
 const CALL_SECONDS: [f64; 13] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 100.0, 300.0,
 ];
+
+/// How numbers are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    /// OpenMetrics 1.0.
+    OpenMetrics,
+    /// Prometheus' own, version 0.0.4.
+    Prometheus,
+}
+
+impl Format {
+    /// The one that a client can read which sent these headers: Prometheus asks for OpenMetrics.
+    pub(super) fn asked(headers: &HeaderMap) -> Self {
+        let mut accepted = headers.get_all(ACCEPT).iter();
+        let reads_open_metrics = |value: &HeaderValue| {
+            let value = value.to_str().unwrap_or_default();
+            value.contains("application/openmetrics-text")
+        };
+        if accepted.any(reads_open_metrics) {
+            Self::OpenMetrics
+        } else {
+            Self::Prometheus
+        }
+    }
+
+    pub(super) fn content_type(self) -> HeaderValue {
+        HeaderValue::from_static(match self {
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Self::Prometheus => "text/plain; version=0.0.4; charset=utf-8",
+        })
+    }
+}
 
 /// A call that has ended.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -61,7 +95,7 @@ impl Metrics {
         let (calls, seconds) = (Family::default(), Family::new_with_constructor(histogram));
         let first_seconds = Family::new_with_constructor(histogram);
         let own = registry.sub_registry_with_prefix("denoised");
-        engine.counters().register(own);
+        engine.register_metrics(own);
         own.register("calls", "Calls that have ended, by gRPC code", calls.clone());
         own.register_with_unit(
             "call",
@@ -88,10 +122,13 @@ impl Metrics {
         }
     }
 
-    /// All of them in the text format of OpenMetrics.
-    pub(super) fn text(&self) -> Result<String, fmt::Error> {
+    /// All of them, written in `format`.
+    pub(super) fn text(&self, format: Format) -> Result<String, fmt::Error> {
         let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
+        match format {
+            Format::OpenMetrics => encoding::text::encode(&mut text, &self.registry)?,
+            Format::Prometheus => encoding::prometheus_text::encode(&mut text, &self.registry)?,
+        }
         Ok(text)
     }
 

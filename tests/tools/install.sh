@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the programs that some tests drive the server and the chart with, into the given folder:
-# python/ (a virtual environment, with grpcio), node/ (packages of gRPC), helm/, and links to every program under bin/.
+# python/ (a virtual environment, with grpcio), node/ (packages of gRPC), helm/, prometheus/, and links to every program under bin/.
 # `install.sh FOLDER go` installs Go too, with gRPC's packages as Debian has them: 400 MB, and a minute of two cores when
 # the client is first compiled, so that only `make test-go` asks for it.
 #
@@ -87,6 +87,24 @@ helm() {
     ln -sfn ../helm/helm "$tools/bin/helm"
 }
 
+# Of Debian, which signs it; its version is the distribution's.
+promtool() {
+    local work
+    work=$(mktemp -d "$tools/prometheus.XXXXXX")
+    # shellcheck disable=SC2064
+    trap "rm -rf '$work'" EXIT
+    cd "$work"
+    # The lists of packages may be old, or missing; only root can fetch new ones.
+    apt-get download prometheus || { apt-get update && apt-get download prometheus; }
+    dpkg -x prometheus_*.deb .
+    rm -rf "$tools/prometheus"
+    mkdir "$tools/prometheus"
+    mv usr/bin/prometheus usr/bin/promtool "$tools/prometheus/"
+    ln -sfn ../prometheus/promtool "$tools/bin/promtool"
+    ln -sfn ../prometheus/prometheus "$tools/bin/prometheus"
+    "$tools/bin/promtool" --version
+}
+
 node() {
     command node --version
     rm -rf "$tools/node"
@@ -124,11 +142,12 @@ else
 fi
 once helm "$helm_package_version" helm
 once node "$grpc_js_version-$proto_loader_version" node
+once promtool debian promtool
 if [[ $with_go == go ]]; then
     once go "$go_version" go
 fi
 
-for name in buf cargo-deny grpcurl helm kubernetes-validate; do
+for name in buf cargo-deny grpcurl helm kubernetes-validate promtool; do
     [[ -x $tools/bin/$name ]] || echo "test tools: MISSING $name: the tests that need it will be skipped" >&2
 done
 if ((${#missing[@]})); then
