@@ -48,11 +48,16 @@ impl Serving {
     }
 
     pub fn terminate(&self) {
-        let killed = Command::new("kill")
-            .arg(self.child.id().to_string())
+        self.signal("TERM");
+    }
+
+    /// Sends the signal of this name.
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill")
+            .args(["-s", name, &self.child.id().to_string()])
             .status()
             .unwrap();
-        assert!(killed.success());
+        assert!(sent.success());
     }
 
     /// SIGTERM, then its exit code and log.

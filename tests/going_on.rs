@@ -2,8 +2,11 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
+use std::time::Duration;
 
+use denoised::client::{Client, Request, Retry};
 use serde_json::Value;
+use tonic::Code;
 
 use crate::binary::{Serving, denoised};
 
@@ -109,4 +112,32 @@ fn a_server_that_is_drained_hands_its_requests_on() {
         .unwrap();
     let after = events[at]["resumed"]["after"].as_str().unwrap();
     assert!(after.contains("shut down"), "{after}");
+}
+
+/// A server that neither answers nor closes, as when its machine has vanished.
+#[test]
+fn a_server_that_falls_silent_is_left() {
+    let (first, second) = (Serving::start(), Serving::start());
+    let servers = format!("http://{},http://{}", first.address, second.address);
+    let undisturbed = run(&format!("http://{}", second.address), |_| {});
+    let events = run(&servers, |frames| {
+        if frames == 2 {
+            first.signal("STOP");
+        }
+    });
+    assert_eq!(result(&events), result(&undisturbed));
+    assert_eq!(resumed(&events), 1);
+    first.signal("CONT");
+}
+
+/// A socket that takes connections, and nobody behind it.
+#[tokio::test]
+async fn a_socket_that_never_answers_is_no_server() {
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", socket.local_addr().unwrap());
+    let client = Client::new([url]).unwrap().with_retry(Retry::NEVER);
+    let mut events = client.run(Request::continuing("In the beginning"));
+    let answer = tokio::time::timeout(Duration::from_secs(120), events.next());
+    let status = answer.await.expect("it is given up").unwrap().unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
 }

@@ -12,7 +12,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
 use super::{Failed, UNAVAILABLE};
-use crate::client::{Bearer, Client};
+use crate::client::{Bearer, Client, watched};
 use crate::config::{Config, LogConfig};
 use crate::server::Server;
 use crate::telemetry::{self, Log};
@@ -106,7 +106,7 @@ impl Target {
             if is_secure {
                 endpoint = endpoint.tls_config(self.tls()?).map_err(wrong)?;
             }
-            let endpoint = endpoint.connect_timeout(Duration::from_secs(self.connect_timeout));
+            let endpoint = watched(endpoint).connect_timeout(Duration::from_secs(self.connect_timeout));
             endpoints.push((url, endpoint));
         }
         let bearer = self.token.as_deref().map(Bearer::new).transpose();

@@ -70,8 +70,20 @@ impl Retry {
     }
 }
 
-/// How long a server may take to answer at all.
+/// How long a connection may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a server that is asked may say nothing before it has to show that it is there, and how long that may take.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// `endpoint` with limits on how long a server may be away: one that opens a socket and is never heard again, or that
+/// vanishes during an answer without a word, counts as gone after ten seconds. One that is slow shows that it is there.
+pub fn watched(endpoint: Endpoint) -> Endpoint {
+    endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(SILENCE)
+        .keep_alive_timeout(SILENCE)
+}
 
 /// A client of one server, or of several that serve the same models.
 #[derive(Clone, Debug)]
@@ -84,7 +96,7 @@ pub struct Client {
 impl Client {
     /// A client of the servers at these URLs, of which the first is asked, and the next when it has gone away.
     /// Connections are made when they are needed; those to `https://` trust the authorities that the system trusts. For
-    /// others, or with a certificate of the client's, make channels and use [`Self::of`].
+    /// others, or with a certificate of the client's, make channels (of [`watched`] endpoints) and use [`Self::of`].
     ///
     /// # Errors
     /// When a URL is none, or the system's authorities cannot be read.
@@ -96,7 +108,7 @@ impl Client {
             } else {
                 endpoint
             };
-            Ok(endpoint.connect_timeout(CONNECT_TIMEOUT).connect_lazy())
+            Ok(watched(endpoint).connect_lazy())
         };
         let servers: Vec<Channel> = urls.into_iter().map(channel).collect::<Result<_, _>>()?;
         Ok(Self::of(servers))
