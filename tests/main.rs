@@ -25,6 +25,7 @@ mod going_on;
 mod infill;
 mod masked_lm;
 mod memory;
+mod mutated;
 mod neighbours;
 mod network;
 mod operations;
