@@ -49,7 +49,16 @@ demo: prerequisites tools ## Build the server, start it, and watch text come out
 .PHONY: test
 test: prerequisites tools test-tools chart-test check lint doc ## Everything that must pass: chart, licences, format, lints, docs, all tests.
 	cargo test --workspace --locked
+	$(MAKE) soak DENOISED_SOAK_SECONDS=60
 	$(MAKE) test-interleavings
+
+# Seconds of twice the load that the server can take.
+DENOISED_SOAK_SECONDS ?= 1200
+
+.PHONY: soak
+soak: prerequisites ## Put a server under twice the load that it can take, for 20 minutes (DENOISED_SOAK_SECONDS), and look at what grows.
+	# Of the whole workspace, so that nothing is compiled again.
+	DENOISED_SOAK_SECONDS=$(DENOISED_SOAK_SECONDS) cargo test --locked --workspace --test service -- --ignored --nocapture soak::
 
 # How many orders of threads are tried, of each test.
 INTERLEAVINGS ?= 1000

@@ -35,6 +35,7 @@ mod repository;
 mod resume;
 mod samplers;
 mod scores;
+mod soak;
 mod strangers;
 mod support;
 mod tls;

@@ -35,7 +35,7 @@ pub(crate) async fn get(url: &str, path: &str) -> (u16, String, String) {
 }
 
 /// The number that `series` has in `metrics`.
-fn value(metrics: &str, series: &str) -> Option<f64> {
+pub(crate) fn value(metrics: &str, series: &str) -> Option<f64> {
     let line = metrics.lines().find_map(|line| line.strip_prefix(series))?;
     line.strip_prefix(' ')?.parse().ok()
 }

@@ -46,7 +46,7 @@ fn given(content: TextOrTokens) -> PartToScore {
     }
 }
 
-fn whole(content: TextOrTokens) -> TextToScore {
+pub(crate) fn whole(content: TextOrTokens) -> TextToScore {
     TextToScore {
         parts: vec![scored(content)],
     }
