@@ -2,18 +2,26 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use denoised::proto::v1::GenerateRequest;
+use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+use tonic::transport::Channel;
 
-use crate::plain_http::get;
+use crate::binary::Serving;
+use crate::plain_http::{ask, get};
 use crate::support::{TestServer, closed_form, config, generate};
 
 const PAGE: &str = include_str!("../deploy/OPERATIONS.md");
 const EXAMPLE: &str = include_str!("../deploy/denoised.example.toml");
 const ALERTS: &str = include_str!("../deploy/alerts.yaml");
+const DASHBOARD: &str = include_str!("../deploy/dashboard.json");
 
 /// The rows of the page's table that begins with `heading`, as far as their third cell; the fourth, which must say
 /// something, is for people.
@@ -146,19 +154,145 @@ fn every_alert_is_there_and_fires_when_it_should() {
     }
 }
 
-fn promtool(arguments: &[&str], input: &str) -> Option<Output> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let fetched: PathBuf = root.join(".tools/bin/promtool");
-    if !fetched.exists() {
-        eprintln!(
-            "SKIPPED: promtool is not installed (make test-tools): {} was not run",
-            arguments.join(" ")
+/// The queries of the dashboard, by panel.
+fn panels() -> Vec<(String, Vec<String>)> {
+    let dashboard: Value = serde_json::from_str(DASHBOARD).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap().iter();
+    let query = |target: &Value| target["expr"].as_str().unwrap().to_owned();
+    panels
+        .filter(|panel| panel["type"] != "row")
+        .map(|panel| {
+            let targets = panel["targets"].as_array().unwrap();
+            let title = panel["title"].as_str().unwrap();
+            (title.to_owned(), targets.iter().map(query).collect())
+        })
+        .collect()
+}
+
+/// A Prometheus that scrapes the server at `address` every second as the job `denoised`.
+struct Prometheus {
+    child: Child,
+    url: String,
+    _folder: TempDir,
+}
+
+impl Prometheus {
+    fn start(address: &str) -> Option<Self> {
+        let program = fetched("prometheus")?;
+        let folder = tempfile::tempdir().unwrap();
+        let scrapes = format!(
+            "global: {{scrape_interval: 1s}}\n\
+             scrape_configs: [{{job_name: denoised, static_configs: [{{targets: ['{address}']}}]}}]\n"
         );
+        let settings = folder.path().join("prometheus.yaml");
+        std::fs::write(&settings, scrapes).unwrap();
+        // It tells nobody which port it took of its own.
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let listens = format!("127.0.0.1:{port}");
+        let child = Command::new(program)
+            .arg(format!("--config.file={}", settings.display()))
+            .arg(format!(
+                "--storage.tsdb.path={}",
+                folder.path().join("data").display()
+            ))
+            .arg(format!("--web.listen-address={listens}"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Some(Self {
+            child,
+            url: format!("http://{listens}"),
+            _folder: folder,
+        })
+    }
+
+    /// What it answers; `None` as long as nobody does.
+    async fn query(&self, query: &str) -> Option<Value> {
+        let encoded: String = query.bytes().map(|byte| format!("%{byte:02X}")).collect();
+        let request = format!("GET /api/v1/query?query={encoded} HTTP/1.0\r\nHost: here\r\n\r\n");
+        TcpStream::connect(self.url.trim_start_matches("http://"))
+            .await
+            .ok()?;
+        let (_, _, body) = ask(&self.url, &request).await;
+        serde_json::from_str(&body).ok()
+    }
+}
+
+impl Drop for Prometheus {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// Every panel of the dashboard shows something when a Prometheus has looked at a server that works, and every metric is in
+/// some panel.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_panel_of_the_dashboard_has_something_to_show() {
+    let panels = panels();
+    let drawn: String = panels
+        .iter()
+        .flat_map(|(_, queries)| queries.concat().chars().collect::<Vec<_>>())
+        .collect();
+    for row in rows("| metric |") {
+        let name = row.split('`').nth(1).unwrap();
+        assert!(drawn.contains(name), "{name} is in no panel");
+    }
+    let server = Serving::start();
+    let Some(prometheus) = Prometheus::start(&server.address) else {
+        return;
+    };
+    let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap();
+    let mut client = DiffusionServiceClient::new(channel.connect().await.unwrap());
+    for (title, queries) in panels {
+        for query in queries {
+            let query = query.replace("$__rate_interval", "30s");
+            let shows = async {
+                loop {
+                    let short = GenerateRequest {
+                        length: Some(8),
+                        ..GenerateRequest::default()
+                    };
+                    generate(&mut client, short).await.unwrap();
+                    if let Some(answer) = prometheus.query(&query).await {
+                        assert_eq!(answer["status"], "success", "{title}: {query}: {answer}");
+                        let result = answer["data"]["result"].as_array().unwrap();
+                        let is_number = |series: &Value| series["value"][1].as_str().unwrap() != "NaN";
+                        if result.iter().any(is_number) {
+                            return;
+                        }
+                    }
+                    // It looks once a second.
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+            };
+            let shown = tokio::time::timeout(Duration::from_secs(60), shows).await;
+            shown.unwrap_or_else(|_| panic!("{title} shows nothing: {query}"));
+        }
+    }
+}
+
+/// A program of the test tools.
+fn fetched(name: &str) -> Option<PathBuf> {
+    let program = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join(".tools/bin")
+        .join(name);
+    if !program.exists() {
+        eprintln!("SKIPPED: {name} is not installed (make test-tools): it was not asked");
         return None;
     }
-    let mut child = Command::new(fetched)
+    Some(program)
+}
+
+fn promtool(arguments: &[&str], input: &str) -> Option<Output> {
+    let mut child = Command::new(fetched("promtool")?)
         .args(arguments)
-        .current_dir(root.join("deploy"))
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -133,7 +133,12 @@ async fn read(
 }
 
 fn refused(status: &Status, outcomes: &Outcomes) {
-    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    // On a slow machine one request alone may be more than may wait.
+    let is_too_much = status.code() == Code::InvalidArgument && status.message().contains("may wait");
+    assert!(
+        status.code() == Code::ResourceExhausted || is_too_much,
+        "{status}"
+    );
     outcomes.refused.fetch_add(1, Ordering::AcqRel);
 }
 
