@@ -310,7 +310,11 @@ fn mistakes_end_with_one_line_and_the_right_code() {
         ),
         (vec!["serve", "--config", "/nowhere.toml"], 64, "nowhere"),
         (vec!["serve", "--workers", "0"], 64, "engine.workers"),
-        (vec!["serve", "--repository", "/nowhere"], 70, "/nowhere"),
+        (
+            vec!["serve", "--repository", "/nowhere"],
+            64,
+            "models.repository: /nowhere",
+        ),
         (
             vec!["serve", "--repository", "training/demo/world-english"],
             64,

@@ -36,6 +36,7 @@ mod resume;
 mod samplers;
 mod scores;
 mod soak;
+mod starting;
 mod strangers;
 mod support;
 mod tls;

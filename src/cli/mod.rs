@@ -131,7 +131,9 @@ impl From<StartError> for Failed {
     fn from(error: StartError) -> Self {
         match error {
             // The configuration names what is not there.
-            StartError::Models(_) | StartError::Tls(_) | StartError::Tokens(_) => Self::usage(error),
+            StartError::Models(_) | StartError::Device(_) | StartError::Tls(_) | StartError::Tokens(_) => {
+                Self::usage(error)
+            }
             StartError::Bundle { .. } | StartError::Network(_) | StartError::System { .. } => {
                 Self::software(error)
             }

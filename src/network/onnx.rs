@@ -26,6 +26,16 @@ pub enum Device {
     Cuda(i32),
 }
 
+impl Device {
+    /// Whether this binary can run networks there at all.
+    pub fn is_usable(self) -> bool {
+        match self {
+            Self::Cpu => true,
+            Self::Cuda(_) => cfg!(feature = "cuda"),
+        }
+    }
+}
+
 impl std::fmt::Display for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

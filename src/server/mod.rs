@@ -51,6 +51,7 @@ use crate::config::{Config, LimitsConfig};
 use crate::engine::{Engine, EngineOptions};
 use crate::models::{Catalogue, ModelState, Models, ServedModel};
 use crate::network::NetworkError;
+use crate::network::onnx::Device;
 use crate::proto::v1::diffusion_service_server::DiffusionServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
 use crate::proto::v1::server_service_server::ServerServiceServer;
@@ -77,6 +78,11 @@ pub enum StartError {
     /// There is nothing to serve, or the default model is not served.
     #[error("{0}")]
     Models(String),
+    /// Networks cannot run where they should.
+    #[error(
+        "engine.devices has {0}, which this binary cannot use: it was built without the feature \"cuda\""
+    )]
+    Device(Device),
     /// There can be no TLS with the configured files.
     #[error("server.tls: {0}")]
     Tls(String),
@@ -221,6 +227,9 @@ impl Server {
     /// Serves `models` instead of the configured ones.
     pub async fn with_models(config: &Config, models: Models) -> Result<Self, StartError> {
         let system = |what: String| move |source| StartError::System { what, source };
+        if let Some(&device) = config.engine.devices.iter().find(|device| !device.is_usable()) {
+            return Err(StartError::Device(device));
+        }
         let tls = Tls::open(&config.server).map_err(|error| StartError::Tls(error.to_string()))?;
         let tokens = Tokens::open(config.server.tokens.as_ref());
         let tokens = tokens.map_err(|error| StartError::Tokens(error.to_string()))?;

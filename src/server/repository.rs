@@ -139,14 +139,9 @@ impl Repository {
         if let Some(root) = &repository.root {
             refuse_wrong_level(root)?;
         }
-        repository.look().map_err(|source| StartError::Bundle {
-            model: repository
-                .root
-                .iter()
-                .map(|root| root.display().to_string())
-                .collect(),
-            source,
-        })?;
+        repository
+            .look()
+            .map_err(|error| StartError::Models(format!("models.repository: {error}")))?;
         if let Some(root) = &repository.root
             && repository.seen.values().all(|seen| seen.model.is_err())
         {

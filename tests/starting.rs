@@ -1,0 +1,86 @@
+//! What keeps a server from starting is one line and a code that says whose it is to mend, and a second signal ends one
+//! at once.
+
+use std::net::TcpListener;
+use std::process::Stdio;
+use std::time::Duration;
+
+use crate::binary::{Serving, denoised};
+use crate::plain_http::get;
+
+#[test]
+fn a_taken_port_is_one_line() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let output = denoised().args(["serve", "--listen", &address]).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(70), "{error}");
+    assert!(
+        error.contains(&address) && error.contains("in use") && error.trim().lines().count() == 1,
+        "{error}"
+    );
+}
+
+/// It would start, and every request would fail.
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_device_that_the_binary_cannot_use_is_one_line() {
+    let output = denoised()
+        .args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--device",
+            "cpu",
+            "--device",
+            "cuda:1",
+        ])
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(64), "{error}");
+    assert!(
+        error.contains("engine.devices has cuda:1") && error.trim().lines().count() == 1,
+        "{error}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_ends_a_server_that_drains() {
+    let mut command = denoised();
+    command.env("DENOISED__SERVER__DRAIN_GRACE_SECONDS", "600");
+    let server = Serving::start_with(&mut command);
+    let url = format!("http://{}", server.address);
+    let mut asking = denoised()
+        .args(["generate", "--server", &url, "--retries", "0", "--json"])
+        .args(["--steps", "4096", "--num-samples", "64"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let until = async |reached: &dyn Fn(u16, &str) -> bool, path: &str| {
+        let reaching = async {
+            loop {
+                let (status, _, body) = get(&url, path).await;
+                if reached(status, &body) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), reaching)
+            .await
+            .unwrap();
+    };
+    until(
+        &|_, metrics| metrics.contains("denoised_running_requests 1"),
+        "/metrics",
+    )
+    .await;
+    server.terminate();
+    until(&|status, _| status == 503, "/readyz").await;
+    // It would go on for as long as the request takes, which is many minutes.
+    let (code, _) = server.stop();
+    assert_eq!(code, Some(130));
+    assert!(!asking.wait().unwrap().success());
+}
