@@ -22,6 +22,7 @@ mod foreign_client;
 mod foreign_network;
 mod frames;
 mod going_on;
+mod hostile_bundles;
 mod infill;
 mod masked_lm;
 mod memory;

@@ -148,7 +148,7 @@ fn written(fields: &[Field]) -> Vec<u8> {
     bytes
 }
 
-fn one_of<T: Copy>(values: &[T], random: &mut SmallRng) -> T {
+pub(crate) fn one_of<T: Copy>(values: &[T], random: &mut SmallRng) -> T {
     values[random.random_range(0..values.len())]
 }
 
@@ -192,7 +192,7 @@ const TEXTS: [&str; 8] = [
 ];
 
 /// One thing about a message made otherwise, at any depth.
-fn mutate(message: &[u8], random: &mut SmallRng) -> Vec<u8> {
+pub(crate) fn mutate(message: &[u8], random: &mut SmallRng) -> Vec<u8> {
     let Some(mut fields) = fields(message).filter(|fields| !fields.is_empty() && random.random_ratio(9, 10))
     else {
         return corrupt(message, random);
@@ -224,7 +224,7 @@ fn mutate(message: &[u8], random: &mut SmallRng) -> Vec<u8> {
 }
 
 /// Bytes made otherwise, whatever they mean.
-fn corrupt(bytes: &[u8], random: &mut SmallRng) -> Vec<u8> {
+pub(crate) fn corrupt(bytes: &[u8], random: &mut SmallRng) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     if bytes.is_empty() {
         return vec![random.random()];

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use super::brief;
 use crate::diffusion::sampler::row::MAX_TEMPERATURE;
 use crate::diffusion::{Graph, GraphKind, Parameterization, Process, SamplerKind, Schedule, Token};
 
@@ -137,8 +138,8 @@ pub struct Manifest {
 impl Manifest {
     /// Reads and checks a manifest; the error says what is wrong.
     pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
-        let manifest: Self = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-        manifest.check()?;
+        let manifest: Self = serde_json::from_slice(bytes).map_err(brief)?;
+        manifest.check().map_err(brief)?;
         Ok(manifest)
     }
 

@@ -312,9 +312,17 @@ fn check_hash(file: &str, expected: &str, found: String) -> Result<(), BundleErr
     }
     Err(BundleError::Hash {
         file: file.to_owned(),
-        expected: expected.to_owned(),
+        expected: brief(expected),
         found,
     })
+}
+
+/// Longest text of an error that repeats what somebody else has written, in characters.
+const BRIEF: usize = 300;
+
+/// The beginning of `error`: a file that is none can make it as long as itself.
+fn brief(error: impl std::fmt::Display) -> String {
+    error.to_string().chars().take(BRIEF).collect()
 }
 
 /// Lower-case hexadecimal sha256.

@@ -1,8 +1,10 @@
 //! Text to tokens and back, with whatever tokenizer the bundle holds.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use tokenizers::Tokenizer;
 
-use super::Manifest;
+use super::{Manifest, brief};
 use crate::diffusion::Token;
 
 /// Why text and tokens do not meet.
@@ -40,6 +42,15 @@ pub enum TokenizerError {
 /// Tokens before others that decide how these are written.
 const CONTEXT: usize = 4;
 
+/// What `work` gives, or why it gives nothing. The crate panics on some files that are none, and on some texts with
+/// them; whoever looks at bundles has others to look at.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => done.map_err(brief),
+        Err(_) => Err("the tokenizer panicked".to_owned()),
+    }
+}
+
 /// A bundle's tokenizer.
 #[derive(Clone, Debug)]
 pub struct TextTokenizer {
@@ -51,13 +62,13 @@ pub struct TextTokenizer {
 impl TextTokenizer {
     /// Reads `tokenizer.json` and checks that its vocabulary fits the manifest's.
     pub fn from_json(bytes: &[u8], manifest: &Manifest) -> Result<Self, TokenizerError> {
-        let mut tokenizer =
-            Tokenizer::from_bytes(bytes).map_err(|e| TokenizerError::Format(e.to_string()))?;
+        let read = guarded(|| Tokenizer::from_bytes(bytes));
+        let mut tokenizer = read.map_err(TokenizerError::Format)?;
         // Made for batches of training: here they would pad prompts and cut them off.
         tokenizer.with_padding(None);
         tokenizer
             .with_truncation(None)
-            .map_err(|e| TokenizerError::Format(e.to_string()))?;
+            .map_err(|e| TokenizerError::Format(brief(e)))?;
         let states = manifest.vocab_size;
         let vocabulary = tokenizer.get_vocab(true);
         // Ids can have gaps, so that their number says nothing.
@@ -69,7 +80,7 @@ impl TextTokenizer {
             && !added.get(&mask).is_some_and(|token| token.special)
             && let Some((word, _)) = vocabulary.iter().find(|(_, id)| **id == mask)
         {
-            let word = word.clone();
+            let word = brief(word);
             return Err(TokenizerError::Mask { word, mask });
         }
         let longest = vocabulary.keys().map(String::len).max().unwrap_or(0);
@@ -87,18 +98,13 @@ impl TextTokenizer {
 
     /// Tokens of `text`, without anything added around it.
     pub fn encode(&self, text: &str) -> Result<Vec<Token>, TokenizerError> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, false)
-            .map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        let encoding = guarded(|| self.tokenizer.encode_fast(text, false)).map_err(TokenizerError::Encode)?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Text of `tokens`, special tokens left out. Bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, tokens: &[Token]) -> Result<String, TokenizerError> {
-        self.tokenizer
-            .decode(tokens, true)
-            .map_err(|e| TokenizerError::Decode(e.to_string()))
+        guarded(|| self.tokenizer.decode(tokens, true)).map_err(TokenizerError::Decode)
     }
 
     /// The end of `before`, which alone decides how what follows is written.
