@@ -67,6 +67,7 @@ if have helm; then
     check "lint, everything on" helm lint --strict "$chart" --values "$all_on"
     check "render, default values" render "$chart/values.yaml" "$work/defaults"
     check "render, everything on" render "$all_on" "$work/all-on"
+    check "render, TLS" render "chart-values/tls.yaml" "$work/tls"
 
     check "defaults: no autoscaler" absent "$work/defaults.yaml" "kind: HorizontalPodAutoscaler"
     check "defaults: no volume" absent "$work/defaults.yaml" "volumeMounts"
@@ -78,6 +79,18 @@ if have helm; then
     check "everything on: autoscaler" rendered "$work/all-on.yaml" "kind: HorizontalPodAutoscaler"
     check "everything on: replicas are the autoscaler's" absent "$work/all-on.yaml" "  replicas:"
 
+    check "defaults: probes speak gRPC" rendered "$work/defaults.yaml" "grpc:"
+    check "defaults: the port is h2c" rendered "$work/defaults.yaml" "appProtocol: kubernetes.io/h2c"
+    check "TLS: the certificate is mounted" rendered "$work/tls.yaml" "secretName: \"denoised-tls\""
+    check "TLS: probes speak HTTPS" rendered "$work/tls.yaml" "scheme: HTTPS"
+    check "TLS: probes do not speak gRPC" absent "$work/tls.yaml" "grpc:"
+    check "TLS: the port is not h2c" absent "$work/tls.yaml" "h2c"
+    check "TLS: clients need no certificate" absent "$work/tls.yaml" "TLS_CLIENT_CA"
+    check "everything on: clients need certificates" rendered "$work/all-on.yaml" "value: /tls/ca.crt"
+    check "everything on: probes have no certificate to show" absent "$work/all-on.yaml" "httpGet"
+    check "everything on: tokens" rendered "$work/all-on.yaml" "value: /tokens/tokens.toml"
+    check "refused: clients' certificates without the server's" refuses "tlsSecret" --set server.tlsClients=true
+
     check "refused: no worker" refuses "workers" --set engine.workers=0
     check "refused: unknown log format" refuses "format" --set log.format=xml
     check "refused: a misspelt key" refuses "drainGrace" --set server.drainGrace=5
@@ -88,7 +101,7 @@ if have helm; then
     check "refused: fewer replicas at most than at least" \
         refuses "autoscaling.minReplicas" --set autoscaling.enabled=true,autoscaling.minReplicas=9
 else
-    skip helm "lint, render, refuse" 19
+    skip helm "lint, render, refuse" 31
 fi
 
 # The validator itself must be able to say no.
@@ -104,11 +117,11 @@ refuses_a_misspelt_field() {
 
 for version in "${kubernetes_versions[@]}"; do
     if ! have helm; then
-        skip helm "validate against Kubernetes $version" 3
+        skip helm "validate against Kubernetes $version" 4
     elif ! have kubernetes-validate; then
-        skip kubernetes-validate "validate against Kubernetes $version" 3
+        skip kubernetes-validate "validate against Kubernetes $version" 4
     else
-        for values in defaults all-on; do
+        for values in defaults all-on tls; do
             check "valid in Kubernetes $version: $values" \
                 kubernetes-validate --strict -k "$version" "$work/$values"/*.yaml
         done

@@ -37,3 +37,23 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- define "denoised.terminationGracePeriodSeconds" -}}
 {{- add .Values.server.preStopSeconds .Values.server.drainGraceSeconds 10 }}
 {{- end }}
+
+{{/*
+How a probe asks, of (list . PATH): over gRPC, which knows no TLS in Kubernetes; over HTTPS where the server speaks TLS;
+and only whether the port is open where clients must show certificates, since probes have none.
+*/}}
+{{- define "denoised.probe" -}}
+{{- $values := (index . 0).Values -}}
+{{- if $values.server.tlsClients -}}
+tcpSocket:
+  port: {{ $values.server.port }}
+{{- else if $values.server.tlsSecret -}}
+httpGet:
+  scheme: HTTPS
+  path: {{ index . 1 }}
+  port: {{ $values.server.port }}
+{{- else -}}
+grpc:
+  port: {{ $values.server.port }}
+{{- end -}}
+{{- end }}
