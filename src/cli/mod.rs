@@ -188,7 +188,15 @@ pub fn main() -> ExitCode {
             };
         }
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        // Work that blocks is bounded by whoever gives it: as many at once as there are cores for texts asked and for
+        // texts told, and a few that look at files. Without a bound here too the pool starts another thread whenever
+        // one has ended its work but not said so yet, and under load none is idle for long enough to end.
+        .max_blocking_threads(2 * cores + 8)
+        .build();
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
             return report(&Failed::software(format!(
