@@ -84,3 +84,44 @@ async fn a_second_signal_ends_a_server_that_drains() {
     assert_eq!(code, Some(130));
     assert!(!asking.wait().unwrap().success());
 }
+
+/// Hundredths of a second that processors have worked for a server, and for the system on its behalf (proc(5)).
+#[cfg(target_os = "linux")]
+fn ticks(server: &Serving) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", server.id())).unwrap();
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    fields[11..13]
+        .iter()
+        .map(|ticks| ticks.parse::<u64>().unwrap())
+        .sum()
+}
+
+/// With a repository to look at and without one, whose models may be ordered to come and go or not.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_server_that_has_nothing_to_do_does_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    for (repository, control) in [
+        ("", "false"),
+        ("", "true"),
+        (folder.path().to_str().unwrap(), "false"),
+    ] {
+        let mut command = denoised();
+        command
+            .env("DENOISED__MODELS__REPOSITORY", repository)
+            .env("DENOISED__MODELS__POLL_SECONDS", "1")
+            .env("DENOISED__SERVER__MODEL_CONTROL", control);
+        let server = Serving::start_with(&mut command);
+        // It has its model to load first.
+        let is_quiet = (0..30).any(|_| {
+            let before = ticks(&server);
+            std::thread::sleep(Duration::from_secs(1));
+            ticks(&server) - before < 10
+        });
+        assert!(
+            is_quiet,
+            "it works without end, with repository {repository:?} and control {control}"
+        );
+    }
+}

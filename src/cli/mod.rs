@@ -193,7 +193,7 @@ pub fn main() -> ExitCode {
         .enable_all()
         // Work that blocks is bounded by whoever gives it: as many at once as there are cores for texts asked and for
         // texts told, and a few that look at files. Without a bound here too the pool starts another thread whenever
-        // one has ended its work but not said so yet, and under load none is idle for long enough to end.
+        // one has ended its work but not said so yet, and none that is busy now and then ever ends.
         .max_blocking_threads(2 * cores + 8)
         .build();
     let runtime = match runtime {

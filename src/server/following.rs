@@ -80,8 +80,10 @@ impl Service {
         while let Some(mut here) = repository.take() {
             let polls = here.is_watched() && !poll.is_zero();
             let order = tokio::select! {
-                order = orders.recv() => order,
+                Some(order) = orders.recv() => Some(order),
                 () = tokio::time::sleep(poll), if polls => None,
+                // Nobody may give orders, and nothing is looked at by itself.
+                else => return,
             };
             let engine = Arc::clone(&self.engine);
             // Reads files: not on the runtime's threads.
