@@ -389,7 +389,7 @@ async fn a_model_that_cannot_be_loaded_is_unavailable_and_tells_callers_no_secre
 
 /// Sends bytes as they are, as no generated client would.
 #[derive(Default)]
-struct Raw;
+pub(crate) struct Raw;
 
 impl Codec for Raw {
     type Encode = Vec<u8>;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, BufMut, Bytes};
 use denoised::proto::DESCRIPTORS;
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use denoised::proto::v1::likelihood::Likelihood as Kind;
@@ -25,11 +24,11 @@ use prost::Message;
 use prost_types::FileDescriptorSet;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::binary::{Serving, denoised};
+use crate::errors::Raw;
 use crate::support::{Answer, gap, generate, infill, prompt};
 
 /// How many requests are sent; `DENOISED_MUTATIONS=1000000` for more.
@@ -40,45 +39,6 @@ fn mutations() -> u64 {
 
 /// Requests under way at once.
 const AT_ONCE: usize = 32;
-
-/// Bytes as they are.
-#[derive(Default)]
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Vec<u8>;
-    type Decode = Bytes;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn encode(&mut self, item: Vec<u8>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        buffer.put_slice(&item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Bytes;
-    type Error = Status;
-
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
-        let rest = buffer.remaining();
-        Ok(Some(buffer.copy_to_bytes(rest)))
-    }
-}
 
 /// A field of a message as it is written (protobuf.dev/programming-guides/encoding).
 #[derive(Clone)]
