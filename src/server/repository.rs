@@ -98,6 +98,8 @@ pub(super) struct Repository {
     seen: BTreeMap<Version, Seen>,
     demo: Option<Arc<ServedModel>>,
     unloaded: Unloaded,
+    /// Whether something may have been seen that is in no models yet that were given out.
+    has_untold: bool,
     /// Name and version of the default, where one is configured.
     default: Option<(String, Option<u64>)>,
     /// Versions that stand for their names.
@@ -132,6 +134,7 @@ impl Repository {
             devices,
             seen: BTreeMap::new(),
             unloaded: Unloaded::default(),
+            has_untold: false,
             default: default.transpose()?,
             pins: pins(&config.models.pin)?,
             readable: true,
@@ -183,6 +186,8 @@ impl Repository {
         let loaded = self.loaded(name, version, has_failed);
         if loaded.is_err() {
             self.unloaded = before;
+            // It may have been seen on the way that others have changed.
+            self.has_untold = true;
         }
         loaded
     }
@@ -307,7 +312,8 @@ impl Repository {
         match self.look() {
             Ok(changed) => {
                 self.readable = true;
-                changed.then(|| {
+                let untold = std::mem::take(&mut self.has_untold);
+                (changed || untold).then(|| {
                     let (models, default_is_served) = self.models();
                     if !default_is_served {
                         tracing::error!("models.default is not served any more");
