@@ -68,6 +68,7 @@ if have helm; then
     check "render, default values" render "$chart/values.yaml" "$work/defaults"
     check "render, everything on" render "$all_on" "$work/all-on"
     check "render, TLS" render "chart-values/tls.yaml" "$work/tls"
+    check "render, object store" render "chart-values/store.yaml" "$work/store"
 
     check "defaults: no autoscaler" absent "$work/defaults.yaml" "kind: HorizontalPodAutoscaler"
     check "defaults: no volume" absent "$work/defaults.yaml" "volumeMounts"
@@ -91,6 +92,13 @@ if have helm; then
     check "everything on: tokens" rendered "$work/all-on.yaml" "value: /tokens/tokens.toml"
     check "refused: clients' certificates without the server's" refuses "tlsSecret" --set server.tlsClients=true
 
+    check "object store: it is the repository" rendered "$work/store.yaml" "value: \"s3://bucket/models\""
+    check "object store: there is a cache" rendered "$work/store.yaml" "value: /cache/models"
+    check "object store: the cache is bounded" rendered "$work/store.yaml" "value: \"5120\""
+    check "object store: credentials come from the secret" rendered "$work/store.yaml" "name: \"bucket-credentials\""
+    check "refused: two repositories" refuses "one repository" \
+        --set models.existingClaim=models,models.store=s3://bucket/models
+
     check "refused: no worker" refuses "workers" --set engine.workers=0
     check "refused: unknown log format" refuses "format" --set log.format=xml
     check "refused: a misspelt key" refuses "drainGrace" --set server.drainGrace=5
@@ -101,7 +109,7 @@ if have helm; then
     check "refused: fewer replicas at most than at least" \
         refuses "autoscaling.minReplicas" --set autoscaling.enabled=true,autoscaling.minReplicas=9
 else
-    skip helm "lint, render, refuse" 31
+    skip helm "lint, render, refuse" 37
 fi
 
 # The validator itself must be able to say no.
@@ -117,11 +125,11 @@ refuses_a_misspelt_field() {
 
 for version in "${kubernetes_versions[@]}"; do
     if ! have helm; then
-        skip helm "validate against Kubernetes $version" 4
+        skip helm "validate against Kubernetes $version" 5
     elif ! have kubernetes-validate; then
-        skip kubernetes-validate "validate against Kubernetes $version" 4
+        skip kubernetes-validate "validate against Kubernetes $version" 5
     else
-        for values in defaults all-on tls; do
+        for values in defaults all-on tls store; do
             check "valid in Kubernetes $version: $values" \
                 kubernetes-validate --strict -k "$version" "$work/$values"/*.yaml
         done

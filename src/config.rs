@@ -2,6 +2,8 @@
 //!
 //! `deploy/denoised.example.toml` documents every key; a test keeps it complete and true.
 
+mod place;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +12,9 @@ use config::{ConfigBuilder, Environment, File, FileFormat, Map};
 use serde::{Deserialize, Deserializer};
 
 use crate::network::onnx::Device;
+use place::place_or_none;
+
+pub use place::RepositoryPlace;
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -93,9 +98,14 @@ impl Default for ServerConfig {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelsConfig {
-    /// Folder of `<model>/<version>` bundles; empty for none.
+    /// Folder of `<model>/<version>` bundles, or a place in an object store that holds the same; empty for none.
+    #[serde(deserialize_with = "place_or_none")]
+    pub repository: Option<RepositoryPlace>,
+    /// Folder that a repository in an object store is fetched to.
     #[serde(deserialize_with = "empty_is_none")]
-    pub repository: Option<PathBuf>,
+    pub cache: Option<PathBuf>,
+    /// Megabytes of versions that are kept there.
+    pub cache_megabytes: u64,
     /// `name` or `name@version` that requests get which name no model; empty for the first one.
     #[serde(deserialize_with = "empty_is_none")]
     pub default: Option<String>,
@@ -114,12 +124,41 @@ impl Default for ModelsConfig {
     fn default() -> Self {
         Self {
             repository: None,
+            cache: None,
+            cache_megabytes: 20_480,
             default: None,
             pin: Vec::new(),
             demo: true,
             poll_seconds: 10,
             memory_megabytes: 0,
         }
+    }
+}
+
+impl ModelsConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        for (key, value, wanted) in [
+            ("models.memory_megabytes", self.memory_megabytes, "0 to 1048576"),
+            ("models.cache_megabytes", self.cache_megabytes, "1 to 1048576"),
+        ] {
+            if value > 1 << 20 {
+                return Err(ConfigError::Range {
+                    key,
+                    value: value.to_string(),
+                    wanted,
+                });
+            }
+        }
+        let is_in_store = matches!(self.repository, Some(RepositoryPlace::Store(_)));
+        if self.cache.is_some() != is_in_store {
+            let value = self.cache.as_ref().map(|folder| folder.display().to_string());
+            return Err(ConfigError::Range {
+                key: "models.cache",
+                value: value.unwrap_or_else(|| "empty".to_owned()),
+                wanted: "set where models.repository is in an object store, and only there",
+            });
+        }
+        Ok(())
     }
 }
 
@@ -303,7 +342,8 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let at_least_one: [(&'static str, u64); 13] = [
+        let at_least_one: [(&'static str, u64); 14] = [
+            ("models.cache_megabytes", self.models.cache_megabytes),
             (
                 "server.max_concurrent_streams",
                 self.server.max_concurrent_streams.into(),
@@ -361,13 +401,7 @@ impl Config {
                 wanted: "a list of 1 to 64",
             });
         }
-        if self.models.memory_megabytes > 1 << 20 {
-            return Err(ConfigError::Range {
-                key: "models.memory_megabytes",
-                value: self.models.memory_megabytes.to_string(),
-                wanted: "0 to 1048576",
-            });
-        }
+        self.models.check()?;
         let server = &self.server;
         let has_certificate = server.tls_certificate.is_some();
         for (key, value, is_needed, is_wrong) in [

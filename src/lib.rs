@@ -19,6 +19,8 @@ pub mod network;
 pub mod proto;
 #[cfg(feature = "serve")]
 pub mod server;
+#[cfg(feature = "store")]
+pub mod store;
 #[cfg(feature = "serve")]
 mod sync;
 #[cfg(feature = "serve")]

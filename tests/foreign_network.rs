@@ -139,7 +139,7 @@ async fn the_pytorch_example_writes_a_bundle_that_is_served() {
     );
 
     let mut config = config();
-    config.models.repository = Some(folder.path().to_owned());
+    config.models.repository = Some(folder.path().to_owned().into());
     let server = TestServer::demo_with(&config).await;
     let request = GenerateRequest {
         model: Some(ModelReference {

@@ -29,6 +29,7 @@ mod memory;
 mod mutated;
 mod neighbours;
 mod network;
+mod object_store;
 mod operations;
 mod plain_http;
 mod readme;

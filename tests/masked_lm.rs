@@ -104,7 +104,7 @@ fn families_with_their_mask_in_mid_vocabulary_have_pytorchs_logits() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bert_is_served_with_every_sampler() {
     let mut config = config();
-    config.models.repository = Some(FIXTURE.into());
+    config.models.repository = Some(std::path::PathBuf::from(FIXTURE).into());
     config.models.default = Some("bert".into());
     let server = TestServer::demo_with(&config).await;
     let asked = GetModelRequest { model: None };
@@ -319,7 +319,7 @@ async fn a_published_masked_language_model_is_exported_and_served() {
     assert!(compare(&bundle, &expected) >= 20);
 
     let mut config = config();
-    config.models.repository = Some(repository);
+    config.models.repository = Some(repository.into());
     let server = TestServer::demo_with(&config).await;
     let request = GenerateRequest {
         model: Some(ModelReference {

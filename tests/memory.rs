@@ -92,7 +92,7 @@ fn the_resident_set_stays_within_the_budget_of_models() {
         .unwrap();
     runtime.block_on(async {
         let mut config = config();
-        config.models.repository = Some(repository.path().to_owned());
+        config.models.repository = Some(repository.path().to_owned().into());
         config.models.demo = false;
         config.models.memory_megabytes = budget as u64;
         let server = TestServer::demo_with(&config).await;

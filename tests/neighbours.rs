@@ -155,7 +155,7 @@ async fn a_network_that_never_ends_is_ended_and_others_are_served() {
     let repository = tempfile::tempdir().unwrap();
     publish(repository.path(), ("endless", 1), ENDLESS, false);
     let mut config = config();
-    config.models.repository = Some(repository.path().to_owned());
+    config.models.repository = Some(repository.path().to_owned().into());
     config.models.default = Some("world-english".to_owned());
     config.engine.max_pass_seconds = 1;
     let server = TestServer::demo_with(&config).await;
@@ -201,7 +201,7 @@ async fn a_default_that_cannot_be_loaded_leaves_the_others_served() {
     let repository = tempfile::tempdir().unwrap();
     publish(repository.path(), ("world-english", 2), ENDLESS, true);
     let mut config = config();
-    config.models.repository = Some(repository.path().to_owned());
+    config.models.repository = Some(repository.path().to_owned().into());
     let server = TestServer::demo_with(&config).await;
     let version = |version| {
         Some(ModelReference {
@@ -325,7 +325,7 @@ async fn a_network_that_is_replaced_behind_the_manifest_is_not_run() {
     let repository = tempfile::tempdir().unwrap();
     publish(repository.path(), ("replaced", 1), ENDLESS, false);
     let mut config = config();
-    config.models.repository = Some(repository.path().to_owned());
+    config.models.repository = Some(repository.path().to_owned().into());
     config.models.default = Some("world-english".to_owned());
     let server = TestServer::demo_with(&config).await;
     let other = include_bytes!("fixtures/networks/write.py");

@@ -58,7 +58,7 @@ async fn a_repository_serves_its_good_bundles_and_refuses_the_bad_ones() {
     // Version 11 is damaged: it must not take the place of version 10.
     std::fs::write(folder.path().join("world-english/11/model.onnx"), "damaged").unwrap();
     let mut config = config();
-    config.models.repository = Some(folder.path().to_owned());
+    config.models.repository = Some(folder.path().to_owned().into());
     let server = TestServer::demo_with(&config).await;
     let listed = server
         .models()
@@ -105,7 +105,7 @@ async fn networks_may_answer_in_float16() {
         publish(repository.path(), (name, 1), network, false);
     }
     let mut config = config();
-    config.models.repository = Some(repository.path().to_owned());
+    config.models.repository = Some(repository.path().to_owned().into());
     let server = TestServer::demo_with(&config).await;
     let mut answers = Vec::new();
     for name in ["single", "half"] {

@@ -61,7 +61,7 @@ async fn a_pinned_version_stands_for_its_name() {
         publish(root, ("live", version), SOUND, false);
     }
     let mut config = config();
-    config.models.repository = Some(root.to_owned());
+    config.models.repository = Some(root.to_owned().into());
     config.models.default = Some("live".to_owned());
     config.models.poll_seconds = 1;
     config.models.pin = vec!["live@1".to_owned()];
@@ -125,7 +125,7 @@ async fn versions_come_and_go_and_every_request_is_answered() {
     let root = folder.path();
     publish(root, ("live", 1), SOUND, false);
     let mut config = config();
-    config.models.repository = Some(root.to_owned());
+    config.models.repository = Some(root.to_owned().into());
     config.models.poll_seconds = 1;
     let server = TestServer::demo_with(&config).await;
     let listed = async || -> Vec<(String, u64)> {
@@ -210,7 +210,7 @@ async fn models_are_loaded_and_unloaded_by_order() {
     publish(root, ("live", 1), SOUND, false);
     publish(root, ("other", 1), SOUND, false);
     let mut config = config();
-    config.models.repository = Some(root.to_owned());
+    config.models.repository = Some(root.to_owned().into());
     config.models.default = Some("other".to_owned());
     config.models.poll_seconds = 0;
     config.server.model_control = true;

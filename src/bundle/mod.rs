@@ -36,7 +36,7 @@ use sha2::{Digest, Sha256};
 /// File name of the manifest.
 pub const MANIFEST: &str = "manifest.json";
 /// Largest manifest that is read, in bytes: all of it is kept, and told to whoever lists models.
-const MAX_MANIFEST: u64 = 1 << 20;
+pub(crate) const MAX_MANIFEST: u64 = 1 << 20;
 /// File name of the network.
 pub const MODEL: &str = "model.onnx";
 /// File name of weights that do not lie in [`MODEL`] itself, which protobuf keeps below 2 GB.
@@ -306,7 +306,8 @@ fn check_external_data(
     Ok(contents.weight_bytes)
 }
 
-fn check_hash(file: &str, expected: &str, found: String) -> Result<(), BundleError> {
+/// An error where a file is not what the manifest says.
+pub(crate) fn check_hash(file: &str, expected: &str, found: String) -> Result<(), BundleError> {
     if found == expected {
         return Ok(());
     }

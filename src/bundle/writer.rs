@@ -14,6 +14,8 @@ use sha2::{Digest, Sha256};
 
 use super::{Bundle, BundleError, MANIFEST, Manifest, hexadecimal, io_error};
 
+/// How names of folders begin that are not whole yet.
+const PARTIAL: &str = ".partial-";
 /// Tries for a folder name that nobody else has.
 const TRIES: usize = 10_000;
 
@@ -30,7 +32,7 @@ impl BundleWriter {
     pub fn new(parent: &Path) -> Result<Self, BundleError> {
         fs::create_dir_all(parent).map_err(|e| io_error(parent, e))?;
         for number in 0..TRIES {
-            let partial = parent.join(format!(".partial-{}-{number}", process::id()));
+            let partial = parent.join(format!("{PARTIAL}{}-{number}", process::id()));
             match fs::create_dir(&partial) {
                 Ok(()) => {
                     return Ok(Self {
@@ -96,8 +98,14 @@ impl BundleWriter {
         Bundle::of_files(&self.partial, manifest.clone())
     }
 
+    /// Whether a folder is of a writer, at work or long gone.
+    pub fn is_partial(folder: &Path) -> bool {
+        let name = folder.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|name| name.starts_with(PARTIAL))
+    }
+
     /// Writes a manifest as it is.
-    fn write_manifest(&self, json: &[u8]) -> Result<(), BundleError> {
+    pub fn write_manifest(&self, json: &[u8]) -> Result<(), BundleError> {
         let path = self.partial.join(MANIFEST);
         let written = File::create(&path).and_then(|mut file| {
             file.write_all(json)?;

@@ -20,9 +20,9 @@ pub(super) struct Serve {
     /// TOML file with settings; deploy/denoised.example.toml documents them all.
     #[arg(long, value_name = "FILE", env = "DENOISED_CONFIG")]
     config: Option<PathBuf>,
-    /// Folder of <model>/<version> bundles.
+    /// Folder of <model>/<version> bundles, or a place in an object store such as s3://bucket/models.
     #[arg(long, value_name = "DIR")]
-    repository: Option<PathBuf>,
+    repository: Option<String>,
     /// Address and port to listen on; port 0 takes a free one.
     #[arg(long, value_name = "ADDR")]
     listen: Option<SocketAddr>,
@@ -38,10 +38,7 @@ impl Serve {
     pub(super) async fn run(self) -> Result<(), Failed> {
         let devices: Vec<String> = self.device.iter().map(ToString::to_string).collect();
         let flags = [
-            (
-                "models.repository",
-                self.repository.map(|path| path.display().to_string()),
-            ),
+            ("models.repository", self.repository),
             ("server.listen", self.listen.map(|address| address.to_string())),
             ("engine.workers", self.workers.map(|workers| workers.to_string())),
             ("engine.devices", (!devices.is_empty()).then(|| devices.join(","))),
@@ -89,7 +86,8 @@ fn shutdown_signal() -> std::io::Result<impl Future<Output = ()> + Send> {
             return;
         }
         tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
-        std::process::exit(INTERRUPTED.into());
+        // Nothing is tidied up: passes that run would fall over what ONNX Runtime destroys at an exit.
+        signal_hook::low_level::exit(INTERRUPTED.into());
     });
     Ok(async {
         // An error means that the task above is gone, and with it the runtime.

@@ -65,6 +65,17 @@ fn mistakes_are_named() {
         ("[server]\ntls_certificate = \"a.pem\"", "server.tls_key is empty"),
         ("[server]\ntls_key = \"a.key\"", "server.tls_key is a.key"),
         ("[server]\ntls_client_ca = \"a.pem\"", "server.tls_client_ca"),
+        (
+            "[models]\nrepository = \"s3://bucket/models\"",
+            "models.cache is empty",
+        ),
+        ("[models]\ncache = \"/tmp/cache\"", "models.cache is /tmp/cache"),
+        ("[models]\ncache_megabytes = 0", "models.cache_megabytes"),
+        (
+            "[models]\nrepository = \"ftp://host/models\"",
+            "s3://, gs://, az://",
+        ),
+        ("[models]\nrepository = \"s3://\"", "s3://"),
     ] {
         let error = load(toml, &[], &[]).unwrap_err().to_string();
         assert!(error.contains(says), "{toml}: {error}");

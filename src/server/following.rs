@@ -12,6 +12,12 @@ use crate::models::{Models, ServedModel};
 /// Orders that wait at most; who gives another one waits.
 const MAX_ORDERS: usize = 8;
 
+/// A tenth more or less than `poll`: servers that were started together should not ask a store together for ever.
+fn jittered(poll: Duration) -> Duration {
+    let random = getrandom::u32().map_or(0.5, |bits| f64::from(bits) / f64::from(u32::MAX));
+    poll.mul_f64(0.9 + 0.2 * random)
+}
+
 /// The versions that an order was about.
 type Done = Result<Vec<Arc<ServedModel>>, ControlError>;
 
@@ -81,7 +87,7 @@ impl Service {
             let polls = here.is_watched() && !poll.is_zero();
             let order = tokio::select! {
                 Some(order) = orders.recv() => Some(order),
-                () = tokio::time::sleep(poll), if polls => None,
+                () = tokio::time::sleep(jittered(poll)), if polls => None,
                 // Nobody may give orders, and nothing is looked at by itself.
                 else => return,
             };

@@ -14,6 +14,7 @@ mod documented_test;
 mod following;
 mod http;
 mod metrics;
+mod mirror;
 mod model_service;
 pub mod models;
 mod pace;
@@ -41,6 +42,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tonic::Status;
 use tonic::service::Routes;
@@ -213,8 +215,8 @@ impl Server {
     /// Finds the configured models, starts the workers and binds the socket. Networks are loaded when it runs.
     pub async fn bind(config: &Config) -> Result<Self, StartError> {
         // Reads files: not on the runtime's threads.
-        let wanted = config.clone();
-        let (repository, models) = tokio::task::spawn_blocking(move || Repository::open(&wanted))
+        let (wanted, runtime) = (config.clone(), Handle::current());
+        let (repository, models) = tokio::task::spawn_blocking(move || Repository::open(&wanted, &runtime))
             .await
             .map_err(|e| StartError::Models(format!("loading the models failed: {e}")))??;
         let server = Self::with_models(config, models).await?;

@@ -9,15 +9,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use tokio::runtime::Handle;
+
 use super::StartError;
+use super::mirror::{Mirror, MirrorError};
 use super::models::{demo_model, parse_reference, served};
 use crate::bundle::{Bundle, BundleError, MANIFEST, repository};
-use crate::config::Config;
+use crate::config::{Config, RepositoryPlace};
 use crate::models::{Models, ServedModel};
 use crate::network::onnx::{self, OnnxOptions};
 
 /// A version by its name and number.
-type Version = (String, u64);
+pub(super) type Version = (String, u64);
 
 /// A version that was looked at, with the time of its manifest: a bundle that was written again is another one.
 #[derive(Clone, Debug)]
@@ -44,12 +47,23 @@ pub(super) enum ControlError {
     /// Requests that name no model would find none, or another.
     #[error("{0} is the default model; set models.default to another one first")]
     Default(String),
-    /// The folder cannot be read.
+    /// The folder or the store cannot be read.
     #[error("the repository cannot be read: {0}")]
-    Unreadable(#[from] BundleError),
+    Unreadable(#[from] LookError),
     /// The models come from nowhere that could be looked at again.
     #[error("there is no repository that could be looked at, or not any more")]
     NoRepository,
+}
+
+/// Why the repository cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LookError {
+    /// The folder cannot be read.
+    #[error(transparent)]
+    Folder(#[from] BundleError),
+    /// The store cannot be mirrored.
+    #[error(transparent)]
+    Store(#[from] MirrorError),
 }
 
 /// What is served to nobody, though it is there.
@@ -94,6 +108,8 @@ impl Unloaded {
 #[derive(Debug)]
 pub(super) struct Repository {
     root: Option<PathBuf>,
+    /// Where the folder is the mirror of an object store.
+    mirror: Option<Mirror>,
     devices: Vec<OnnxOptions>,
     seen: BTreeMap<Version, Seen>,
     demo: Option<Arc<ServedModel>>,
@@ -109,8 +125,8 @@ pub(super) struct Repository {
 }
 
 impl Repository {
-    /// Looks at the configured models for the first time.
-    pub(super) fn open(config: &Config) -> Result<(Self, Models), StartError> {
+    /// Looks at the configured models for the first time; `runtime` runs what asks object stores.
+    pub(super) fn open(config: &Config, runtime: &Handle) -> Result<(Self, Models), StartError> {
         // First, so that a missing runtime is told before anything is read.
         onnx::runtime()?;
         let threads = config.engine.threads();
@@ -124,8 +140,28 @@ impl Repository {
                 ))
             })
         });
+        let pins = pins(&config.models.pin)?;
+        let place = config.models.repository.as_ref();
+        let unusable = |error: &dyn std::fmt::Display| {
+            let place = place.map(ToString::to_string).unwrap_or_default();
+            StartError::Models(format!("models.repository {place}: {error}"))
+        };
+        let (root, mirror) = match (place, &config.models.cache) {
+            (Some(RepositoryPlace::Folder(folder)), _) => (Some(folder.clone()), None),
+            (Some(RepositoryPlace::Store(url)), Some(cache)) => {
+                let budget = config.models.cache_megabytes << 20;
+                let mirror = Mirror::open(url, cache, budget, &pins, runtime.clone());
+                (
+                    Some(cache.clone()),
+                    Some(mirror.map_err(|error| unusable(&error))?),
+                )
+            }
+            // The configuration is checked: a store has a cache.
+            (Some(RepositoryPlace::Store(_)) | None, _) => (None, None),
+        };
         let mut repository = Self {
-            root: config.models.repository.clone(),
+            root,
+            mirror,
             demo: if config.models.demo {
                 demo_model(&devices)?.map(Arc::new)
             } else {
@@ -136,15 +172,21 @@ impl Repository {
             unloaded: Unloaded::default(),
             has_untold: false,
             default: default.transpose()?,
-            pins: pins(&config.models.pin)?,
+            pins,
             readable: true,
         };
-        if let Some(root) = &repository.root {
-            refuse_wrong_level(root)?;
+        if let Some(RepositoryPlace::Folder(folder)) = place {
+            refuse_wrong_level(folder)?;
         }
-        repository
-            .look()
-            .map_err(|error| StartError::Models(format!("models.repository: {error}")))?;
+        match repository.look() {
+            Ok(_) => {}
+            // What was fetched before is better than nothing; a mistake in the setting is told all the same.
+            Err(LookError::Store(error)) if error.may_pass() && !repository.seen.is_empty() => {
+                tracing::error!(%error, "the repository cannot be read; what was fetched before is served");
+                repository.readable = false;
+            }
+            Err(error) => return Err(unusable(&error)),
+        }
         if let Some(root) = &repository.root
             && repository.seen.values().all(|seen| seen.model.is_err())
         {
@@ -198,8 +240,9 @@ impl Repository {
         version: Option<u64>,
         has_failed: impl Fn(&Arc<ServedModel>) -> bool,
     ) -> Result<(Vec<Arc<ServedModel>>, Models), ControlError> {
+        self.fetch()?;
         let entries = match &self.root {
-            Some(root) => repository::scan(root)?,
+            Some(root) => repository::scan(root).map_err(LookError::from)?,
             None => Vec::new(),
         };
         let mut there: Vec<u64> = entries
@@ -236,7 +279,7 @@ impl Repository {
         {
             self.open_demo_again();
         }
-        self.look()?;
+        self.scan().map_err(LookError::from)?;
         let (models, _) = self.models();
         if let Some(model) = models.find(name, version) {
             return Ok((vec![model], models));
@@ -334,8 +377,28 @@ impl Repository {
         }
     }
 
+    /// Fetches what is new, and scans the folder. Whether there was anything.
+    ///
+    /// # Errors
+    /// [`LookError`] where the folder or the store cannot be read. What was seen all the same is told another time.
+    fn look(&mut self) -> Result<bool, LookError> {
+        let fetched = self.fetch();
+        let changed = self.scan()?;
+        if let Err(error) = fetched {
+            self.has_untold |= changed;
+            return Err(error);
+        }
+        Ok(changed)
+    }
+
+    /// Brings the folder up to date, where it is a mirror.
+    fn fetch(&mut self) -> Result<(), LookError> {
+        self.mirror.as_mut().map_or(Ok(()), Mirror::sync)?;
+        Ok(())
+    }
+
     /// Opens what is new, forgets what is gone. Whether there was any of it.
-    fn look(&mut self) -> Result<bool, BundleError> {
+    fn scan(&mut self) -> Result<bool, BundleError> {
         let Some(root) = &self.root else { return Ok(false) };
         let mut entries = repository::scan(root)?;
         entries.retain(|entry| !self.unloaded.has(&entry.name, entry.version));

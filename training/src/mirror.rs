@@ -48,7 +48,8 @@ impl Mirror {
                 Place::from_url_path(url.path()).with_context(context)?,
             )
         } else {
-            store::open(&url).map_err(|problem| anyhow!("{}: {problem}", context()))?
+            denoised::store::open(&url, store::PATIENCE)
+                .map_err(|error| anyhow!("{}: {}", context(), error.problem))?
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

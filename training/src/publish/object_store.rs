@@ -8,14 +8,13 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
+use std::time::Duration;
 
 use denoised::bundle::{Bundle, BundleError, MANIFEST, hexadecimal, repository};
+use denoised::store;
 use object_store::path::Path as Place;
-use object_store::{
-    Error as StoreError, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutOptions, WriteMultipart,
-};
+use object_store::{Error as StoreError, ObjectStore, ObjectStoreExt, PutMode, PutOptions, WriteMultipart};
 use sha2::{Digest, Sha256};
-use url::Url;
 
 use super::{PublishError, Published, TRIES};
 
@@ -23,49 +22,25 @@ use super::{PublishError, Published, TRIES};
 const PART: usize = 8 << 20;
 /// Parts that are under way at the same time.
 const PARTS: usize = 4;
+/// How long a store that does not answer is asked again.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 /// Where claims on versions lie: no version, so that readers pass it over.
 const CLAIMS: &str = ".versions";
 
-/// Publishes `bundle`, which lies in the folder `from`, to `repository`, such as `s3://bucket/models`.
-///
-/// Credentials and settings come from the environment, under the names that each store's own tools use
-/// (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, ...).
+/// Publishes `bundle`, which lies in the folder `from`, to `repository`, such as `s3://bucket/models`; credentials and
+/// settings come from the [environment](mod@denoised::store).
 pub fn publish_to_url(bundle: &Bundle, from: &Path, repository: &str) -> Result<Published, PublishError> {
     let place = |problem: String| PublishError::Place {
         place: repository.to_owned(),
         problem,
     };
-    let url = Url::parse(repository).map_err(|e| place(e.to_string()))?;
-    let (scheme, _) = ObjectStoreScheme::parse(&url).map_err(|e| place(e.to_string()))?;
-    if !matches!(
-        scheme,
-        ObjectStoreScheme::AmazonS3
-            | ObjectStoreScheme::GoogleCloudStorage
-            | ObjectStoreScheme::MicrosoftAzure
-            | ObjectStoreScheme::Memory
-    ) {
-        return Err(place(
-            "must be a folder, or begin with s3://, gs://, az:// or file:///".to_owned(),
-        ));
-    }
-    let (store, root) = open(&url).map_err(&place)?;
+    let opened = store::parse(repository).and_then(|url| store::open(&url, PATIENCE));
+    let (store, root) = opened.map_err(|error| place(error.problem))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|e| place(e.to_string()))?;
     runtime.block_on(publish(bundle, from, store.as_ref(), &root))
-}
-
-/// The store that `url` names, and the place in it.
-pub(crate) fn open(url: &Url) -> Result<(Box<dyn ObjectStore>, Place), String> {
-    let settings = std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value));
-    object_store::parse_url_opts(url, settings).map_err(|error| {
-        if cfg!(feature = "object-store") {
-            error.to_string()
-        } else {
-            format!("{error} (cargo build -p training --features object-store)")
-        }
-    })
 }
 
 /// Publishes `bundle`, which lies in the folder `from`, to the repository at `root` of `store`.

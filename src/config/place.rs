@@ -1,0 +1,47 @@
+//! Where bundles are.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Deserializer, de};
+use url::Url;
+
+use crate::store;
+
+/// A repository of models: a folder, or a place in an object store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RepositoryPlace {
+    /// A folder.
+    Folder(PathBuf),
+    /// A place that is mirrored to a folder.
+    Store(Url),
+}
+
+impl std::fmt::Display for RepositoryPlace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Folder(folder) => folder.display().fmt(f),
+            Self::Store(url) => url.fmt(f),
+        }
+    }
+}
+
+impl From<PathBuf> for RepositoryPlace {
+    fn from(folder: PathBuf) -> Self {
+        Self::Folder(folder)
+    }
+}
+
+/// Reads what is empty where there is none.
+pub(super) fn place_or_none<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<RepositoryPlace>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    if !text.contains("://") {
+        return Ok(Some(RepositoryPlace::Folder(text.into())));
+    }
+    let url = store::parse(&text).map_err(de::Error::custom)?;
+    Ok(Some(RepositoryPlace::Store(url)))
+}
