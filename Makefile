@@ -48,9 +48,12 @@ demo: prerequisites tools ## Build the server, start it, and watch text come out
 
 .PHONY: test
 test: prerequisites tools test-tools chart-test check lint doc ## Everything that must pass: chart, licences, format, lints, docs, all tests.
-	cargo test --workspace --locked
+	cargo test --workspace --locked --features $(TESTED)
 	$(MAKE) soak DENOISED_SOAK_SECONDS=60
 	$(MAKE) test-interleavings
+
+# Features beside the default ones that are tested, everywhere the same, so that nothing is compiled twice.
+TESTED := denoised/object-store
 
 # Seconds of twice the load that the server can take.
 DENOISED_SOAK_SECONDS ?= 1200
@@ -58,7 +61,7 @@ DENOISED_SOAK_SECONDS ?= 1200
 .PHONY: soak
 soak: prerequisites ## Put a server under twice the load that it can take, for 20 minutes (DENOISED_SOAK_SECONDS), and look at what grows.
 	# Of the whole workspace, so that nothing is compiled again.
-	DENOISED_SOAK_SECONDS=$(DENOISED_SOAK_SECONDS) cargo test --locked --workspace --test service -- --ignored --nocapture soak::
+	DENOISED_SOAK_SECONDS=$(DENOISED_SOAK_SECONDS) cargo test --locked --workspace --features $(TESTED) --test service -- --ignored --nocapture soak::
 
 # How many orders of threads are tried, of each test.
 INTERLEAVINGS ?= 1000
@@ -66,7 +69,7 @@ INTERLEAVINGS ?= 1000
 .PHONY: test-interleavings
 test-interleavings: prerequisites ## Try orders of threads on engine and models (INTERLEAVINGS: how many).
 	# Of the whole workspace: with one package alone, dependencies would have other features and be compiled again.
-	DENOISED_INTERLEAVINGS=$(INTERLEAVINGS) cargo test --locked --workspace --features denoised/shuttle --lib interleavings_test
+	DENOISED_INTERLEAVINGS=$(INTERLEAVINGS) cargo test --locked --workspace --features $(TESTED),denoised/shuttle --lib interleavings_test
 
 # A python with torch and safetensors, to compare with: `make bench BENCH_PYTHON=venv/bin/python`.
 BENCH_PYTHON ?=
@@ -90,7 +93,7 @@ bench: prerequisites tools ## Measure a step, a generation and the server under 
 .PHONY: lint
 lint: prerequisites lint-proto ## Check the format and run clippy on all targets, warnings as errors.
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --workspace --all-targets --locked --features $(TESTED) -- -D warnings
 
 .PHONY: lint-proto
 lint-proto: ## Lint the protos with buf, and refuse what would break clients (skipped by name without it).
@@ -107,7 +110,7 @@ proto-image: ## Take the protos as they are for what later ones must not break; 
 
 .PHONY: doc
 doc: prerequisites ## Build the API documentation, warnings as errors.
-	RUSTDOCFLAGS="$${RUSTDOCFLAGS:-} -D warnings" cargo doc --workspace --no-deps --locked
+	RUSTDOCFLAGS="$${RUSTDOCFLAGS:-} -D warnings" cargo doc --workspace --no-deps --locked --features $(TESTED)
 
 .PHONY: chart-test
 chart-test: ## Lint, render and validate the Helm chart (skipped by name where a tool is missing).
@@ -119,7 +122,7 @@ check: prerequisites ## Check licences and sources of all dependencies (skipped 
 		echo "make check: SKIPPED: cargo-deny is missing (make test-tools, or cargo install --locked cargo-deny)" >&2
 		exit 0
 	fi
-	cargo deny --locked --workspace check bans licenses sources
+	cargo deny --locked --workspace --features object-store check bans licenses sources
 
 .PHONY: tools
 tools: $(if $(filter $(ORT_LINK),$(ORT_DYLIB_PATH)),$(ORT_LIBRARY)) ## Fetch ONNX Runtime into .tools (skipped when ORT_DYLIB_PATH is set).
@@ -183,7 +186,7 @@ test-tools: ## Install what some tests need (grpcurl, helm, ...) into .tools; wh
 .PHONY: test-go
 test-go: prerequisites tools ## Make a client for Go from the protos and have it talk to the server (fetches 250 MB; Debian).
 	@tests/tools/install.sh "$(TOOLS)" go
-	DENOISED_TEST_GO=1 cargo test --workspace --locked --test service other_languages
+	DENOISED_TEST_GO=1 cargo test --workspace --locked --features $(TESTED) --test service other_languages
 
 .PHONY: train-demo
 train-demo: prerequisites ## Train the demo model again, from the text to the bundle (an hour or two on two cores; run again, it goes on).
