@@ -375,15 +375,31 @@ pub fn runtime() -> Result<&'static Environment, NetworkError> {
         .get_or_init(|| {
             let path = library_path()?;
             let help = "run `make tools`, or set ORT_DYLIB_PATH to an ONNX Runtime 1.31 library";
-            ort::init_from(&path)
+            let environment = ort::init_from(&path)
                 .map_err(|e| format!("{}: {}; {help}", path.display(), first_line(&e.to_string())))?
                 .with_name("denoised")
-                .with_telemetry(false)
+                .with_telemetry(false);
+            // Its own way is to write to standard error and to wait for it, with all passes waiting for the one that does.
+            #[cfg(feature = "serve")]
+            let environment = environment.with_logger(std::sync::Arc::new(log));
+            environment
                 .build()
                 .map_err(|e| format!("{}: {}; {help}", path.display(), first_line(&e.to_string())))
         })
         .as_ref()
         .map_err(|message| NetworkError::Runtime(message.clone()))
+}
+
+/// What ONNX Runtime has to say, in the process's log.
+#[cfg(feature = "serve")]
+fn log(level: ort::logging::LogLevel, _category: &str, _id: &str, location: &str, message: &str) {
+    use ort::logging::LogLevel;
+    match level {
+        LogLevel::Verbose => tracing::trace!(target: "onnxruntime", location, "{message}"),
+        LogLevel::Info => tracing::debug!(target: "onnxruntime", location, "{message}"),
+        LogLevel::Warning => tracing::warn!(target: "onnxruntime", location, "{message}"),
+        LogLevel::Error | LogLevel::Fatal => tracing::error!(target: "onnxruntime", location, "{message}"),
+    }
 }
 
 fn first_line(text: &str) -> &str {
