@@ -30,6 +30,8 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// The log.
     pub log: LogConfig,
+    /// Spans for a collector.
+    pub traces: TracesConfig,
 }
 
 /// The socket and what it accepts.
@@ -261,6 +263,44 @@ impl Default for LogConfig {
     }
 }
 
+/// Spans for a collector.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TracesConfig {
+    /// URL of a collector that takes OTLP over gRPC; empty for none.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub endpoint: Option<String>,
+    /// Share of the calls that are told of whose callers do not say, from 0 to 1.
+    pub share: f64,
+}
+
+impl Default for TracesConfig {
+    fn default() -> Self {
+        Self {
+            endpoint: None,
+            share: 1.0,
+        }
+    }
+}
+
+impl TracesConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        let endpoint = self.endpoint.as_deref().unwrap_or("http://");
+        let (key, value, wanted) = if !(endpoint.starts_with("http://") || endpoint.starts_with("https://")) {
+            (
+                "traces.endpoint",
+                endpoint.to_owned(),
+                "empty, or begin with http:// or https://",
+            )
+        } else if !(0.0..=1.0).contains(&self.share) {
+            ("traces.share", self.share.to_string(), "0 to 1")
+        } else {
+            return Ok(());
+        };
+        Err(ConfigError::Range { key, value, wanted })
+    }
+}
+
 /// How a line is logged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -402,6 +442,7 @@ impl Config {
             });
         }
         self.models.check()?;
+        self.traces.check()?;
         let server = &self.server;
         let has_certificate = server.tls_certificate.is_some();
         for (key, value, is_needed, is_wrong) in [

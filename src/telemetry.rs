@@ -1,4 +1,4 @@
-//! Logging to standard error.
+//! Logging to standard error, and spans for a collector.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::IsTerminal;
@@ -10,6 +10,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
 
 use crate::config::{LogConfig, LogFormat};
+
+pub mod traces;
 
 /// Lines that may wait for standard error to take them; those beyond are dropped.
 const WAITING_LINES: usize = 4096;

@@ -12,7 +12,7 @@ struct Part {
 
 const ASYNC_AND_WIRE: [&str; 5] = ["tokio::", "tonic::", "tonic_health::", "prost::", "hyper::"];
 
-const ROOT: [Part; 14] = [
+const ROOT: [Part; 15] = [
     Part {
         folder: "diffusion",
         may_use: &[],
@@ -93,6 +93,11 @@ const ROOT: [Part; 14] = [
     },
     Part {
         folder: "telemetry.rs",
+        may_use: &["config"],
+        never: &ASYNC_AND_WIRE,
+    },
+    Part {
+        folder: "telemetry",
         may_use: &["config"],
         never: &ASYNC_AND_WIRE,
     },

@@ -43,3 +43,4 @@ mod strangers;
 mod support;
 mod tls;
 mod tokens;
+mod traces;

@@ -48,6 +48,8 @@ impl Serve {
         allocator::give_large_blocks_back();
         let log = telemetry::init(&config.log)
             .map_err(|e| Failed::usage(format!("log.filter {:?}: {e}", config.log.filter)))?;
+        let traces = telemetry::traces::init(&config.traces)
+            .map_err(|e| Failed::usage(format!("traces.endpoint: {e}")))?;
         // Before the socket is bound: whoever sees the port may send the signal.
         let shutdown = shutdown_signal().map_err(Failed::software)?;
         let server = Server::bind(&config).await?;
@@ -58,6 +60,8 @@ impl Serve {
             .and_then(|()| out.flush())
             .map_err(Failed::software)?;
         server.run(shutdown).await;
+        // A thread's work that waits for a collector; should it be gone the spans are, too.
+        let _ended = tokio::task::spawn_blocking(|| traces.end()).await.is_ok();
         match log.dropped_lines() {
             0 => tracing::info!("bye"),
             lines => tracing::warn!(

@@ -71,6 +71,8 @@ fn mistakes_are_named() {
         ),
         ("[models]\ncache = \"/tmp/cache\"", "models.cache is /tmp/cache"),
         ("[models]\ncache_megabytes = 0", "models.cache_megabytes"),
+        ("[traces]\nendpoint = \"collector:4317\"", "traces.endpoint"),
+        ("[traces]\nshare = 1.5", "traces.share"),
         (
             "[models]\nrepository = \"ftp://host/models\"",
             "s3://, gs://, az://",

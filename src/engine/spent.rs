@@ -1,8 +1,9 @@
 //! What a request has taken so far, for whoever logs it.
 
-use std::time::Duration;
-
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::sync::Mutex;
 
 /// What a request has taken so far, over all its canvases or parts of texts.
 #[derive(Debug, Default)]
@@ -12,6 +13,8 @@ pub struct Spent {
     evaluations: AtomicU64,
     queue: AtomicU64,
     network: AtomicU64,
+    /// When the first evaluation was committed, the second, the fourth and so on.
+    marks: Mutex<Vec<(u64, Instant)>>,
 }
 
 impl Spent {
@@ -40,6 +43,11 @@ impl Spent {
         self.mean(&self.network)
     }
 
+    /// When so many evaluations had been committed: the first, the second, the fourth and so on.
+    pub fn marks(&self) -> Vec<(u64, Instant)> {
+        self.marks.lock().clone()
+    }
+
     fn mean(&self, nanoseconds: &AtomicU64) -> Duration {
         Duration::from_nanos(nanoseconds.load(Ordering::Acquire) / u64::from(self.canvases().max(1)))
     }
@@ -53,7 +61,11 @@ impl Spent {
     }
 
     pub(super) fn count_evaluations(&self, evaluations: u64) {
-        self.evaluations.fetch_add(evaluations, Ordering::AcqRel);
+        let before = self.evaluations.fetch_add(evaluations, Ordering::AcqRel);
+        let after = before + evaluations;
+        if before.checked_ilog2() != after.checked_ilog2() {
+            self.marks.lock().push((after, Instant::now()));
+        }
     }
 
     /// A pass that a canvas waited for and took part in.

@@ -135,7 +135,9 @@ impl Metrics {
     /// A call that begins now, with its request.
     pub(super) fn call(self: &Arc<Self>, request: &mut axum::extract::Request) -> Call {
         let path = request.uri().path().to_owned();
-        let access = Access::begin(&path, request.extensions_mut());
+        let headers = std::mem::take(request.headers_mut());
+        let access = Access::begin(&path, &headers, request.extensions_mut());
+        *request.headers_mut() = headers;
         let method = path.rsplit_once('/').map_or("", |(_, method)| method);
         Call {
             metrics: Arc::clone(self),
@@ -185,7 +187,7 @@ impl Drop for Call {
             std::mem::take(&mut self.method)
         };
         let total = self.arrived.elapsed();
-        self.access.log(name(code), total);
+        self.access.log(code, name(code), total);
         let seconds = total.as_secs_f64();
         let labels = Method {
             method: method.clone(),

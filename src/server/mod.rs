@@ -25,6 +25,7 @@ mod resume;
 pub mod sampler;
 mod scoring;
 mod server_service;
+mod span;
 mod status;
 mod stream;
 mod template;

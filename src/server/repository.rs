@@ -142,10 +142,8 @@ impl Repository {
         });
         let pins = pins(&config.models.pin)?;
         let place = config.models.repository.as_ref();
-        let unusable = |error: &dyn std::fmt::Display| {
-            let place = place.map(ToString::to_string).unwrap_or_default();
-            StartError::Models(format!("models.repository {place}: {error}"))
-        };
+        let unusable =
+            |error: &dyn std::fmt::Display| StartError::Models(format!("models.repository: {error}"));
         let (root, mirror) = match (place, &config.models.cache) {
             (Some(RepositoryPlace::Folder(folder)), _) => (Some(folder.clone()), None),
             (Some(RepositoryPlace::Store(url)), Some(cache)) => {
