@@ -5,8 +5,8 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
@@ -39,6 +39,8 @@ struct Outcomes {
     bad: AtomicU64,
     left: AtomicU64,
     hung: AtomicU64,
+    /// When answers were whole, and how long they took.
+    took: Mutex<Vec<(Instant, Duration)>>,
 }
 
 fn count(counter: &AtomicU64) -> u64 {
@@ -100,6 +102,7 @@ async fn read(
     pause: Duration,
     outcomes: &Outcomes,
 ) {
+    let asked = Instant::now();
     let wanted = request
         .sampling
         .as_ref()
@@ -129,6 +132,13 @@ async fn read(
         }
     }
     assert_eq!(Some(results), wanted, "all canvases of what was accepted");
+    if pause.is_zero() {
+        outcomes
+            .took
+            .lock()
+            .unwrap()
+            .push((Instant::now(), asked.elapsed()));
+    }
     outcomes.whole.fetch_add(1, Ordering::AcqRel);
 }
 
@@ -366,10 +376,26 @@ async fn load_that_does_not_end_leaves_nothing_behind() {
     .map(count);
     let mut told = format!(
         "{whole} answered, {refused} refused, {bad} nonsense, {left} left, {hung} hung; {versions} versions\n\
-         seconds  megabytes  files  threads\n"
+         seconds  megabytes  files  threads  median answer, s\n"
     );
-    for [at, megabytes, files, threads] in looks.iter().step_by(looks.len().div_ceil(20)) {
-        writeln!(told, "{at:7.0}  {megabytes:9.1}  {files:5.0}  {threads:7.0}").unwrap();
+    let took = std::mem::take(&mut *outcomes.took.lock().unwrap());
+    for looks in looks.chunks(looks.len().div_ceil(20)) {
+        let ([from, ..], [at, megabytes, files, threads]) = (looks[0], looks[looks.len() - 1]);
+        let meanwhile = |(when, _): &&(Instant, Duration)| {
+            (from..=at).contains(&when.duration_since(begun).as_secs_f64())
+        };
+        let mut seconds: Vec<f64> = took
+            .iter()
+            .filter(meanwhile)
+            .map(|(_, took)| took.as_secs_f64())
+            .collect();
+        seconds.sort_by(f64::total_cmp);
+        let median = seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN);
+        writeln!(
+            told,
+            "{at:7.0}  {megabytes:9.1}  {files:5.0}  {threads:7.0}  {median:16.2}"
+        )
+        .unwrap();
     }
     eprintln!("{told}");
     assert!(

@@ -48,7 +48,9 @@ fn a_device_that_the_binary_cannot_use_is_one_line() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_signal_ends_a_server_that_drains() {
     let mut command = denoised();
-    command.env("DENOISED__SERVER__DRAIN_GRACE_SECONDS", "600");
+    command
+        .env("DENOISED__SERVER__DRAIN_GRACE_SECONDS", "600")
+        .env("DENOISED__SERVER__MODEL_CONTROL", "true");
     let server = Serving::start_with(&mut command);
     let url = format!("http://{}", server.address);
     let mut asking = denoised()
@@ -79,10 +81,48 @@ async fn a_second_signal_ends_a_server_that_drains() {
     .await;
     server.terminate();
     until(&|status, _| status == 503, "/readyz").await;
+    let load = denoised()
+        .args(["load", "world-english", "--server", &url])
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&load.stderr).into_owned();
+    assert_eq!(load.status.code(), Some(69), "{error}");
+    assert!(error.contains("shutting down"), "{error}");
     // It would go on for as long as the request takes, which is many minutes.
     let (code, _) = server.stop();
     assert_eq!(code, Some(130));
     assert!(!asking.wait().unwrap().success());
+}
+
+/// A store that is a folder, so that nothing but the cache is in the way.
+#[test]
+fn a_cache_that_cannot_be_used_is_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, file) = (folder.path().join("store"), folder.path().join("file"));
+    std::fs::create_dir(&store).unwrap();
+    std::fs::write(&file, "no folder").unwrap();
+    for (cache, says) in [
+        (file.clone(), "file"),
+        (file.join("below"), "below"),
+        ("/proc/denoised".into(), "/proc/denoised"),
+    ] {
+        let output = denoised()
+            .args(["serve", "--listen", "127.0.0.1:0"])
+            .env(
+                "DENOISED__MODELS__REPOSITORY",
+                format!("file://{}", store.display()),
+            )
+            .env("DENOISED__MODELS__CACHE", cache)
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(64), "{error}");
+        assert!(
+            error.contains("models.repository: ") && error.contains(says),
+            "{error}"
+        );
+        assert_eq!(error.trim().lines().count(), 1, "{error}");
+    }
 }
 
 /// Hundredths of a second that processors have worked for a server, and for the system on its behalf (proc(5)).

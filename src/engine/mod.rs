@@ -596,6 +596,11 @@ impl Engine {
         self.shared.draining.store(true, Ordering::Release);
     }
 
+    /// Whether admission has been stopped.
+    pub fn is_draining(&self) -> bool {
+        self.shared.draining.load(Ordering::Acquire)
+    }
+
     /// Whether no canvas waits or runs.
     pub fn is_idle(&self) -> bool {
         self.shared.admission.is_idle()

@@ -10,6 +10,7 @@ use super::following::Wish;
 use super::repository::ControlError;
 use super::{Service, sampler, status};
 use crate::diffusion::{GraphKind, Schedule};
+use crate::engine::AdmitError;
 use crate::models::{ModelState, Models, ServedModel};
 use crate::proto::v1;
 use crate::proto::v1::model_service_server::ModelService;
@@ -85,9 +86,12 @@ impl Service {
         if !principal.may_use(&name) {
             return Err(ControlError::Unknown(name).into());
         }
-        Ok(control
-            .order(wish, name, (version > 0).then_some(version))
-            .await?)
+        let ordered = control.order(wish, name, (version > 0).then_some(version)).await;
+        // Who carries orders out goes first.
+        if self.engine.is_draining() && matches!(ordered, Err(ControlError::NoRepository)) {
+            return Err(AdmitError::Draining.into());
+        }
+        Ok(ordered?)
     }
 
     /// Waits until a model is loaded; whoever does not want to wait any more ends the call.

@@ -525,3 +525,7 @@ fn is_version(folder: &Path) -> bool {
 fn written(bundle: &Path) -> Option<SystemTime> {
     bundle.join(MANIFEST).metadata().and_then(|m| m.modified()).ok()
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests;
