@@ -24,8 +24,12 @@ impl Serving {
     }
 
     pub fn start_with(command: &mut Command) -> Self {
+        Self::start_at(command, "127.0.0.1:0")
+    }
+
+    pub fn start_at(command: &mut Command, address: &str) -> Self {
         let mut child = command
-            .args(["serve", "--listen", "127.0.0.1:0"])
+            .args(["serve", "--listen", address])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

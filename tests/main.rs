@@ -35,6 +35,7 @@ mod plain_http;
 mod readme;
 mod repository;
 mod resume;
+mod rolling;
 mod samplers;
 mod scores;
 mod soak;

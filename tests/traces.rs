@@ -1,7 +1,6 @@
 //! Spans arrive at a collector that nobody here wrote: rotel (`make test-tools`); without it this is said loudly to be
 //! skipped.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -12,14 +11,11 @@ use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use tonic::{Code, Request};
 
 use crate::binary::{Serving, denoised};
+use crate::rolling::{free_address, packaged};
 use crate::support::prompt;
 
 fn rotel() -> Option<PathBuf> {
-    let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join(".tools/python/lib");
-    let versions = std::fs::read_dir(libraries).into_iter().flatten().flatten();
-    let found = versions
-        .map(|version| version.path().join("site-packages/rotel/rotel-agent"))
-        .find(|agent| agent.exists());
+    let found = packaged("rotel/rotel-agent");
     if found.is_none() {
         eprintln!("SKIPPED: rotel is not installed (make test-tools): no collector was told of spans");
     }
@@ -31,11 +27,6 @@ struct Collector {
     child: Child,
     address: String,
     lines: mpsc::Receiver<String>,
-}
-
-fn free_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().to_string()
 }
 
 impl Collector {
