@@ -3,6 +3,7 @@
 //! `deploy/denoised.example.toml` documents every key; a test keeps it complete and true.
 
 mod place;
+mod who;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use crate::network::onnx::Device;
 use place::place_or_none;
 
 pub use place::RepositoryPlace;
+pub use who::Who;
 
 /// Everything that can be set.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -42,12 +44,12 @@ pub struct ServerConfig {
     pub listen: SocketAddr,
     /// Seconds that running requests get to finish after a shutdown signal.
     pub drain_grace_seconds: u64,
-    /// Whether clients may ask for the proto files.
-    pub reflection: bool,
-    /// Whether models may be loaded and unloaded by calls; by those of admins, where there are tokens.
-    pub model_control: bool,
-    /// Whether `/metrics` tells numbers for Prometheus.
-    pub metrics: bool,
+    /// Who may ask for the proto files.
+    pub reflection: Who,
+    /// Who may load and unload models.
+    pub model_control: Who,
+    /// Who may ask `/metrics` for numbers for Prometheus.
+    pub metrics: Who,
     /// The server's certificate and those between it and its authority, in PEM; empty for no TLS.
     #[serde(deserialize_with = "empty_is_none")]
     pub tls_certificate: Option<PathBuf>,
@@ -79,9 +81,9 @@ impl Default for ServerConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
             drain_grace_seconds: 20,
-            reflection: true,
-            model_control: false,
-            metrics: true,
+            reflection: Who::Callers,
+            model_control: Who::Nobody,
+            metrics: Who::Admins,
             tls_certificate: None,
             tls_key: None,
             tls_client_ca: None,
@@ -439,6 +441,13 @@ impl Config {
                 key: "engine.devices",
                 value: format!("a list of {}", self.engine.devices.len()),
                 wanted: "a list of 1 to 64",
+            });
+        }
+        if self.server.model_control == Who::Everybody {
+            return Err(ConfigError::Range {
+                key: "server.model_control",
+                value: "everybody".to_owned(),
+                wanted: "nobody, admins or callers",
             });
         }
         self.models.check()?;

@@ -433,7 +433,7 @@ fn median(times: &[Duration]) -> Option<Duration> {
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_are_almost_right_are_answered_and_harm_nobody() {
     let mut command = denoised();
-    command.env("DENOISED__SERVER__MODEL_CONTROL", "true");
+    command.env("DENOISED__SERVER__MODEL_CONTROL", "callers");
     // What would take long is refused: all that is accepted has to be answered soon.
     command.env("DENOISED__ENGINE__MAX_QUEUE_SECONDS", "10");
     command.env("DENOISED__LOG__FILTER", "warn");

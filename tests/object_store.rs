@@ -159,7 +159,7 @@ async fn what_is_published_to_a_bucket_is_served_and_no_request_fails() {
             .env("DENOISED__MODELS__CACHE", &cache)
             .env("DENOISED__MODELS__DEFAULT", "live")
             .env("DENOISED__MODELS__POLL_SECONDS", "1")
-            .env("DENOISED__SERVER__MODEL_CONTROL", "true");
+            .env("DENOISED__SERVER__MODEL_CONTROL", "admins");
         Serving::start_with(&mut command)
     };
     let server = serve(&store);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use denoised::config::Who;
 use denoised::diffusion::{Graph, GraphKind};
 use denoised::network::closed_form::ClosedForm;
 use denoised::network::{Batch, NetworkError, ScoreNetwork, ScoreRows};
@@ -226,7 +227,7 @@ async fn health_is_told_without_grpc() {
     server.stop().await;
 
     let mut off = config();
-    off.server.metrics = false;
+    off.server.metrics = Who::Nobody;
     let server = TestServer::with_network(&off, closed_form()).await;
     let (status, _, body) = get(&server.url, "/metrics").await;
     assert_eq!(status, 404);

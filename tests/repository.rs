@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use denoised::config::Who;
 use denoised::proto::v1::event::Event;
 use denoised::proto::v1::{
     GenerateRequest, GetModelRequest, ListModelsRequest, LoadModelRequest, ModelReference, ModelState,
@@ -213,7 +214,7 @@ async fn models_are_loaded_and_unloaded_by_order() {
     config.models.repository = Some(root.to_owned().into());
     config.models.default = Some("other".to_owned());
     config.models.poll_seconds = 0;
-    config.server.model_control = true;
+    config.server.model_control = Who::Admins;
     let server = TestServer::demo_with(&config).await;
     let load = async |name: &str, version| {
         let asked = LoadModelRequest {

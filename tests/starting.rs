@@ -50,7 +50,7 @@ async fn a_second_signal_ends_a_server_that_drains() {
     let mut command = denoised();
     command
         .env("DENOISED__SERVER__DRAIN_GRACE_SECONDS", "600")
-        .env("DENOISED__SERVER__MODEL_CONTROL", "true");
+        .env("DENOISED__SERVER__MODEL_CONTROL", "admins");
     let server = Serving::start_with(&mut command);
     let url = format!("http://{}", server.address);
     let mut asking = denoised()
@@ -143,9 +143,9 @@ fn ticks(server: &Serving) -> u64 {
 fn a_server_that_has_nothing_to_do_does_nothing() {
     let folder = tempfile::tempdir().unwrap();
     for (repository, control) in [
-        ("", "false"),
-        ("", "true"),
-        (folder.path().to_str().unwrap(), "false"),
+        ("", "nobody"),
+        ("", "admins"),
+        (folder.path().to_str().unwrap(), "nobody"),
     ] {
         let mut command = denoised();
         command

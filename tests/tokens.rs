@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use denoised::bundle::Manifest;
 use denoised::client::{Bearer, Client, Event, Request};
+use denoised::config::{Config, Who};
 use denoised::models::{Models, ServedModel};
 use denoised::proto::DESCRIPTORS;
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
@@ -50,7 +51,11 @@ fn showing(channel: &Channel, token: &str) -> Showing {
 
 /// Two models, of which the first is the default, for those whose tokens are in `file`.
 async fn serve(file: &Path) -> TestServer {
-    let mut config = config();
+    serve_with(config(), file).await
+}
+
+/// The same with other settings.
+async fn serve_with(mut config: Config, file: &Path) -> TestServer {
     config.server.tokens = Some(file.to_owned());
     let mut models = Models::default();
     for name in ["everybodys", "secret"] {
@@ -61,6 +66,54 @@ async fn serve(file: &Path) -> TestServer {
         models.insert(ServedModel::without_bundle(manifest, 1, closed_form()));
     }
     TestServer::run(Server::with_models(&config, models).await.unwrap()).await
+}
+
+/// What is no request has rules of its own, each from nobody to everybody.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_ask_for_what_is_said_one_by_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens.toml");
+    let (own, admin) = (token(&file, "own", ""), token(&file, "admin", "admin = true"));
+    let reflection = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    let load = "/denoised.v1.ModelService/LoadModel";
+    for (who, passes) in [
+        (Who::Nobody, [false, false, false]),
+        (Who::Admins, [false, false, true]),
+        (Who::Callers, [false, true, true]),
+        (Who::Everybody, [true, true, true]),
+    ] {
+        let mut config = config();
+        config.server.metrics = who;
+        config.server.reflection = who;
+        if who != Who::Everybody {
+            config.server.model_control = who;
+        }
+        let server = serve_with(config, &file).await;
+        let asks = [None, Some(&own), Some(&admin)];
+        for (token, passes) in asks.into_iter().zip(passes) {
+            let header = token.map_or(String::new(), |token| {
+                format!("authorization: Bearer {token}\r\n")
+            });
+            let (status, _, _) = ask(
+                &server.url,
+                &format!("GET /metrics HTTP/1.1\r\nhost: here\r\n{header}\r\n"),
+            )
+            .await;
+            assert_eq!(status == 200, passes, "{who:?}: {status} for {token:?}");
+            let bearer = token.map_or(Bearer::default(), |token| Bearer::new(token).unwrap());
+            for path in [reflection, load] {
+                let service = InterceptedService::new(server.channel.clone(), bearer.clone());
+                let told = call(service, path).await;
+                let refused = told.is_err_and(|status| {
+                    [Code::Unauthenticated, Code::PermissionDenied, Code::Unimplemented]
+                        .contains(&status.code())
+                });
+                let passes = passes && !(who == Who::Everybody && path == load);
+                assert_eq!(!refused, passes, "{who:?}: {path} for {token:?}");
+            }
+        }
+        server.stop().await;
+    }
 }
 
 /// Calls `path` without a word of a request.

@@ -71,6 +71,11 @@ fn mistakes_are_named() {
         ),
         ("[models]\ncache = \"/tmp/cache\"", "models.cache is /tmp/cache"),
         ("[models]\ncache_megabytes = 0", "models.cache_megabytes"),
+        ("[server]\nmetrics = \"some\"", "admins"),
+        (
+            "[server]\nmodel_control = \"everybody\"",
+            "nobody, admins or callers",
+        ),
         ("[traces]\nendpoint = \"collector:4317\"", "traces.endpoint"),
         ("[traces]\nshare = 1.5", "traces.share"),
         (

@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use super::caller::Principal;
 use super::status;
 use super::tokens::{Tokens, Unknown};
+use crate::config::{ServerConfig, Who};
 
 /// What a path asks of whoever comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,15 +22,38 @@ enum Needs {
     Admin,
 }
 
-impl Needs {
-    fn of(path: &str) -> Self {
-        match path {
-            "/healthz" | "/readyz" => Self::Nothing,
-            "/metrics" | "/denoised.v1.ModelService/LoadModel" | "/denoised.v1.ModelService/UnloadModel" => {
-                Self::Admin
-            }
-            _ if path.starts_with("/grpc.health.v1.Health/") => Self::Nothing,
-            _ => Self::Token,
+/// Who may ask for what is no request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    pub(super) metrics: Who,
+    reflection: Who,
+    control: Who,
+}
+
+impl Rules {
+    /// As configured.
+    pub(super) fn of(config: &ServerConfig) -> Self {
+        Self {
+            metrics: config.metrics,
+            reflection: config.reflection,
+            control: config.model_control,
+        }
+    }
+
+    fn needs(self, path: &str) -> Needs {
+        let who = match path {
+            "/healthz" | "/readyz" => Who::Everybody,
+            "/metrics" => self.metrics,
+            "/denoised.v1.ModelService/LoadModel" | "/denoised.v1.ModelService/UnloadModel" => self.control,
+            _ if path.starts_with("/grpc.health.v1.Health/") => Who::Everybody,
+            _ if path.starts_with("/grpc.reflection.") => self.reflection,
+            _ => Who::Callers,
+        };
+        match who {
+            Who::Everybody => Needs::Nothing,
+            Who::Callers => Needs::Token,
+            // That it is off is nobody else's to know.
+            Who::Admins | Who::Nobody => Needs::Admin,
         }
     }
 }
@@ -52,8 +76,8 @@ pub(super) async fn identify(
 }
 
 /// Turns away who lacks what the path needs.
-pub(super) async fn require(request: Request, next: Next) -> Response {
-    let needs = Needs::of(request.uri().path());
+pub(super) async fn require(State(rules): State<Rules>, request: Request, next: Next) -> Response {
+    let needs = rules.needs(request.uri().path());
     let speaks_grpc = request
         .headers()
         .get(header::CONTENT_TYPE)

@@ -11,9 +11,10 @@ use axum::routing::get;
 use tokio::sync::watch;
 use tonic::service::Routes;
 
-use super::authentication;
+use super::authentication::{self, Rules};
 use super::metrics::{Format, Metrics};
 use super::tokens::Tokens;
+use crate::config::Who;
 
 /// What is served over plain HTTP.
 #[derive(Clone, Debug)]
@@ -22,8 +23,8 @@ pub(super) struct Plain {
     pub(super) ready: watch::Receiver<bool>,
     /// Numbers of the server.
     pub(super) metrics: Arc<Metrics>,
-    /// Whether the numbers are told.
-    pub(super) tells_metrics: bool,
+    /// Who may ask for what.
+    pub(super) rules: Rules,
     /// Tokens of those who may ask, where not everybody may.
     pub(super) tokens: Option<Tokens>,
 }
@@ -39,7 +40,10 @@ impl Plain {
         let counted = middleware::from_fn_with_state(Arc::clone(&self.metrics), count);
         let grpc = routes
             .into_axum_router()
-            .layer(middleware::from_fn(authentication::require))
+            .layer(middleware::from_fn_with_state(
+                self.rules,
+                authentication::require,
+            ))
             .layer(counted);
         self.routes(grpc)
     }
@@ -49,7 +53,10 @@ impl Plain {
             .route("/healthz", get(|| async { "the server runs\n" }))
             .route("/readyz", get(readiness))
             .route("/metrics", get(metrics))
-            .layer(middleware::from_fn(authentication::require))
+            .layer(middleware::from_fn_with_state(
+                self.rules,
+                authentication::require,
+            ))
             .with_state(self.clone());
         let identify = middleware::from_fn_with_state(self.tokens, authentication::identify);
         router.merge(plain).layer(identify).with_state(())
@@ -66,7 +73,7 @@ async fn readiness(State(plain): State<Plain>) -> Response {
 }
 
 async fn metrics(State(plain): State<Plain>, headers: HeaderMap) -> Response {
-    if !plain.tells_metrics {
+    if plain.rules.metrics == Who::Nobody {
         return (StatusCode::NOT_FOUND, "metrics are off (server.metrics)\n").into_response();
     }
     let format = Format::asked(&headers);

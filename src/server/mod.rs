@@ -50,7 +50,7 @@ use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::config::{Config, LimitsConfig};
+use crate::config::{Config, LimitsConfig, Who};
 use crate::engine::{Engine, EngineOptions};
 use crate::models::{Catalogue, ModelState, Models, ServedModel};
 use crate::network::NetworkError;
@@ -273,7 +273,7 @@ impl Server {
             unread: Duration::from_secs(config.server.unread_seconds),
             told: Arc::new(server_service::server(config)),
             ready: Arc::new(watch::channel(true).0),
-            control: config.server.model_control.then_some(control),
+            control: (config.server.model_control != Who::Nobody).then_some(control),
         };
         Ok(Self {
             listener,
@@ -335,7 +335,7 @@ impl Server {
         let plain = http::Plain {
             ready: service.ready.subscribe(),
             metrics: Arc::new(metrics::Metrics::new(&service.engine, &service.models)),
-            tells_metrics: self.config.server.metrics,
+            rules: authentication::Rules::of(&self.config.server),
             tokens: self.tokens.clone(),
         };
         let routes = connections::ByProtocol {
@@ -408,7 +408,7 @@ impl Server {
             ServerServiceServer::new(self.service.clone())
                 .max_decoding_message_size(server.max_message_bytes),
         );
-        if server.reflection {
+        if server.reflection != Who::Nobody {
             let builder = || {
                 tonic_reflection::server::Builder::configure()
                     .register_encoded_file_descriptor_set(DESCRIPTORS)
