@@ -403,7 +403,13 @@ async fn call(channel: &Channel, method: &'static str, message: Vec<u8>) -> Resu
 async fn connect(url: &str, host: u8) -> Channel {
     let address = IpAddr::V4(Ipv4Addr::new(127, 0, 0, host));
     let endpoint = Channel::from_shared(url.to_owned()).unwrap();
-    endpoint.local_address(Some(address)).connect().await.unwrap()
+    let endpoint = endpoint.local_address(Some(address));
+    let endpoint = if url.starts_with("https://") {
+        endpoint.tls_config(crate::tls::trusting()).unwrap()
+    } else {
+        endpoint
+    };
+    endpoint.connect().await.unwrap()
 }
 
 /// Times of calls, one after the other until `is_over`, each of which gets `tokens`.
@@ -432,13 +438,28 @@ fn median(times: &[Duration]) -> Option<Duration> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_are_almost_right_are_answered_and_harm_nobody() {
+    answers_and_harms_nobody(denoised(), "http", mutations()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nor_do_they_over_tls() {
     let mut command = denoised();
+    command
+        .env(
+            "DENOISED__SERVER__TLS_CERTIFICATE",
+            crate::tls::fixture("first.pem"),
+        )
+        .env("DENOISED__SERVER__TLS_KEY", crate::tls::fixture("first.key"));
+    answers_and_harms_nobody(command, "https", mutations() / 3).await;
+}
+
+async fn answers_and_harms_nobody(mut command: std::process::Command, scheme: &str, mutations: u64) {
     command.env("DENOISED__SERVER__MODEL_CONTROL", "callers");
     // What would take long is refused: all that is accepted has to be answered soon.
     command.env("DENOISED__ENGINE__MAX_QUEUE_SECONDS", "10");
     command.env("DENOISED__LOG__FILTER", "warn");
     let server = Serving::start_with(&mut command);
-    let url = format!("http://{}", server.address);
+    let url = format!("{scheme}://{}", server.address);
     let right = right_ones(&connect(&url, 2).await).await;
     let described = FileDescriptorSet::decode(DESCRIPTORS).unwrap();
     for file in &described.file {
@@ -470,7 +491,7 @@ async fn requests_that_are_almost_right_are_answered_and_harm_nobody() {
     });
 
     let hostile = connect(&url, 4).await;
-    let answers = futures_util::stream::iter(0..mutations())
+    let answers = futures_util::stream::iter(0..mutations)
         .map(|index| {
             let mut random = SmallRng::seed_from_u64(index);
             let (method, message) = &right[random.random_range(0..right.len())];

@@ -111,7 +111,7 @@ fn request(seed: u64) -> GenerateRequest {
         prompt_as: Some(prompt("In the beginning")),
         length: Some(96),
         sampling: Some(Sampling {
-            steps: Some(96),
+            steps: Some(48),
             seed: Some(seed),
             ..Sampling::default()
         }),
@@ -227,7 +227,7 @@ async fn no_call_is_lost_while_servers_are_restarted_one_by_one() {
     }
     for (server, address) in servers.iter_mut().zip(&addresses) {
         let before = counts.resuming.load(Ordering::Acquire);
-        while counts.resuming.load(Ordering::Acquire) < before + 6 {
+        while counts.resuming.load(Ordering::Acquire) < before + 4 {
             tokio::time::sleep(Duration::from_millis(10)).await;
             assert!(
                 callers.iter().all(|caller| !caller.is_finished()),
@@ -249,5 +249,5 @@ async fn no_call_is_lost_while_servers_are_restarted_one_by_one() {
     eprintln!(
         "{resuming} with resuming; without {plain} whole, {refused} refused, {cut} cut off with a state"
     );
-    assert!(resuming > 18 && plain > 0 && cut > 0);
+    assert!(resuming > 12 && plain > 0 && cut > 0);
 }
