@@ -12,7 +12,8 @@ use crate::{quartiles, show};
 /// Rows of one turn.
 const ROWS: usize = 64;
 
-/// Times rows of peaked scores, as networks give them; microseconds a row.
+/// Times rows of peaked scores, as networks give them in the end, and of flat ones, as they do at first; microseconds a
+/// row.
 pub(crate) fn run(turns: usize) -> Value {
     println!("\na row, microseconds");
     let plain = TokenChoice::default();
@@ -23,16 +24,23 @@ pub(crate) fn run(turns: usize) -> Value {
     };
     let mut numbers = Vec::new();
     for states in [6_656, 50_258] {
-        for (what, choice, of) in [
-            ("temperature 1", plain, Uncertainty::None),
-            ("temperature 0.85, top-p 0.95", top_p, Uncertainty::None),
-            ("confidence", plain, Uncertainty::NegLogProb),
-            ("entropy-bounded", plain, Uncertainty::Entropy),
+        for (what, width, choice, of) in [
+            ("temperature 1", 6.0, plain, Uncertainty::None),
+            ("temperature 0.85, top-p 0.95", 6.0, top_p, Uncertainty::None),
+            (
+                "flat, temperature 0.85, top-p 0.95",
+                1.5,
+                top_p,
+                Uncertainty::None,
+            ),
+            ("confidence", 6.0, plain, Uncertainty::NegLogProb),
+            ("entropy-bounded", 6.0, plain, Uncertainty::Entropy),
         ] {
             let mut random = Draws::new(1, 0);
             let rows: Vec<Vec<f32>> = (0..ROWS)
                 .map(|row| {
-                    let score = |y| 6.0 * (-2.0 * (1.0 - random.at(row as u32, y).leave).ln()).sqrt() as f32;
+                    let score =
+                        |y| width * (-2.0 * (1.0 - random.at(row as u32, y).leave).ln()).sqrt() as f32;
                     (0..states).map(score).collect()
                 })
                 .collect();

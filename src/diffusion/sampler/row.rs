@@ -158,8 +158,7 @@ fn pick_some(choice: &TokenChoice, weights: &mut [f64], u: f64) -> Option<usize>
     if weights.iter().all(|weight| *weight == 0.0) {
         return None;
     }
-    shape(choice, weights);
-    inverse(weights, u)
+    choose(choice, weights, u)
 }
 
 /// Draws what becomes of token `x` under any law: [`draw`] for affine ones. `kept` is the row of the step's
@@ -225,8 +224,7 @@ pub fn draw_by(
                 let best = (0..weights.len()).fold(None, likeliest);
                 return best.map(|y| Some(y as Token)).ok_or(RowError::Scores);
             }
-            shape(choice, weights);
-            inverse(weights, u.token)
+            choose(choice, weights, u.token)
                 .map(|y| Some(y as Token))
                 .ok_or(RowError::Scores)
         }
@@ -364,8 +362,7 @@ fn pick(
             choice.temperature = 1.0;
         }
         row.weights(&weight, weights);
-        shape(&choice, weights);
-        inverse(weights, u)
+        choose(&choice, weights, u)
     } else if choice.temperature == 1.0 {
         pick_by_blocks(row, &weight, sums, u)
     } else if !weight.loses() {
@@ -374,8 +371,7 @@ fn pick(
         pick_by_blocks(row, &weight, sums, u)
     } else {
         row.weights(&weight, weights);
-        temper(choice.temperature, weights);
-        inverse(weights, u)
+        choose(choice, weights, u)
     };
     found.map(|y| y as Token).ok_or(RowError::Scores)
 }
@@ -395,12 +391,12 @@ fn pick_by_blocks(row: &Row<'_>, weight: &Weight, sums: &[f64], u: f64) -> Optio
     row.find(block, weight, target)
 }
 
-/// Inverse CDF of unnormalised `weights` at `u` in `[0, 1)`.
-fn inverse(weights: &[f64], u: f64) -> Option<usize> {
-    let target = u * weights.iter().sum::<f64>();
+/// Inverse CDF of the unnormalised `weights` of the tokens `among`, at `u` in `[0, 1)`.
+fn inverse(among: impl Iterator<Item = usize> + Clone, weights: &[f64], u: f64) -> Option<usize> {
+    let target = u * among.clone().map(|y| weights[y]).sum::<f64>();
     let (mut below, mut last) = (0.0, None);
-    for (y, &w) in weights.iter().enumerate().filter(|(_, w)| **w > 0.0) {
-        below += w;
+    for y in among.filter(|&y| weights[y] > 0.0) {
+        below += weights[y];
         last = Some(y);
         if target < below {
             break;
@@ -409,54 +405,107 @@ fn inverse(weights: &[f64], u: f64) -> Option<usize> {
     last
 }
 
-/// Applies top-k, temperature and top-p, in that order.
-fn shape(choice: &TokenChoice, weights: &mut [f64]) {
-    let mut order: Vec<usize> = Vec::new();
+/// Applies top-k, temperature and top-p, in that order, and chooses by inverse CDF at `u` in `[0, 1)`.
+fn choose(choice: &TokenChoice, weights: &mut [f64], u: f64) -> Option<usize> {
     if let Some(k) = choice.top_k.map(|k| k as usize).filter(|k| *k < weights.len()) {
-        order.extend(0..weights.len());
+        let mut order: Vec<usize> = (0..weights.len()).collect();
         order.select_nth_unstable_by(k, likelier(weights));
         let rest = order.split_off(k);
         rest.into_iter().for_each(|y| weights[y] = 0.0);
     }
-    let Some(p) = choice.top_p else {
-        return temper(choice.temperature, weights);
+    let Some(p) = choice.top_p.filter(|p| *p < 1.0) else {
+        temper(choice.temperature, weights);
+        return inverse(0..weights.len(), weights, u);
     };
     // Who is likelier is decided before tempering, which can round two weights to one.
     let untempered = (choice.temperature != 1.0).then(|| weights.to_vec());
     temper(choice.temperature, weights);
-    let target = p * weights.iter().sum::<f64>();
-    let mut cut = weights.iter().copied().fold(0.0, f64::max);
-    // The likeliest hold nearly all of the weight: those above a falling cut are sorted, not the vocabulary.
-    let last = loop {
-        cut *= CUT;
-        order.clear();
-        order.extend((0..weights.len()).filter(|&y| weights[y] > 0.0 && weights[y] >= cut));
-        order.sort_unstable_by(likelier(untempered.as_deref().unwrap_or(weights)));
-        let mut below = 0.0;
-        let reached = order.iter().find(|&&y| {
-            below += weights[y];
-            below >= target
-        });
-        if let Some(&last) = reached {
-            break last;
-        }
-        if cut < f64::MIN_POSITIVE {
-            // Rounding: all of them together are not quite what they sum to in another order.
-            return;
-        }
-    };
-    let of_last = untempered.as_deref().unwrap_or(weights)[last];
-    for (y, weight) in weights.iter_mut().enumerate() {
-        let own = untempered.as_ref().map_or(*weight, |untempered| untempered[y]);
-        // As `likelier` has it.
-        if own < of_last || (own == of_last && y > last) {
-            *weight = 0.0;
-        }
-    }
+    let ranks = untempered.as_deref().unwrap_or(weights);
+    let kept = top_p(p, ranks, weights);
+    inverse(kept.into_iter(), weights, u)
 }
 
-/// Share of the largest weight above which tokens are sorted at first, to find those that top-p keeps.
+/// Share of the largest weight above which tokens are looked at first, to find those that top-p keeps.
 const CUT: f64 = 1.0 / 64.0;
+
+/// The tokens that top-p keeps, ascending: the first in the order of `ranks` that hold `p` of the weight.
+fn top_p(p: f64, ranks: &[f64], weights: &[f64]) -> Vec<usize> {
+    let target = p * reduced(weights, 0.0, |sum, weight| sum + weight);
+    let largest = reduced(
+        ranks,
+        0.0,
+        |largest, rank| if rank > largest { rank } else { largest },
+    );
+    let (mut kept, mut cut) = (Vec::new(), largest);
+    // The likeliest hold nearly all of the weight, as a rule.
+    loop {
+        cut *= CUT;
+        kept.clear();
+        kept.extend((0..weights.len()).filter(|&y| ranks[y] >= cut && weights[y] > 0.0));
+        let held: f64 = kept.iter().map(|&y| weights[y]).sum();
+        if held >= target || cut < f64::MIN_POSITIVE {
+            break;
+        }
+    }
+    if let Some(last) = last_of_top_p(target, &kept, ranks, weights) {
+        // As `likelier` has it.
+        let of_last = ranks[last];
+        kept.retain(|&y| ranks[y] > of_last || (ranks[y] == of_last && y <= last));
+    }
+    kept
+}
+
+/// Bits of a weight that do not say which bucket it is in: all but its exponent and 5 of its mantissa.
+const BUCKET_SHIFT: u32 = f64::MANTISSA_DIGITS - 1 - 5;
+/// Down to 2^-32 of the largest weight; the last one has all that is less.
+const BUCKETS: usize = 1025;
+
+/// The last of the tokens `among` that top-p keeps, in the order of `ranks`: the first at which they hold `target`.
+///
+/// Weights are summed by buckets of almost the same rank, so that one bucket is sorted and not the vocabulary: rows
+/// early in a generation have thousands of tokens of some weight.
+fn last_of_top_p(target: f64, among: &[usize], ranks: &[f64], weights: &[f64]) -> Option<usize> {
+    // Positive floats are ordered as their bits are.
+    let key = |y: usize| ranks[y].to_bits() >> BUCKET_SHIFT;
+    let top = among.iter().map(|&y| key(y)).max()?;
+    let bucket = |y: usize| ((top - key(y)) as usize).min(BUCKETS - 1);
+    let mut sums = [0.0; BUCKETS];
+    for &y in among {
+        sums[bucket(y)] += weights[y];
+    }
+    let mut below = 0.0;
+    let crossed = sums.iter().position(|sum| {
+        let reached = below + sum >= target;
+        if !reached {
+            below += sum;
+        }
+        reached
+    })?;
+    let mut order: Vec<usize> = among.iter().copied().filter(|&y| bucket(y) == crossed).collect();
+    order.sort_unstable_by(likelier(ranks));
+    let reached = order.iter().find(|&&y| {
+        below += weights[y];
+        below >= target
+    });
+    // Rounding: a bucket is not quite what it sums to in another order.
+    reached.or(order.last()).copied()
+}
+
+/// Reduces `values` in eight lanes, which processors do at once.
+fn reduced(values: &[f64], start: f64, step: impl Fn(f64, f64) -> f64) -> f64 {
+    let mut lanes = [start; 8];
+    let chunks = values.chunks_exact(lanes.len());
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane = step(*lane, value);
+        }
+    }
+    lanes
+        .iter()
+        .chain(rest)
+        .fold(start, |all, &value| step(all, value))
+}
 
 /// Orders tokens by weight, the largest first. Ties go to the lower id, so that the result is a function of the
 /// row alone.
@@ -528,35 +577,28 @@ mod tests {
     fn top_p_keeps_what_sorting_all_keeps() {
         let mut random = Draws::new(9, 0);
         for (step, states) in [3, 64, 65, 700, 5000].into_iter().enumerate() {
-            for p in [0.1, 0.5, 0.9, 0.999, 1.0] {
+            for p in [0.1, 0.5, 0.9, 0.999] {
                 for temperature in [1.0, 0.7, 3.0] {
                     let weights: Vec<f64> = (0..states)
                         // Coarse, so that there are ties.
                         .map(|y| (random.at(step as u32, y).token * 40.0).floor() / 8.0)
                         .map(f64::exp)
                         .collect();
-                    let choice = TokenChoice {
-                        temperature,
-                        top_k: None,
-                        top_p: Some(p),
-                    };
-                    let mut shaped = weights.clone();
-                    shape(&choice, &mut shaped);
                     let mut order: Vec<usize> = (0..states).collect();
                     order.sort_by(likelier(&weights));
-                    let mut expected = weights;
+                    let mut expected = weights.clone();
                     temper(temperature, &mut expected);
                     let (target, mut below) = (p * expected.iter().sum::<f64>(), 0.0);
+                    let mut kept = Vec::new();
                     for y in order {
-                        if below >= target {
-                            expected[y] = 0.0;
+                        if below < target {
+                            kept.push(y);
                         }
                         below += expected[y];
                     }
-                    assert_eq!(
-                        shaped, expected,
-                        "{states} states, p {p}, temperature {temperature}"
-                    );
+                    kept.sort_unstable();
+                    let shaped = top_p(p, &weights, &expected);
+                    assert_eq!(shaped, kept, "{states} states, p {p}, temperature {temperature}");
                 }
             }
         }
