@@ -124,6 +124,24 @@ check: prerequisites ## Check licences and sources of all dependencies (skipped 
 	fi
 	cargo deny --locked --workspace --features object-store check bans licenses sources
 
+CYCLONEDX_VERSION := 0.5.9
+
+.PHONY: sbom
+sbom: prerequisites ## Write what the server is made of to target/denoised.cdx.json (CycloneDX; compiles a tool once).
+	@mkdir -p "$(TOOLS)"
+	cargo install --quiet --locked --root "$(TOOLS)/cargo" --version $(CYCLONEDX_VERSION) cargo-cyclonedx
+	target="$${CARGO_TARGET_DIR:-target}"
+	mkdir -p "$$target"
+	# It writes beside the manifest of each package, whatever it is told.
+	trap 'rm -f denoised.cdx.json training/denoised.cdx.json' EXIT
+	"$(TOOLS)/cargo/bin/cargo-cyclonedx" cyclonedx --quiet --format json --features object-store --override-filename denoised.cdx
+	mv denoised.cdx.json "$$target/denoised.cdx.json"
+	echo "$$target/denoised.cdx.json: $$(grep -c '"purl"' "$$target/denoised.cdx.json") packages"
+
+.PHONY: advisories
+advisories: prerequisites ## Check all dependencies against RustSec's list of known faults (fetches it).
+	cargo deny --locked --workspace --features object-store check advisories
+
 .PHONY: tools
 tools: $(if $(filter $(ORT_LINK),$(ORT_DYLIB_PATH)),$(ORT_LIBRARY)) ## Fetch ONNX Runtime into .tools (skipped when ORT_DYLIB_PATH is set).
 	@if [[ ! -f "$$ORT_DYLIB_PATH" ]]; then

@@ -5,8 +5,8 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
@@ -15,6 +15,7 @@ use denoised::proto::v1::{
     FramePolicy, GenerateRequest, ModelReference, Sampling, ScoreRequest, TextOrTokens, frame_policy,
     text_or_tokens,
 };
+use parking_lot::Mutex;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
@@ -133,11 +134,7 @@ async fn read(
     }
     assert_eq!(Some(results), wanted, "all canvases of what was accepted");
     if pause.is_zero() {
-        outcomes
-            .took
-            .lock()
-            .unwrap()
-            .push((Instant::now(), asked.elapsed()));
+        outcomes.took.lock().push((Instant::now(), asked.elapsed()));
     }
     outcomes.whole.fetch_add(1, Ordering::AcqRel);
 }
@@ -378,7 +375,7 @@ async fn load_that_does_not_end_leaves_nothing_behind() {
         "{whole} answered, {refused} refused, {bad} nonsense, {left} left, {hung} hung; {versions} versions\n\
          seconds  megabytes  files  threads  median answer, s\n"
     );
-    let took = std::mem::take(&mut *outcomes.took.lock().unwrap());
+    let took = std::mem::take(&mut *outcomes.took.lock());
     for looks in looks.chunks(looks.len().div_ceil(20)) {
         let ([from, ..], [at, megabytes, files, threads]) = (looks[0], looks[looks.len() - 1]);
         let meanwhile = |(when, _): &&(Instant, Duration)| {

@@ -40,7 +40,7 @@ fn an_order_that_is_refused_keeps_no_other_change_to_itself() {
     fs::write(root.path().join("bad/1").join(MANIFEST), "{}").unwrap();
     let refused = repository.load("bad", None, |_| false).unwrap_err();
     assert!(matches!(refused, ControlError::Refused { .. }), "{refused}");
-    let models = repository.changed().expect("the new version");
+    let models = repository.changed().unwrap();
     assert_eq!(versions(&models), ["sound@1", "sound@2"]);
     assert!(repository.changed().is_none(), "it was told already");
 }
