@@ -96,8 +96,9 @@ impl FetchError {
     /// Whether it can be another time that the same objects are fetched.
     fn may_pass(&self) -> bool {
         match self {
-            Self::Store(_) | Self::Bundle(BundleError::Io { .. }) => true,
-            Self::Bundle(_) | Self::Missing(_) | Self::Room(_) => false,
+            // There is room when others have gone.
+            Self::Store(_) | Self::Bundle(BundleError::Io { .. }) | Self::Room(_) => true,
+            Self::Bundle(_) | Self::Missing(_) => false,
         }
     }
 }

@@ -149,6 +149,12 @@ fn the_newest_and_the_pinned_are_kept_and_others_as_they_fit() {
     assert_eq!(keeps(&[]), versions(&[("a", 3), ("a", 4), ("b", 1)]));
     let pinned = versions(&[("a", 1)]);
     assert_eq!(keeps(&pinned), versions(&[("a", 1), ("a", 4), ("b", 1)]));
+    // What was left out comes when another has gone.
+    let mut mirror = stage.open(35_000, &[]).unwrap();
+    mirror.sync().unwrap();
+    fs::remove_dir_all(stage.store().join("a/4")).unwrap();
+    mirror.sync().unwrap();
+    assert_eq!(stage.cached(), versions(&[("a", 2), ("a", 3), ("b", 1)]));
 }
 
 #[test]
