@@ -110,6 +110,14 @@ fn request() -> GenerateRequest {
     }
 }
 
+/// The version that answers on a connection of its own.
+async fn first_answer(server: &Serving) -> u64 {
+    let url = format!("http://{}", server.address);
+    let mut client = DiffusionServiceClient::connect(url).await.unwrap();
+    let answer = generate(&mut client, request()).await.unwrap();
+    answer.accepted.unwrap().model.unwrap().version
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_published_to_a_bucket_is_served_and_no_request_fails() {
     if cfg!(not(feature = "object-store")) {
@@ -247,11 +255,7 @@ async fn what_is_published_to_a_bucket_is_served_and_no_request_fails() {
     std::fs::remove_dir_all(&cache).unwrap();
     store.order(&format!("cut team/models/live/{cut}/model.onnx"));
     let server = serve(&store);
-    let mut client = DiffusionServiceClient::connect(format!("http://{}", server.address))
-        .await
-        .unwrap();
-    let answer = generate(&mut client, request()).await.unwrap();
-    assert_eq!(answer.accepted.unwrap().model.unwrap().version, version);
+    assert_eq!(first_answer(&server).await, version);
     let (code, log) = server.stop();
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("sha256"), "{log}");
@@ -259,11 +263,7 @@ async fn what_is_published_to_a_bucket_is_served_and_no_request_fails() {
     // Nothing but the cache is needed to start while the store is away.
     store.order("stop");
     let server = serve(&store);
-    let mut client = DiffusionServiceClient::connect(format!("http://{}", server.address))
-        .await
-        .unwrap();
-    let answer = generate(&mut client, request()).await.unwrap();
-    assert_eq!(answer.accepted.unwrap().model.unwrap().version, version);
+    assert_eq!(first_answer(&server).await, version);
     let (_, log) = server.stop();
     assert!(log.contains("what was fetched before is served"), "{log}");
 }

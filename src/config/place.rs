@@ -16,15 +16,6 @@ pub enum RepositoryPlace {
     Store(Url),
 }
 
-impl std::fmt::Display for RepositoryPlace {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Folder(folder) => folder.display().fmt(f),
-            Self::Store(url) => url.fmt(f),
-        }
-    }
-}
-
 impl From<PathBuf> for RepositoryPlace {
     fn from(folder: PathBuf) -> Self {
         Self::Folder(folder)

@@ -133,7 +133,7 @@ pub(super) struct Mirror {
     cache: PathBuf,
     /// Bytes that the cache may have, but for a version that is on its way.
     budget: u64,
-    /// What requests for a name without a version get must not be left out.
+    /// Versions that stand for their names: they are kept before all others.
     pins: Vec<Version>,
     known: BTreeMap<Version, Known>,
     runtime: Handle,
@@ -280,21 +280,31 @@ impl Mirror {
         &self,
         all: &'a BTreeMap<Version, Listed>,
     ) -> (Vec<(&'a Version, &'a Listed)>, Vec<(&'a Version, &'a Listed)>) {
-        let mut ranked: Vec<_> = all.iter().collect();
-        let newer = |of: &Version| {
-            let same = |other: &&Version| other.0 == of.0 && other.1 > of.1;
-            all.keys().filter(same).count()
-        };
-        ranked.sort_by_cached_key(|(version, _)| (!self.pins.contains(version), newer(version)));
+        let (mut name, mut newer) = (None, 0_usize);
+        let mut ranked: Vec<_> = all
+            .iter()
+            // The newest of a model first.
+            .rev()
+            .map(|entry| {
+                let of = Some(&entry.0.0);
+                newer = if name == of { newer + 1 } else { 0 };
+                name = of;
+                ((!self.pins.contains(entry.0), newer), entry)
+            })
+            .collect();
+        ranked.sort_by_key(|(rank, _)| *rank);
         let mut taken = 0_u64;
-        ranked.into_iter().partition(|(_, listed)| {
-            let after = taken.saturating_add(listed.bytes());
-            let fits = after <= self.budget;
-            if fits {
-                taken = after;
-            }
-            fits
-        })
+        ranked
+            .into_iter()
+            .map(|(_, entry)| entry)
+            .partition(|(_, listed)| {
+                let after = taken.saturating_add(listed.bytes());
+                let fits = after <= self.budget;
+                if fits {
+                    taken = after;
+                }
+                fits
+            })
     }
 
     /// Brings one version to the cache, if it is not there as it is in the store.
