@@ -256,6 +256,13 @@ async fn what_is_published_to_a_bucket_is_served_and_no_request_fails() {
     store.order(&format!("cut team/models/live/{cut}/model.onnx"));
     let server = serve(&store);
     assert_eq!(first_answer(&server).await, version);
+    let mut models = ModelServiceClient::connect(format!("http://{}", server.address))
+        .await
+        .unwrap();
+    let told = models.get_model(GetModelRequest { model: named(cut) }).await;
+    let told = told.unwrap().into_inner().model.unwrap();
+    assert_eq!(told.state(), ModelState::Refused);
+    assert!(told.state_reason.contains("model.onnx"), "{}", told.state_reason);
     let (code, log) = server.stop();
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("sha256"), "{log}");

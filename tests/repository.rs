@@ -13,6 +13,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::binary::denoised;
+use crate::plain_http::{get, value};
 use crate::support::{TestServer, config, generate, publish};
 
 const SOUND: &[u8] = include_bytes!("fixtures/networks/float32.onnx");
@@ -163,12 +164,20 @@ async fn versions_come_and_go_and_every_request_is_answered() {
     std::fs::copy(root.join("live/5/manifest.json"), half.join("manifest.json")).unwrap();
     becomes("version 5 is served", async || newest(&server).await == 5).await;
     assert!(!listed().await.contains(&("live".to_owned(), 4)));
+    let half_refused = refused(&server, named("live", 4)).await;
+    assert!(half_refused.is_some_and(|why| why.contains("model.onnx")));
+    let named_by_number = generate(&mut server.client(), request(4)).await.unwrap_err();
+    assert!(
+        named_by_number.message().contains("GetModel tells why"),
+        "{named_by_number}"
+    );
     std::fs::copy(root.join("live/5/model.onnx"), half.join("model.onnx")).unwrap();
     becomes("version 4 is listed", async || {
         assert_eq!(newest(&server).await, 5);
         listed().await.contains(&("live".to_owned(), 4))
     })
     .await;
+    assert_eq!(refused(&server, named("live", 4)).await, None);
 
     // What is gone is served to nobody; the version before it takes its place.
     std::fs::remove_dir_all(root.join("live/5")).unwrap();
@@ -194,6 +203,26 @@ async fn versions_come_and_go_and_every_request_is_answered() {
     publish(root, ("live", 6), SOUND, false);
     becomes("version 6 is served", async || newest(&server).await == 6).await;
     server.stop().await;
+}
+
+/// Why a version is refused, where it is; all who tell say the same.
+async fn refused(server: &TestServer, version: ModelReference) -> Option<String> {
+    let listed = server.models().list_models(ListModelsRequest {}).await.unwrap();
+    let mut listed = listed.into_inner().refused.into_iter();
+    let listed = listed.find(|model| model.name == version.name && model.version == version.version);
+    let model = Some(version);
+    let got = server
+        .models()
+        .get_model(GetModelRequest { model })
+        .await
+        .unwrap();
+    let got = got.into_inner().model.unwrap();
+    let is_refused = got.state() == ModelState::Refused;
+    assert_eq!(listed, is_refused.then(|| got.clone()));
+    let (_, _, metrics) = get(&server.url, "/metrics").await;
+    let counted = value(&metrics, "denoised_refused_versions");
+    assert_eq!(counted, Some(f64::from(u8::from(is_refused))));
+    is_refused.then_some(got.state_reason)
 }
 
 fn named(name: &str, version: u64) -> ModelReference {

@@ -8,7 +8,9 @@ use serde_json::Value;
 use super::connect::Target;
 use super::{Failed, json};
 use crate::proto::v1::model_service_client::ModelServiceClient;
-use crate::proto::v1::{ListModelsRequest, LoadModelRequest, Model, ModelReference, UnloadModelRequest};
+use crate::proto::v1::{
+    self, ListModelsRequest, LoadModelRequest, Model, ModelReference, UnloadModelRequest,
+};
 use crate::server::models::parse_reference;
 
 /// Characters of a provenance that the table shows.
@@ -31,7 +33,8 @@ impl ListModels {
         let listed = client.list_models(ListModelsRequest {}).await;
         drop(client);
         let printed = listed.map_err(Failed::from).and_then(|response| {
-            let models = response.into_inner().models;
+            let v1::ListModelsResponse { mut models, refused } = response.into_inner();
+            models.extend(refused);
             let mut out = io::stdout();
             let printed = if self.json {
                 lines(&models, &mut out)
@@ -132,9 +135,13 @@ fn table(models: &[Model], out: &mut impl Write) -> io::Result<()> {
             "{:<width$}  {:<8}  {:<9}  {:>10}  {:>10}  {}",
             name(model),
             json::state(model),
-            json::graph(model),
-            model.vocab_size,
-            model.limits.unwrap_or_default().max_length,
+            if model.graph() == v1::Graph::Unspecified {
+                "-".to_owned()
+            } else {
+                json::graph(model)
+            },
+            told(model.vocab_size),
+            told(model.limits.unwrap_or_default().max_length),
             if model.state_reason.is_empty() {
                 summary(&json::provenance(model))
             } else {
@@ -143,6 +150,14 @@ fn table(models: &[Model], out: &mut impl Write) -> io::Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// A number, which is not known of a model that is refused.
+fn told(number: u32) -> String {
+    if number == 0 {
+        return "-".to_owned();
+    }
+    number.to_string()
 }
 
 /// Tells a model's origin in a few words: corpus, steps and bound where they are told, as
@@ -201,11 +216,18 @@ mod tests {
             is_default,
             ..Model::default()
         };
+        let refused = Model {
+            state: v1::ModelState::Refused.into(),
+            state_reason: "no vocabulary".to_owned(),
+            ..model("third", false)
+        };
         let mut out = Vec::new();
-        table(&[model("first", true), model("second", false)], &mut out).unwrap();
+        table(&[model("first", true), model("second", false), refused], &mut out).unwrap();
         let out = String::from_utf8(out).unwrap();
+        let last: Vec<&str> = out.lines().last().unwrap().split_whitespace().collect();
+        assert_eq!(last, ["third@1", "refused", "-", "-", "-", "no", "vocabulary"]);
         let names: Vec<&str> = out.lines().filter_map(|line| line.split("  ").next()).collect();
-        assert_eq!(names.len(), 3, "{out}");
+        assert_eq!(names.len(), 4, "{out}");
         assert_eq!(names[1], "first@1 (default)");
     }
 }

@@ -48,6 +48,8 @@ pub struct Models {
     default: Option<(String, Option<u64>)>,
     /// Versions that stand for their names, in place of the newest.
     pins: BTreeMap<String, u64>,
+    /// Why versions are not served that should be.
+    refused: BTreeMap<(String, u64), String>,
 }
 
 impl Models {
@@ -82,6 +84,23 @@ impl Models {
     pub fn pin(&mut self, name: &str, version: u64) -> bool {
         self.pins.insert(name.to_owned(), version);
         self.find(name, Some(version)).is_some()
+    }
+
+    /// Tells why a version is not among the models.
+    pub fn refuse(&mut self, name: &str, version: u64, reason: String) {
+        self.refused.insert((name.to_owned(), version), reason);
+    }
+
+    /// The versions that are not among the models and should be: name, version and reason.
+    pub fn refused(&self) -> impl Iterator<Item = (&str, u64, &str)> {
+        let refused = self.refused.iter();
+        refused.map(|((name, version), reason)| (name.as_str(), *version, reason.as_str()))
+    }
+
+    /// Why a version is not among the models, where it should be.
+    pub fn refusal(&self, name: &str, version: u64) -> Option<&str> {
+        let refused = self.refused.get(&(name.to_owned(), version));
+        refused.map(String::as_str)
     }
 
     /// The model `name` at `version`, or at the one it is pinned to, or at its highest.

@@ -127,15 +127,19 @@ impl Service {
     /// Serves `models` from now on: what is not among them to nobody new, and new versions of what is in use as soon as
     /// they are loaded.
     fn replace_models(&self, models: Models) {
-        let served: Vec<String> = models.iter().map(ToString::to_string).collect();
-        tracing::info!(models = served.join(", "), "the models have changed");
+        let before = self.models.now();
         let (retired, engine) = (self.models.replace(models), Arc::clone(&self.engine));
+        let models = self.models.now();
+        // What is refused may have changed alone.
+        if !retired.is_empty() || models.iter().count() != before.iter().count() {
+            let served: Vec<String> = models.iter().map(ToString::to_string).collect();
+            tracing::info!(models = served.join(", "), "the models have changed");
+        }
         tokio::spawn(async move {
             // A request can have chosen one of them and not be admitted yet; what it names may not be on disk any more.
             tokio::time::sleep(LAST_CHOICE).await;
             retired.iter().for_each(|model| engine.retire(model));
         });
-        let models = self.models.now();
         for model in models.iter().filter(|model| !self.engine.was_ready(model)) {
             let older = models.candidates(Some(model.name()), None);
             let is_newest = older.first().is_some_and(|newest| Arc::ptr_eq(newest, model));

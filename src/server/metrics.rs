@@ -309,8 +309,15 @@ impl Collector for Present {
             None,
             load.canvases as f64,
         )?;
-        let help = "State of every version that is served: 1 of the one that it is in";
         let models = self.models.now();
+        gauge(
+            &mut encoder,
+            "refused_versions",
+            "Versions of the repository that should be served and are no sound bundles or cannot be fetched",
+            None,
+            models.refused().count() as f64,
+        )?;
+        let help = "State of every version that is served: 1 of the one that it is in";
         let one = ConstGauge::new(1.0);
         let mut states = encoder.encode_descriptor("model_state", help, None, one_type())?;
         for model in models.iter() {

@@ -7,9 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
-use std::ops::Range;
+use std::ops::{Bound, Range};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use object_store::path::Path as Place;
@@ -31,6 +31,9 @@ const LISTING_TIME: Duration = Duration::from_secs(30);
 const PART_TIME: Duration = Duration::from_secs(60);
 /// How long a store that does not answer is asked again, before another look.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a version that could not be fetched is left alone, doubled each time as long as it is below the last.
+const FIRST_PAUSE: Duration = Duration::from_secs(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 /// Held by the server that a cache belongs to.
 const LOCK: &str = ".lock";
 
@@ -120,7 +123,15 @@ impl Listed {
 #[derive(Debug)]
 struct Known {
     listed: Listed,
-    refused: Option<FetchError>,
+    refused: Option<Refusal>,
+}
+
+/// Why a version was not fetched, and when it is tried again, where that may help.
+#[derive(Debug)]
+struct Refusal {
+    error: FetchError,
+    pause: Duration,
+    again_at: Option<Instant>,
 }
 
 /// A repository in an object store and its mirror.
@@ -174,17 +185,20 @@ impl Mirror {
         })
     }
 
-    /// Fetches what is new in the store, forgets what is gone. Blocks until all is fetched.
+    /// Fetches what is new in the store, forgets what is gone. Blocks until all is fetched. Whether other versions are
+    /// refused than before.
     ///
     /// # Errors
     /// [`MirrorError`] where the store cannot be listed, or the cache cannot be written; what lies in the cache stays.
-    pub(super) fn sync(&mut self) -> Result<(), MirrorError> {
+    pub(super) fn sync(&mut self, now: Instant) -> Result<bool, MirrorError> {
+        let told = |mirror: &Self| -> Vec<(Version, String)> {
+            let refused = mirror.refused();
+            refused.map(|(version, why)| (version.clone(), why)).collect()
+        };
+        let before = told(self);
         let runtime = self.runtime.clone();
         let listed = runtime.block_on(self.list())?;
         let (wanted, left_out) = self.choose(&listed);
-        for (version, listed) in left_out {
-            self.refuse(version, listed, FetchError::Room(listed.bytes()));
-        }
         let wanted_versions: BTreeSet<&Version> = wanted.iter().map(|(version, _)| *version).collect();
         let cached = repository::scan(&self.cache).unwrap_or_default();
         for entry in cached {
@@ -195,10 +209,11 @@ impl Mirror {
         self.known.retain(|version, _| listed.contains_key(version));
         for (version, listed) in wanted {
             let known = self.known.get(version);
-            let is_settled = known.is_some_and(|known| {
-                known.listed == *listed && known.refused.as_ref().is_none_or(|error| !error.may_pass())
+            let is_left_alone = known.is_some_and(|known| {
+                let again_at = known.refused.as_ref().map(|refusal| refusal.again_at);
+                known.listed == *listed && again_at.is_none_or(|at| at.is_none_or(|at| now < at))
             });
-            if is_settled {
+            if is_left_alone {
                 continue;
             }
             match runtime.block_on(self.fetch(version, listed)) {
@@ -210,25 +225,78 @@ impl Mirror {
                     };
                     self.known.insert(version.clone(), known);
                 }
-                Err(error) => self.refuse(version, listed, error),
+                Err(error) => self.refuse(version, listed, error, now),
             }
         }
-        Ok(())
+        // Last, when it is known which are the newest.
+        for (version, listed) in left_out {
+            self.refuse(version, listed, FetchError::Room(listed.bytes()), now);
+        }
+        Ok(before != told(self))
+    }
+
+    /// Tries what could not be fetched the next time, however often it was tried.
+    pub(super) fn try_all_again(&mut self, now: Instant) {
+        for refusal in self.known.values_mut().filter_map(|known| known.refused.as_mut()) {
+            if refusal.error.may_pass() {
+                (refusal.again_at, refusal.pause) = (Some(now), Duration::ZERO);
+            }
+        }
+    }
+
+    /// The versions that should be in the cache and are not as they are in the store, with the reason. Old ones that
+    /// find no room should not.
+    pub(super) fn refused(&self) -> impl Iterator<Item = (&Version, String)> {
+        self.known.iter().filter_map(|(version, known)| {
+            let error = &known.refused.as_ref()?.error;
+            let is_missed = !matches!(error, FetchError::Room(_)) || self.is_wanted(version);
+            is_missed.then(|| (version, error.to_string()))
+        })
+    }
+
+    /// Whether a version is what requests for its model get.
+    fn is_wanted(&self, version: &Version) -> bool {
+        let newer = self
+            .known
+            .range((Bound::Excluded(version), Bound::Unbounded))
+            .next();
+        self.pins.contains(version) || newer.is_none_or(|((name, _), _)| *name != version.0)
     }
 
     /// Remembers that a version is not mirrored; tells it once.
-    fn refuse(&mut self, version: &Version, listed: &Listed, error: FetchError) {
-        let before = self.known.get(version).and_then(|known| known.refused.as_ref());
-        let reason = error.to_string();
-        if before.map(ToString::to_string).as_ref() != Some(&reason) {
+    fn refuse(&mut self, version: &Version, listed: &Listed, error: FetchError, now: Instant) {
+        let before = self.known.get(version);
+        let before = before.and_then(|known| Some((&known.listed, known.refused.as_ref()?)));
+        if before.map(|(_, refusal)| refusal.error.to_string()) != Some(error.to_string()) {
             let (name, number) = version;
-            tracing::error!(model = %format!("{name}@{number}"), error = %reason, "a version is not fetched");
+            let model = format!("{name}@{number}");
+            // That old versions find no room is what the limit is for.
+            if matches!(error, FetchError::Room(_)) && !self.is_wanted(version) {
+                tracing::info!(%model, %error, "an old version is not fetched");
+            } else {
+                tracing::error!(%model, %error, "a version is not fetched");
+            }
         }
-        let known = Known {
-            listed: listed.clone(),
-            refused: Some(error),
+        let pause = match before {
+            Some((as_before, refusal)) if as_before == listed => {
+                (2 * refusal.pause).clamp(FIRST_PAUSE, LONGEST_PAUSE)
+            }
+            _ => FIRST_PAUSE,
         };
-        self.known.insert(version.clone(), known);
+        // What finds room now is fetched at once.
+        let pause = if matches!(error, FetchError::Room(_)) {
+            Duration::ZERO
+        } else {
+            pause
+        };
+        let again_at = error.may_pass().then(|| now + pause);
+        let refused = Some(Refusal {
+            error,
+            pause,
+            again_at,
+        });
+        let listed = listed.clone();
+        self.known.insert(version.clone(), Known { listed, refused });
     }
 
     /// All versions that have a manifest.

@@ -132,12 +132,15 @@ impl Service {
         principal: &Principal,
         asked: Option<v1::ModelReference>,
     ) -> Result<Arc<ServedModel>, Status> {
-        let v1::ModelReference { name, version } = asked.unwrap_or_default();
+        let v1::ModelReference {
+            name: asked_name,
+            version,
+        } = asked.unwrap_or_default();
         let version = (version > 0).then_some(version);
-        if name.is_empty() && version.is_some() {
+        if asked_name.is_empty() && version.is_some() {
             return Err(status::FieldError::new("model.name", "is empty, but a version is given").into());
         }
-        let named = (!name.is_empty()).then_some(name.as_str());
+        let named = (!asked_name.is_empty()).then_some(asked_name.as_str());
         let models = self.models.now();
         let mut candidates = models.candidates(named, version);
         candidates.retain(|model| principal.may_use(model.name()));
@@ -145,10 +148,17 @@ impl Service {
             .or(candidates.first())
             .cloned()
             .ok_or_else(|| {
-                let name = version.map_or(name.clone(), |version| format!("{name}@{version}"));
+                let name = match version {
+                    Some(version) => format!("{asked_name}@{version}"),
+                    None => asked_name.clone(),
+                };
                 let own = models.iter().filter(|model| principal.may_use(model.name()));
                 let served: Vec<String> = own.map(ToString::to_string).collect();
-                let hint = if served.len() <= TOLD_MODELS {
+                let is_refused = principal.may_use(&asked_name)
+                    && version.is_some_and(|version| models.refusal(&asked_name, version).is_some());
+                let hint = if is_refused {
+                    "it is refused, GetModel tells why".to_owned()
+                } else if served.len() <= TOLD_MODELS {
                     format!("there are {}", served.join(", "))
                 } else {
                     "ListModels tells what there is".to_owned()

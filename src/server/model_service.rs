@@ -15,6 +15,9 @@ use crate::models::{ModelState, Models, ServedModel};
 use crate::proto::v1;
 use crate::proto::v1::model_service_server::ModelService;
 
+/// Versions that ListModels tells the refusal of; operators look at the log for more.
+const MAX_REFUSED: usize = 100;
+
 impl Service {
     fn describe(&self, principal: &Principal, model: &Arc<ServedModel>, models: &Models) -> v1::Model {
         let manifest = model.manifest();
@@ -69,6 +72,14 @@ impl Service {
         }
     }
 
+    /// What is told of a version that `principal` asks for by its number, where it is refused.
+    fn refused(&self, principal: &Principal, asked: Option<&v1::ModelReference>) -> Option<v1::Model> {
+        let v1::ModelReference { name, version } = asked?;
+        let models = self.models.now();
+        let reason = models.refusal(name, *version)?;
+        principal.may_use(name).then(|| refused(name, *version, reason))
+    }
+
     /// Has `wish` done with the model that is `asked` for, where `principal` may.
     async fn order(
         &self,
@@ -120,6 +131,16 @@ impl Service {
     }
 }
 
+fn refused(name: &str, version: u64, reason: &str) -> v1::Model {
+    v1::Model {
+        name: name.to_owned(),
+        version,
+        state: v1::ModelState::Refused.into(),
+        state_reason: reason.to_owned(),
+        ..v1::Model::default()
+    }
+}
+
 #[tonic::async_trait]
 impl ModelService for Service {
     async fn list_models(
@@ -130,7 +151,13 @@ impl ModelService for Service {
         let principal = Principal::of(&request);
         let own = now.iter().filter(|model| principal.may_use(model.name()));
         let models = own.map(|model| self.describe(&principal, model, &now)).collect();
-        Ok(Response::new(v1::ListModelsResponse { models }))
+        let refused = now
+            .refused()
+            .filter(|(name, _, _)| principal.may_use(name))
+            .map(|(name, version, reason)| refused(name, version, reason))
+            .take(MAX_REFUSED)
+            .collect();
+        Ok(Response::new(v1::ListModelsResponse { models, refused }))
     }
 
     async fn get_model(
@@ -138,10 +165,12 @@ impl ModelService for Service {
         request: Request<v1::GetModelRequest>,
     ) -> Result<Response<v1::GetModelResponse>, Status> {
         let principal = Principal::of(&request);
-        let model = self.model(&principal, request.into_inner().model)?;
-        Ok(Response::new(v1::GetModelResponse {
-            model: Some(self.describe(&principal, &model, &self.models.now())),
-        }))
+        let asked = request.into_inner().model;
+        let model = match self.refused(&principal, asked.as_ref()) {
+            Some(refused) => refused,
+            None => self.describe(&principal, &self.model(&principal, asked)?, &self.models.now()),
+        };
+        Ok(Response::new(v1::GetModelResponse { model: Some(model) }))
     }
 
     async fn load_model(

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use tokio::runtime::Handle;
 
@@ -238,6 +238,9 @@ impl Repository {
         version: Option<u64>,
         has_failed: impl Fn(&Arc<ServedModel>) -> bool,
     ) -> Result<(Vec<Arc<ServedModel>>, Models), ControlError> {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.try_all_again(Instant::now());
+        }
         self.fetch()?;
         let entries = match &self.root {
             Some(root) => repository::scan(root).map_err(LookError::from)?,
@@ -382,17 +385,21 @@ impl Repository {
     fn look(&mut self) -> Result<bool, LookError> {
         let fetched = self.fetch();
         let changed = self.scan()?;
-        if let Err(error) = fetched {
-            self.has_untold |= changed;
-            return Err(error);
+        match fetched {
+            Ok(refused) => Ok(changed | refused),
+            Err(error) => {
+                self.has_untold |= changed;
+                Err(error)
+            }
         }
-        Ok(changed)
     }
 
-    /// Brings the folder up to date, where it is a mirror.
-    fn fetch(&mut self) -> Result<(), LookError> {
-        self.mirror.as_mut().map_or(Ok(()), Mirror::sync)?;
-        Ok(())
+    /// Brings the folder up to date, where it is a mirror. Whether other versions are refused than before.
+    fn fetch(&mut self) -> Result<bool, LookError> {
+        let Some(mirror) = &mut self.mirror else {
+            return Ok(false);
+        };
+        Ok(mirror.sync(Instant::now())?)
     }
 
     /// Opens what is new, forgets what is gone. Whether there was any of it.
@@ -415,14 +422,15 @@ impl Repository {
                 .opened(&entry)
                 .map(Arc::new)
                 .map_err(|error| error.to_string());
+            changed |= model.is_ok() || before.is_some_and(|seen| seen.model.is_ok());
             // One bad bundle must not keep the others from being served; it is told once.
             if let Err(error) = &model
                 && before.and_then(|seen| seen.model.as_ref().err()) != Some(error)
             {
                 let name = format!("{}@{}", entry.name, entry.version);
                 tracing::error!(model = %name, %error, "the bundle is refused");
+                changed = true;
             }
-            changed |= model.is_ok() || before.is_some_and(|seen| seen.model.is_ok());
             self.seen.insert(version, Seen { written, model });
         }
         Ok(changed)
@@ -462,6 +470,17 @@ impl Repository {
             && models.find(demo.name(), Some(demo.version())).is_none()
         {
             models.share(demo);
+        }
+        let not_fetched = self.mirror.iter().flat_map(Mirror::refused);
+        let unsound = self.seen.iter().filter_map(|(version, seen)| {
+            let reason = seen.model.as_ref().err()?;
+            Some((version, reason.clone()))
+        });
+        for ((name, version), reason) in not_fetched.chain(unsound) {
+            // What was fetched before is served.
+            if !self.unloaded.has(name, *version) && models.find(name, Some(*version)).is_none() {
+                models.refuse(name, *version, reason);
+            }
         }
         for (name, version) in &self.pins {
             // Where it is not served, requests for the name are refused: a newer one is not what was wanted.

@@ -94,15 +94,15 @@ fn versions_come_whole_and_go() {
     )
     .unwrap();
     let mut mirror = stage.mirror();
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     assert_eq!(stage.cached(), versions(&[("a", 1), ("a", 2), ("b", 1)]));
     assert!(stage.cached_model("a", 1) == large);
     fs::remove_dir_all(stage.store().join("a/1")).unwrap();
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     assert_eq!(stage.cached(), versions(&[("a", 2), ("b", 1)]));
     // Written again: another one.
     stage.put("b", 1, b"others");
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     assert_eq!(stage.cached_model("b", 1), b"others");
 }
 
@@ -111,22 +111,22 @@ fn half_an_upload_is_nothing_until_it_is_whole() {
     let stage = Stage::new();
     let folder = stage.put("a", 1, b"sound");
     let mut mirror = stage.mirror();
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     for half in [None, Some("so")] {
         let folder = stage.put("a", 2, b"whole");
         match half {
             None => fs::remove_file(folder.join(MODEL)).unwrap(),
             Some(half) => fs::write(folder.join(MODEL), half).unwrap(),
         }
-        mirror.sync().unwrap();
+        mirror.sync(Instant::now()).unwrap();
         assert_eq!(stage.cached(), versions(&[("a", 1)]), "{half:?}");
     }
     stage.put("a", 2, b"whole");
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     assert_eq!(stage.cached(), versions(&[("a", 1), ("a", 2)]));
     // What was whole stays, whatever becomes of it in the store.
     fs::write(folder.join(MODEL), "so").unwrap();
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     assert_eq!(stage.cached_model("a", 1), b"sound");
     for model in fs::read_dir(stage.cache().join("a")).unwrap() {
         assert!(!BundleWriter::is_partial(&model.unwrap().path()));
@@ -143,7 +143,7 @@ fn the_newest_and_the_pinned_are_kept_and_others_as_they_fit() {
     // Room for three, with their manifests.
     let keeps = |pins: &[Version]| {
         let mut mirror = stage.open(35_000, pins).unwrap();
-        mirror.sync().unwrap();
+        mirror.sync(Instant::now()).unwrap();
         stage.cached()
     };
     assert_eq!(keeps(&[]), versions(&[("a", 3), ("a", 4), ("b", 1)]));
@@ -151,9 +151,9 @@ fn the_newest_and_the_pinned_are_kept_and_others_as_they_fit() {
     assert_eq!(keeps(&pinned), versions(&[("a", 1), ("a", 4), ("b", 1)]));
     // What was left out comes when another has gone.
     let mut mirror = stage.open(35_000, &[]).unwrap();
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     fs::remove_dir_all(stage.store().join("a/4")).unwrap();
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     assert_eq!(stage.cached(), versions(&[("a", 2), ("a", 3), ("b", 1)]));
 }
 
@@ -162,15 +162,15 @@ fn what_is_cached_stays_while_the_store_is_away_and_is_not_fetched_again() {
     let stage = Stage::new();
     stage.put("a", 1, b"sound");
     let mut mirror = stage.mirror();
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     let place = stage.cache().join("a/1");
     let written = || fs::metadata(place.join(MANIFEST)).unwrap().modified().unwrap();
     let first = written();
     fs::rename(stage.store(), stage.root.path().join("away")).unwrap();
-    assert!(mirror.sync().unwrap_err().may_pass());
+    assert!(mirror.sync(Instant::now()).unwrap_err().may_pass());
     assert_eq!(stage.cached(), versions(&[("a", 1)]));
     fs::rename(stage.root.path().join("away"), stage.store()).unwrap();
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     assert_eq!(written(), first);
 }
 
@@ -181,7 +181,7 @@ fn a_cache_is_one_servers_and_mended_when_it_starts() {
     stage.put("a", 1, b"");
     stage.put("a", 2, b"");
     let mut mirror = stage.mirror();
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     let second = stage.open(u64::MAX, &[]).unwrap_err();
     assert!(matches!(second, MirrorError::Locked(_)), "{second}");
     drop(mirror);
@@ -193,7 +193,7 @@ fn a_cache_is_one_servers_and_mended_when_it_starts() {
         .unwrap();
     let left_behind = stage.cache().join("a/.partial-7-0");
     fs::create_dir(&left_behind).unwrap();
-    stage.mirror().sync().unwrap();
+    stage.mirror().sync(Instant::now()).unwrap();
     assert_eq!(stage.cached_model("a", 1), b"");
     let after = fs::metadata(stage.cache().join("a/2").join(MANIFEST))
         .unwrap()
@@ -211,7 +211,7 @@ fn a_place_of_one_model_is_named() {
         let url = Url::from_directory_path(stage.store().join("a").join(below)).unwrap();
         let handle = stage.runtime.handle().clone();
         let mut mirror = Mirror::open(&url, &stage.cache(), u64::MAX, &[], handle).unwrap();
-        let error = mirror.sync().unwrap_err();
+        let error = mirror.sync(Instant::now()).unwrap_err();
         assert!(!error.may_pass() && error.to_string().contains(says), "{error}");
     }
 }
@@ -227,11 +227,67 @@ fn manifests_cannot_be_endless_nor_point_elsewhere() {
         .replace(MODEL, "../../../model.onnx");
     fs::write(folder.join(MANIFEST), escaping).unwrap();
     let mut mirror = stage.mirror();
-    mirror.sync().unwrap();
+    mirror.sync(Instant::now()).unwrap();
     assert!(stage.cached().is_empty());
     let refused = mirror
         .known
         .values()
-        .all(|known| matches!(known.refused, Some(FetchError::Bundle(BundleError::Manifest(_)))));
-    assert!(refused, "{:?}", mirror.known);
+        .filter_map(|known| known.refused.as_ref())
+        .filter(|refusal| matches!(refusal.error, FetchError::Bundle(BundleError::Manifest(_))))
+        .count();
+    assert_eq!(refused, 2, "{:?}", mirror.known);
+}
+
+#[test]
+fn what_cannot_be_fetched_is_left_alone_for_longer_each_time_and_told() {
+    let stage = Stage::new();
+    stage.put("a", 1, b"sound");
+    stage.put("a", 2, b"sound too");
+    let mut mirror = stage.mirror();
+    // Where the version would be put there is a file: as on a disk that cannot be written, it may pass.
+    let in_the_way = stage.cache().join("a");
+    fs::write(&in_the_way, "").unwrap();
+    let start = Instant::now();
+    let after = |seconds| start + Duration::from_secs(seconds);
+    let mut tried_again = Vec::new();
+    for seconds in 0..4000 {
+        let pause = |mirror: &Mirror| {
+            let known = &mirror.known[&("a".to_owned(), 2)];
+            known.refused.as_ref().map(|refusal| refusal.again_at)
+        };
+        let before = (seconds > 0).then(|| pause(&mirror)).flatten();
+        let changed = mirror.sync(after(seconds)).unwrap();
+        assert_eq!(changed, seconds == 0, "at {seconds} s");
+        if before != pause(&mirror) {
+            tried_again.push(seconds);
+        }
+    }
+    assert_eq!(
+        tried_again,
+        [0, 10, 30, 70, 150, 310, 630, 1230, 1830, 2430, 3030, 3630]
+    );
+    let told: Vec<Version> = mirror.refused().map(|(version, _)| version.clone()).collect();
+    assert_eq!(told, versions(&[("a", 1), ("a", 2)]));
+    fs::remove_file(&in_the_way).unwrap();
+    assert!(!mirror.sync(after(4000)).unwrap());
+    assert!(stage.cached().is_empty());
+    // Somebody who wants it now need not wait.
+    mirror.try_all_again(after(4001));
+    assert!(mirror.sync(after(4001)).unwrap());
+    assert_eq!(stage.cached(), versions(&[("a", 1), ("a", 2)]));
+    assert_eq!(mirror.refused().count(), 0);
+}
+
+#[test]
+fn old_versions_without_room_are_not_missed_and_the_newest_is() {
+    let stage = Stage::new();
+    stage.put("a", 1, &[0; 8_000]);
+    stage.put("a", 2, &[0; 12_000]);
+    let mut mirror = stage.open(15_000, &[]).unwrap();
+    assert!(!mirror.sync(Instant::now()).unwrap());
+    assert_eq!(stage.cached(), versions(&[("a", 2)]));
+    stage.put("a", 3, &[0; 16_000]);
+    assert!(mirror.sync(Instant::now()).unwrap());
+    let missed: Vec<Version> = mirror.refused().map(|(version, _)| version.clone()).collect();
+    assert_eq!(missed, versions(&[("a", 3)]));
 }
