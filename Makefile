@@ -51,6 +51,7 @@ test: prerequisites tools test-tools chart-test check lint doc ## Everything tha
 	cargo test --workspace --locked --features $(TESTED)
 	$(MAKE) soak DENOISED_SOAK_SECONDS=60
 	$(MAKE) test-interleavings
+	$(MAKE) test-mutants
 
 # Features beside the default ones that are tested, everywhere the same, so that nothing is compiled twice.
 TESTED := denoised/object-store
@@ -70,6 +71,18 @@ INTERLEAVINGS ?= 1000
 test-interleavings: prerequisites ## Try orders of threads on engine and models (INTERLEAVINGS: how many).
 	# Of the whole workspace: with one package alone, dependencies would have other features and be compiled again.
 	DENOISED_INTERLEAVINGS=$(INTERLEAVINGS) cargo test --locked --workspace --features $(TESTED),denoised/shuttle --lib interleavings_test
+
+# Seconds for each kind of input, in `make test-mutants` and in `make fuzz`.
+MUTANTS_SECONDS ?= 20
+FUZZ_SECONDS ?= 600
+
+.PHONY: test-mutants
+test-mutants: prerequisites ## Read files and messages that are almost right, of each kind for 20 seconds (MUTANTS_SECONDS).
+	DENOISED_FUZZ_SECONDS=$(MUTANTS_SECONDS) cargo test --locked --workspace --features $(TESTED) --lib fuzz_test
+
+.PHONY: fuzz
+fuzz: prerequisites ## Have libFuzzer look for more such, of each kind for ten minutes (FUZZ_SECONDS; needs cargo-bolero).
+	tests/fuzz.sh $(FUZZ_SECONDS)
 
 # A python with torch and safetensors, to compare with: `make bench BENCH_PYTHON=venv/bin/python`.
 BENCH_PYTHON ?=

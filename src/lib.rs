@@ -13,6 +13,8 @@ pub mod diffusion;
 pub mod engine;
 #[cfg(feature = "serve")]
 pub mod models;
+#[cfg(test)]
+mod mutants;
 #[cfg(feature = "onnx")]
 pub mod network;
 #[cfg(feature = "client")]

@@ -6,8 +6,10 @@ use std::panic;
 use std::thread;
 
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, fmt, registry};
 
 use crate::config::{LogConfig, LogFormat};
 
@@ -55,19 +57,22 @@ pub fn init(config: &LogConfig) -> Result<Log, ParseError> {
         dropped: writer.error_counter(),
         writer: Some(guard),
     };
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let lines = fmt::layer()
         .with_ansi(
             std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
         )
         .log_internal_errors(false)
         .with_writer(writer);
-    // A second subscriber is refused: the first one stays.
-    let first = match config.format {
-        LogFormat::Text => lines.try_init(),
-        LogFormat::Json => lines.json().try_init(),
+    let lines = match config.format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().boxed(),
     };
-    if first.is_ok() {
+    let subscriber = registry().with(lines.with_filter(filter));
+    // Of its own filter: what tasks and locks do is too much for a log.
+    #[cfg(feature = "tokio-console")]
+    let subscriber = subscriber.with(console_subscriber::spawn());
+    // A second subscriber is refused: the first one stays.
+    if subscriber.try_init().is_ok() {
         panic::set_hook(Box::new(log_panic));
     }
     Ok(log)

@@ -561,12 +561,18 @@ fn a_load_is_put_on_a_server_and_told() {
 
     let folder = tempfile::tempdir().unwrap();
     let mix = folder.path().join("mix");
-    std::fs::write(&mix, "1 --length 8 --steps 2 'In the'\n1 --length 9999\n").unwrap();
+    let lines = [
+        "1 --length 8 --steps 2 'In the'",
+        "1 infill --steps 2 'In the [[4]]'",
+        "1 --length 9999",
+    ];
+    std::fs::write(&mix, lines.join("\n")).unwrap();
     let mixed = bench(&["--rate", "50", "--mix", mix.to_str().unwrap()]);
     assert!(
         mixed.contains("failed with InvalidArgument: ") && mixed.contains(" p99.9"),
         "{mixed}"
     );
+    assert_eq!(mixed.matches("failed with").count(), 1, "{mixed}");
     let refused = denoised()
         .args(["bench", "--length", "8", "--mix"])
         .arg(&mix)

@@ -2,11 +2,140 @@
 //! at once.
 
 use std::net::TcpListener;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::binary::{Serving, denoised};
 use crate::plain_http::get;
+use crate::support::{publish, publish_files};
+
+/// `denoised` with mounts of its own, which the shell makes by `mounting`; none, said loudly, where it may not.
+fn mounted(mounting: &str) -> Option<Command> {
+    let within = |program: &str| {
+        let mut command = Command::new("unshare");
+        let script = format!("{mounting} && exec \"$0\" \"$@\"");
+        command.args(["--map-root-user", "--mount", "sh", "-c", &script, program]);
+        command
+    };
+    let may = within("true").stderr(Stdio::null()).status();
+    if !may.is_ok_and(|status| status.success()) {
+        eprintln!(
+            "SKIPPED: nothing may be mounted here (unshare, user namespaces): {mounting} was not tried"
+        );
+        return None;
+    }
+    Some(within(env!("CARGO_BIN_EXE_denoised")))
+}
+
+/// As with `readOnlyRootFilesystem` in Kubernetes.
+const READ_ONLY: &str = "mount -o remount,bind,ro /";
+
+/// Starts a server, has it write a text, and ends it; its log.
+fn served(command: &mut Command) -> String {
+    let server = Serving::start_with(command);
+    let url = format!("http://{}", server.address);
+    let output = denoised()
+        .args(["generate", "--server", &url, "--length", "8", "--steps", "2"])
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    let (code, log) = server.stop();
+    assert_eq!(code, Some(0), "{log}");
+    log
+}
+
+#[test]
+fn a_server_needs_no_disk_that_can_be_written() {
+    if let Some(mut command) = mounted(READ_ONLY) {
+        let log = served(&mut command);
+        assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
+    }
+}
+
+/// ONNX Runtime would leave an identifier below the home folder, and send a report of the machine, while it starts.
+#[test]
+fn nothing_is_told_to_the_makers_of_a_library() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = denoised();
+    // Where it is known to be tested the library is silent by itself.
+    command.env_clear().env("HOME", home.path());
+    if let Some(library) = std::env::var_os("ORT_DYLIB_PATH") {
+        command.env("ORT_DYLIB_PATH", library);
+    }
+    served(&mut command);
+    let left: Vec<_> = std::fs::read_dir(home.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_cache_on_a_read_only_disk_is_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mut command) = mounted(READ_ONLY) else {
+        return;
+    };
+    let output = command
+        .args(["serve", "--listen", "127.0.0.1:0"])
+        .env(
+            "DENOISED__MODELS__REPOSITORY",
+            format!("file://{}", folder.path().display()),
+        )
+        .env("DENOISED__MODELS__CACHE", folder.path().join("cache"))
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(64), "{error}");
+    assert!(error.contains("Read-only file system"), "{error}");
+    assert_eq!(error.trim().lines().count(), 1, "{error}");
+}
+
+/// What fits is served, and what does not is told where one looks for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_version_that_finds_the_disk_full_harms_no_other() {
+    let network = include_bytes!("fixtures/networks/float32.onnx");
+    let folder = tempfile::tempdir().unwrap();
+    let (store, cache) = (folder.path().join("store"), folder.path().join("cache"));
+    std::fs::create_dir(&cache).unwrap();
+    publish(&store, ("fits", 1), network, false);
+    let large = vec![0; 4 << 20];
+    publish_files(
+        &store,
+        ("large", 1),
+        &[("model.onnx", network), ("weights", &large)],
+        false,
+    );
+    let mounting = format!("mount -t tmpfs -o size=1m tmpfs '{}'", cache.display());
+    let Some(mut command) = mounted(&mounting) else {
+        return;
+    };
+    command
+        .env(
+            "DENOISED__MODELS__REPOSITORY",
+            format!("file://{}", store.display()),
+        )
+        .env("DENOISED__MODELS__CACHE", &cache);
+    let server = Serving::start_with(&mut command);
+    let url = format!("http://{}", server.address);
+    let output = denoised()
+        .args(["generate", "--server", &url, "--model", "fits"])
+        .args(["--length", "8", "--steps", "2", "--json"])
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    let models = denoised().args(["models", "--server", &url]).output().unwrap();
+    let models = String::from_utf8_lossy(&models.stdout).into_owned();
+    let refused = models.lines().find(|line| line.contains("large")).unwrap();
+    assert!(refused.contains("No space left on device"), "{models}");
+    let (_, _, metrics) = get(&url, "/metrics").await;
+    assert!(metrics.contains("denoised_refused_versions 1"), "{metrics}");
+    let (code, log) = server.stop();
+    assert_eq!(code, Some(0), "{log}");
+    let told = log
+        .lines()
+        .filter(|line| line.contains("No space left on device"));
+    assert_eq!(told.count(), 1, "{log}");
+}
 
 #[test]
 fn a_taken_port_is_one_line() {

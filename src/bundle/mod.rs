@@ -11,6 +11,7 @@
 
 mod embedded;
 mod external_data;
+mod longest_string;
 mod manifest;
 pub mod repository;
 mod tokenizer;
@@ -23,6 +24,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use embedded::demo;
+#[cfg(test)]
+mod fuzz_test;
 #[cfg(test)]
 pub(crate) use manifest::tests as manifest_tests;
 pub use manifest::{Defaults, FORMAT, Frame, Manifest};

@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tokenizers::Tokenizer;
 
+use super::longest_string::longest_string;
 use super::{Manifest, brief};
 use crate::diffusion::Token;
 
@@ -13,6 +14,12 @@ pub enum TokenizerError {
     /// Not a tokenizer file, or not one this program can read.
     #[error("cannot be read: {0}")]
     Format(String),
+    /// A word that is none.
+    #[error("has a string of {bytes} bytes, the limit is {LONGEST_STRING}")]
+    Long {
+        /// Its bytes.
+        bytes: usize,
+    },
     /// A token that the network does not know.
     #[error("has the token id {highest}, the network knows ids below {states}")]
     Vocabulary {
@@ -42,6 +49,12 @@ pub enum TokenizerError {
 /// Tokens before others that decide how these are written.
 const CONTEXT: usize = 4;
 
+/// Bytes of a string in a tokenizer's file, at most. A unigram vocabulary becomes a tree with a level for each byte of
+/// its longest word, which is freed by recursion: a thread's stack has room for so many levels.
+const LONGEST_STRING: usize = 2048;
+/// The one field that is long in sound files: a table of characters, which makes no words.
+const LONG_FIELD: &str = "precompiled_charsmap";
+
 /// What `work` gives, or why it gives nothing. The crate panics on some files that are none, and on some texts with
 /// them; whoever looks at bundles has others to look at.
 fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
@@ -62,6 +75,10 @@ pub struct TextTokenizer {
 impl TextTokenizer {
     /// Reads `tokenizer.json` and checks that its vocabulary fits the manifest's.
     pub fn from_json(bytes: &[u8], manifest: &Manifest) -> Result<Self, TokenizerError> {
+        let longest = longest_string(bytes, LONG_FIELD).map_err(|e| TokenizerError::Format(brief(e)))?;
+        if longest > LONGEST_STRING {
+            return Err(TokenizerError::Long { bytes: longest });
+        }
         let read = guarded(|| Tokenizer::from_bytes(bytes));
         let mut tokenizer = read.map_err(TokenizerError::Format)?;
         // Made for batches of training: here they would pad prompts and cut them off.
@@ -207,6 +224,30 @@ pub(crate) mod tests {
         // The two bytes of one character, together and on both sides of a seam.
         assert_eq!(tokenizer.decode_after(&[0], &[2, 3]).unwrap(), "\u{e9}");
         assert_eq!(tokenizer.decode_after(&[0, 2], &[3, 1]).unwrap(), "\u{fffd} sea");
+    }
+
+    /// A longer one is freed by a recursion that ends the process. In debug builds frames are largest, and this
+    /// thread's stack is as small as that of those that serve.
+    #[test]
+    fn the_longest_words_of_a_unigram_vocabulary_fit_the_stack() {
+        let read = |bytes: usize| {
+            let mut file = words(&SEA);
+            let word = "a".repeat(bytes);
+            file["model"] =
+                serde_json::json!({"type": "Unigram", "vocab": [[word, -1.0], ["[UNK]", -9.0]], "unk_id": 1});
+            let file = file.to_string();
+            let read = move || TextTokenizer::from_json(file.as_bytes(), &tiny()).map(drop);
+            let thread = std::thread::Builder::new().stack_size(2 << 20).spawn(read);
+            thread.unwrap().join().unwrap()
+        };
+        read(LONGEST_STRING).unwrap();
+        for bytes in [LONGEST_STRING + 1, 1 << 20] {
+            let refused = read(bytes).unwrap_err();
+            assert!(
+                matches!(refused, TokenizerError::Long { bytes: b } if b == bytes),
+                "{refused}"
+            );
+        }
     }
 
     #[test]

@@ -176,6 +176,11 @@ impl From<Status> for Failed {
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
+    // SAFETY: the first thing that the program does: there are no other threads.
+    #[expect(unsafe_code, reason = "what ONNX Runtime reads must be there before it")]
+    unsafe {
+        crate::network::onnx::disable_telemetry();
+    }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {

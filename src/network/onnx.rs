@@ -365,7 +365,27 @@ fn open_session(bundle: &Bundle, options: &OnnxOptions) -> Result<Session, Netwo
     builder.commit_from_memory(&model).map_err(load)
 }
 
-/// ONNX Runtime, loaded on first use.
+/// The variable that ONNX Runtime looks at when it starts.
+pub const DISABLE_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
+
+/// Keeps ONNX Runtime from telling its makers about machine and models. From 1.29 on the official libraries of all
+/// systems do, also without being asked: while the library starts it writes an identifier below the home folder and
+/// sends a first report, before there is anything to say no to. This variable alone turns all of it off
+/// (microsoft/onnxruntime#27379), and programs set it first of all; for their tests `.cargo/config.toml` does.
+///
+/// # Safety
+/// No other thread may run: it could read variables meanwhile.
+#[expect(
+    unsafe_code,
+    clippy::disallowed_methods,
+    reason = "a library takes it from nowhere else"
+)]
+pub unsafe fn disable_telemetry() {
+    // SAFETY: as above.
+    unsafe { std::env::set_var(DISABLE_TELEMETRY, "1") };
+}
+
+/// ONNX Runtime, loaded on first use. See also [`disable_telemetry`].
 ///
 /// # Errors
 /// One line that says where the library was looked for and which command fetches it.

@@ -12,6 +12,8 @@ mod diffusion_service;
 #[cfg(test)]
 mod documented_test;
 mod following;
+#[cfg(test)]
+mod fuzz_test;
 mod http;
 mod metrics;
 mod mirror;

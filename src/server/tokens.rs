@@ -21,6 +21,8 @@ use crate::engine::Caller;
 
 /// Tokens of one file, at most: each call compares with all of them.
 const MOST: usize = 1000;
+/// Bytes of an unknown field that may be told, at most.
+const LONGEST_FIELD: usize = 16;
 /// Characters of a name, at most.
 const LONGEST_NAME: usize = 64;
 /// How a token begins, so that whoever finds one knows what it is.
@@ -55,7 +57,7 @@ fn one() -> u32 {
 }
 
 #[derive(Debug)]
-struct Known {
+pub(super) struct Known {
     hash: [u8; 32],
     principal: Principal,
 }
@@ -128,7 +130,7 @@ impl Watched for Tokens {
 
 /// The tokens of a file, or the first thing that is wrong with it. Nothing of it is repeated: somebody may have put a
 /// token where its hash belongs.
-fn read(bytes: &[u8]) -> Result<Vec<Known>, String> {
+pub(super) fn read(bytes: &[u8]) -> Result<Vec<Known>, String> {
     let text = std::str::from_utf8(bytes).map_err(|_| "is not UTF-8".to_owned())?;
     let written: Written = toml::from_str(text).map_err(|error| {
         let before = error.span().and_then(|span| text.get(..span.start));
@@ -159,8 +161,13 @@ fn read(bytes: &[u8]) -> Result<Vec<Known>, String> {
 
 /// What a parser's message says without the value that it is about.
 fn what_is_wrong(message: &str) -> &str {
-    if message.starts_with("unknown field") || message.starts_with("missing field") {
-        // Keys are no secrets.
+    let unknown = message.strip_prefix("unknown field `");
+    // No field is called as a token is: somebody has put one where a name belongs.
+    let is_short = |(field, _): (&str, &str)| field.len() <= LONGEST_FIELD;
+    let may_be_told = unknown
+        .and_then(|rest| rest.rsplit_once("`, expected"))
+        .is_some_and(is_short);
+    if may_be_told || message.starts_with("missing field") {
         return message;
     }
     "is not as a file of tokens must be: [[token]] with name, sha256 and, if wanted, models (a list), max_share, \
@@ -306,6 +313,8 @@ mod tests {
                 "64 hexadecimal",
             ),
             (format!("{entry}weigth = 2"), "unknown field `weigth`"),
+            (format!("{entry}{secret} = \"a\""), "line 4: is not as"),
+            (format!("{entry}'a`{secret}' = 1"), "line 4: is not as"),
             (format!("{entry}weight = 0"), "weight must be 1 to 1000"),
             (format!("{entry}weight = \"{secret}\""), "line 4"),
             (format!("{entry}max_share = 1.5"), "max_share must be"),

@@ -29,6 +29,11 @@ enum Command {
 }
 
 fn main() -> Result<()> {
+    // SAFETY: the first thing that the program does: there are no other threads.
+    #[expect(unsafe_code, reason = "what ONNX Runtime reads must be there before it")]
+    unsafe {
+        denoised::network::onnx::disable_telemetry();
+    }
     match Arguments::parse().command {
         Command::Tokenizer(arguments) => tokenizer::run(arguments),
         Command::Prepare(arguments) => prepare::run(arguments),

@@ -27,8 +27,36 @@ struct Line {
     weight: f64,
     #[command(flatten)]
     asked: Asked,
-    /// The prompt.
+    /// The prompt, or the template.
     text: Option<String>,
+}
+
+impl Line {
+    fn request(self, what: What, no_frames: bool) -> Result<Request, Failed> {
+        let (text, frames) = (self.text.unwrap_or_default(), frames(no_frames));
+        Ok(match what {
+            What::Generate => self.asked.continuing(text, frames)?.into(),
+            What::Infill => self.asked.filling(&text, frames)?.into(),
+        })
+    }
+}
+
+/// The command that a line would be.
+#[derive(Clone, Copy)]
+enum What {
+    Generate,
+    Infill,
+}
+
+/// Takes the command out of the words of a line, where it stands after the weight.
+fn what(words: &mut Vec<String>) -> What {
+    let what = match words.get(1).map(String::as_str) {
+        Some("generate") => What::Generate,
+        Some("infill") => What::Infill,
+        _ => return What::Generate,
+    };
+    words.remove(1);
+    what
 }
 
 impl Mix {
@@ -55,16 +83,16 @@ impl Mix {
                 let problem = problem.trim_start_matches("error: ").to_owned();
                 Failed::usage(format!("--mix {}: line {number}: {problem}", file.display()))
             };
-            let words = shlex::split(line).ok_or_else(|| wrong("a quotation does not end".to_owned()))?;
-            let Line { weight, asked, text } =
-                Line::try_parse_from(words).map_err(|e| wrong(e.to_string()))?;
+            let mut words = shlex::split(line).ok_or_else(|| wrong("a quotation does not end".to_owned()))?;
+            let what = what(&mut words);
+            let line = Line::try_parse_from(words).map_err(|e| wrong(e.to_string()))?;
+            let weight = line.weight;
             if !(weight > 0.0 && weight <= 1e9) {
                 return Err(wrong("the weight must be above 0, at most 1000000000".to_owned()));
             }
-            let request = asked.continuing(text.unwrap_or_default(), frames(no_frames));
-            let request = request.map_err(|failed| wrong(failed.message))?;
+            let request = line.request(what, no_frames);
             sum += weight;
-            requests.push((sum, request.into()));
+            requests.push((sum, request.map_err(|failed| wrong(failed.message))?));
             if requests.len() > MOST {
                 return Err(wrong(format!("there are more than {MOST} requests")));
             }
@@ -81,12 +109,11 @@ impl Mix {
         let index = self.requests.partition_point(|(sum, _)| *sum <= share * all);
         let (_, request) = self.requests.get(index).or(self.requests.last())?;
         let mut request = request.clone();
-        if let Request::Generate(asked) = &mut request
-            && let Some(seed) = asked
-                .sampling
-                .as_mut()
-                .and_then(|sampling| sampling.seed.as_mut())
-        {
+        let sampling = match &mut request {
+            Request::Generate(asked) => &mut asked.sampling,
+            Request::Infill(asked) => &mut asked.sampling,
+        };
+        if let Some(seed) = sampling.as_mut().and_then(|sampling| sampling.seed.as_mut()) {
             *seed = seed.wrapping_add(number);
         }
         Some(request)
@@ -118,15 +145,20 @@ mod tests {
 
     #[test]
     fn requests_are_chosen_by_weight_and_seeds_count_on() {
-        let mix = read("# two kinds\n\n1 --length 16 --seed 5 'a b'\n3 --length 64\n").unwrap();
+        let mix = "# three kinds\n\n1 --length 16 --seed 5 'a b'\n2 generate --length 64\n1 infill --seed 1 'a [[4]] b'\n";
+        let mix = read(mix).unwrap();
         let chosen = |share| match mix.request(share, 2).unwrap() {
-            Request::Generate(request) => (request.length.unwrap(), request.sampling.unwrap().seed),
-            Request::Infill(_) => (0, None),
+            Request::Generate(request) => (request.length, request.sampling.unwrap().seed),
+            Request::Infill(request) => {
+                assert_eq!(request.template.len(), 3);
+                (None, request.sampling.unwrap().seed)
+            }
         };
-        assert_eq!(chosen(0.0), (16, Some(7)));
-        assert_eq!(chosen(0.24), (16, Some(7)));
-        assert_eq!(chosen(0.26), (64, None));
-        assert_eq!(chosen(0.9999), (64, None));
+        assert_eq!(chosen(0.0), (Some(16), Some(7)));
+        assert_eq!(chosen(0.24), (Some(16), Some(7)));
+        assert_eq!(chosen(0.26), (Some(64), None));
+        assert_eq!(chosen(0.74), (Some(64), None));
+        assert_eq!(chosen(0.9999), (None, Some(3)));
     }
 
     #[test]
@@ -138,6 +170,8 @@ mod tests {
             ("0 --length 4", "the weight must be"),
             ("nan", "the weight must be"),
             ("1 'a", "does not end"),
+            ("1 infill --length 4 'a [[4]]'", "--length: a template's"),
+            ("1 infill 'a [[4'", "line 1: template: "),
             ("1 --entropy-bound 1 --sampler tweedie", "--entropy-bound is for"),
         ] {
             let problem = read(text).unwrap_err().message;

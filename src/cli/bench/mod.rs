@@ -37,8 +37,8 @@ pub(super) struct Bench {
     /// Seconds before that, whose requests are sent but not counted, 0 to 3600.
     #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(..=3600))]
     warm_up: u64,
-    /// Requests to choose from, one a line: a weight, then the options and the text of `generate`, such as
-    /// `3 --length 64 --steps 16 "In the"`.
+    /// Requests to choose from, one a line: a weight, then the options and the text of `generate`, or of `infill` after
+    /// that word, such as `3 --length 64 --steps 16 "In the"` or `1 infill --steps 8 "In the [[4]] of"`.
     #[arg(long, value_name = "FILE")]
     mix: Option<PathBuf>,
     /// Ask for results alone: no intermediate states are sent, and none is timed.

@@ -1,5 +1,7 @@
 //! `Score` and `Choose`: how likely texts are.
 
+#[cfg(test)]
+mod fuzz_test;
 mod read;
 mod stream;
 
