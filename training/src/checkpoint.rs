@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, Result, ensure};
 use burn::Tensor;
@@ -38,6 +39,9 @@ const ABANDONED: &str = "abandoned-";
 pub struct State {
     /// Version of this layout.
     pub format: u32,
+    /// Name of the run, drawn when it began.
+    #[serde(default)]
+    pub run: String,
     /// Optimizer steps done.
     pub step: u64,
     /// Tokens learned from.
@@ -90,6 +94,58 @@ pub fn latest(run: &Path) -> Result<PathBuf> {
     Ok(folder(run, step))
 }
 
+/// One of a run's checkpoints, as one asks for it: `last`, `best` or the steps done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Which {
+    /// The latest.
+    #[default]
+    Last,
+    /// The one with the best validation bound.
+    Best,
+    /// The one after so many steps.
+    After(u64),
+}
+
+impl Which {
+    /// Its folder in the directory of `run`.
+    pub fn folder(self, run: &Path) -> Result<PathBuf> {
+        let last = latest(run)?;
+        let step = match self {
+            Self::Last => return Ok(last),
+            Self::Best => {
+                let best = read_state(&last)?.best;
+                let (_, step) = best.with_context(|| {
+                    format!("{} has no best checkpoint: nothing was validated", run.display())
+                })?;
+                step
+            }
+            Self::After(step) => step,
+        };
+        let steps = steps(run);
+        ensure!(
+            steps.contains(&step),
+            "{} has no checkpoint of step {step}, only of {steps:?}",
+            run.display()
+        );
+        Ok(folder(run, step))
+    }
+}
+
+impl FromStr for Which {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "last" => Ok(Self::Last),
+            "best" => Ok(Self::Best),
+            step => match step.parse() {
+                Ok(step) => Ok(Self::After(step)),
+                Err(_) => Err("must be last, best, or a number of steps".to_owned()),
+            },
+        }
+    }
+}
+
 /// The folder of the checkpoint after `step` steps.
 pub fn folder(run: &Path, step: u64) -> PathBuf {
     root(run).join(format!("{step:08}"))
@@ -116,11 +172,18 @@ pub fn save(trainer: &Trainer, state: &State) -> Result<PathBuf> {
     let kept = state.config.run.keep;
     for &step in &steps[..steps.len().saturating_sub(kept)] {
         if Some(step) != best {
-            let old = folder(run, step);
-            fs::remove_dir_all(&old).with_context(|| format!("cannot remove {}", old.display()))?;
+            remove(run, step)?;
         }
     }
     Ok(target)
+}
+
+/// Takes a checkpoint away before it is no longer whole.
+fn remove(run: &Path, step: u64) -> Result<()> {
+    let (old, draft) = (folder(run, step), draft(run, step));
+    fs::rename(&old, &draft)
+        .and_then(|()| fs::remove_dir_all(&draft))
+        .with_context(|| format!("cannot remove {}", old.display()))
 }
 
 /// Where a checkpoint lies until it is complete.
@@ -353,10 +416,11 @@ fn load_network(path: &Path, network: Ddit) -> Result<Ddit> {
 }
 
 impl State {
-    /// The state of `trainer` after `seconds` of training.
-    pub fn of(trainer: &Trainer, tokenizer_sha256: &str, seconds: f64) -> Self {
+    /// The state of `trainer`, in the run of that name, after `seconds` of training.
+    pub fn of(trainer: &Trainer, run: &str, tokenizer_sha256: &str, seconds: f64) -> Self {
         Self {
             format: FORMAT,
+            run: run.to_owned(),
             step: trainer.step,
             tokens: 0,
             average_updates: trainer.ema.updates(),

@@ -8,6 +8,7 @@
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -36,6 +37,9 @@ const VALIDATION_DRAWS: usize = 2;
 const SAMPLES: usize = 4;
 /// What the smoothed time of a step keeps of its past.
 const PACE_MEMORY: f64 = 0.9;
+/// How long a run that is complete waits for a mirror that is away, and between two tries.
+const LAST_PATIENCE: Duration = Duration::from_secs(180);
+const BETWEEN_TRIES: Duration = Duration::from_secs(5);
 
 /// How to start and end a run.
 #[derive(Debug, Clone, Default)]
@@ -99,6 +103,10 @@ struct Run {
     held_out: Vec<Vec<Token>>,
     tokenizer: Tokenizer,
     mirror: Option<Mirror>,
+    /// Whether the mirror lacks the last checkpoint.
+    is_mirror_behind: bool,
+    /// A validation bound better than all before, of weights that are not saved yet.
+    better: Option<(f64, u64)>,
     journal: Journal,
     progress: Progress,
     watch: Watch,
@@ -138,11 +146,18 @@ impl Run {
         let lock = Lock::acquire(directory)?;
         checkpoint::clear_drafts(directory)?;
         let mirror = settings.mirror.as_deref().map(Mirror::open).transpose()?;
-        if let Some(mirror) = &mirror
-            && matches!(options.start, Start::Resume | Start::ResumeIfAny)
-            && let Some(step) = mirror.pull(directory)?
-        {
-            say(&format!("fetched the checkpoint of step {step} from run.mirror"));
+        if let Some(mirror) = &mirror {
+            match options.start {
+                // What the directory holds is told first.
+                Start::Fresh if checkpoint::steps(directory).is_empty() => mirror.check_empty()?,
+                Start::Fresh => {}
+                Start::Resume | Start::ResumeIfAny => {
+                    if let Some(step) = mirror.pull(directory)? {
+                        say(&format!("fetched the checkpoint of step {step} from run.mirror"));
+                    }
+                }
+                Start::ResumeFrom(_) => mirror.check_known(directory)?,
+            }
         }
         let folder = match options.start {
             Start::Fresh => {
@@ -167,7 +182,8 @@ impl Run {
         let (trainer, mut state) = match &folder {
             None => {
                 let trainer = Trainer::new(config.clone(), &shape, devices)?;
-                let state = State::of(&trainer, train.tokenizer_sha256(), 0.0);
+                let name = uuid::Uuid::new_v4().to_string();
+                let state = State::of(&trainer, &name, train.tokenizer_sha256(), 0.0);
                 (trainer, state)
             }
             Some(folder) => checkpoint::resume(folder, config.clone(), &shape, devices)?,
@@ -213,6 +229,8 @@ impl Run {
             held_out,
             tokenizer,
             mirror,
+            is_mirror_behind: false,
+            better: None,
             journal,
         };
         run.progress.note(&format!(
@@ -263,15 +281,17 @@ impl Run {
             let stop = self.stop.load(Ordering::Relaxed);
             let minutes = self.settings.checkpoint_minutes;
             let late = minutes.is_some_and(|minutes| self.saved.elapsed() >= seconds(60.0 * minutes));
-            if over || stop || self.is_due(self.settings.checkpoint_every) || late {
+            let is_better = self.better.is_some();
+            if over || stop || self.is_due(self.settings.checkpoint_every) || late || is_better {
                 self.save(watch)?;
             }
             let Some(gradient) = gradient else {
-                self.finish()?;
+                self.finish(LAST_PATIENCE)?;
                 return Ok((self.state.clone(), End::Complete));
             };
             if stop {
-                self.finish()?;
+                // Whoever stops a machine does not wait.
+                self.finish(Duration::ZERO)?;
                 return Ok((self.state.clone(), End::Interrupted));
             }
             self.advance(gradient, watch, share)?;
@@ -367,7 +387,7 @@ impl Run {
             .best
             .is_none_or(|(best, _)| bound.nats_per_token < best)
         {
-            self.state.best = Some((bound.nats_per_token, step));
+            self.better = Some((bound.nats_per_token, step));
         }
         self.journal.record(Line::Validation(ValidationLine {
             step,
@@ -403,6 +423,7 @@ impl Run {
     /// these weights, finds it too high.
     fn save(&mut self, next: Watch) -> Result<()> {
         let step = self.trainer.step();
+        let better = self.better.take();
         let exists = checkpoint::folder(&self.settings.directory, step).exists();
         if exists || next.is_suspect() {
             if !exists {
@@ -417,23 +438,51 @@ impl Run {
         self.state = State {
             tokens: self.state.tokens,
             minutes: self.state.minutes,
-            best: self.state.best,
+            best: better.or(self.state.best),
             watch: self.watch,
-            ..State::of(&self.trainer, &self.state.tokenizer_sha256, self.seconds())
+            ..State::of(
+                &self.trainer,
+                &self.state.run,
+                &self.state.tokenizer_sha256,
+                self.seconds(),
+            )
         };
         let folder = checkpoint::save(&self.trainer, &self.state)?;
         self.saved = Instant::now();
-        if let Some(mirror) = &self.mirror {
-            mirror.push(&self.settings.directory, step)?;
-        }
         self.progress
             .note(&format!("step {step}: wrote {}", folder.display()));
+        if let Err(error) = self.copy() {
+            self.progress.note(&format!(
+                "step {step}: no copy, the next checkpoint tries again: {error:#}"
+            ));
+        }
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<()> {
+    /// Copies what the mirror lacks, if there is a mirror.
+    fn copy(&mut self) -> Result<()> {
+        if let Some(mirror) = &self.mirror {
+            self.is_mirror_behind = true;
+            mirror.push(&self.settings.directory, &self.state.run, self.state.step)?;
+            self.is_mirror_behind = false;
+        }
+        Ok(())
+    }
+
+    /// Ends the run; a mirror that is behind is tried again for as long as `patience`.
+    fn finish(&mut self, patience: Duration) -> Result<()> {
         self.progress.finish();
-        self.journal.draw()
+        self.journal.draw()?;
+        let started = Instant::now();
+        while self.is_mirror_behind
+            && let Err(error) = self.copy()
+        {
+            if started.elapsed() >= patience {
+                return Err(error.context("all is in run.directory, but not in run.mirror"));
+            }
+            thread::sleep(BETWEEN_TRIES);
+        }
+        Ok(())
     }
 }
 

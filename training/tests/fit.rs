@@ -8,9 +8,11 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use common::{config, config_file, prepared};
-use training::checkpoint;
+use training::checkpoint::{self, Which};
 use training::journal::{Line, read_provenance};
 use training::mirror::Mirror;
 
@@ -53,6 +55,12 @@ fn started_until(command: &mut Command, step: u64) -> Child {
         all.push('\n');
     }
     unreachable!("the run ended before step {step}: {all}");
+}
+
+fn signal(child: &Child, name: &str) {
+    let id = child.id().to_string();
+    let sent = Command::new("kill").args([name, &id]).status().unwrap();
+    assert!(sent.success());
 }
 
 fn succeeded(output: &Output) {
@@ -150,22 +158,15 @@ fn signals_save_and_end_well() {
     );
     let directory = config(root, "long", 1).run.directory;
     let mut step = 0;
-    for (signal, resume) in [("-TERM", false), ("-INT", true)] {
+    for (name, resume) in [("-TERM", false), ("-INT", true)] {
         let mut command = fit(&file);
         if resume {
             command.arg("--resume");
         }
         let child = started_until(&mut command, step / 5 * 5 + 5);
-        let id = child.id().to_string();
-        assert!(
-            Command::new("kill")
-                .args([signal, &id])
-                .status()
-                .unwrap()
-                .success()
-        );
+        signal(&child, name);
         let output = child.wait_with_output().unwrap();
-        assert_eq!(output.status.code(), Some(0), "{signal}");
+        assert_eq!(output.status.code(), Some(0), "{name}");
         step = *checkpoint::steps(&directory).last().unwrap();
         let says = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(
@@ -310,6 +311,10 @@ fn a_run_survives_its_machine() {
             &[
                 ("seed = 1", &setting),
                 ("checkpoint_every = 10", "checkpoint_every = 5"),
+                (
+                    "validate_every = 1000",
+                    "validate_every = 1000\nsample_every = 10",
+                ),
             ],
         )
     };
@@ -323,8 +328,32 @@ fn a_run_survives_its_machine() {
     fs::write(root.join("mirror/checkpoints/00000099/network.bpk"), "half").unwrap();
 
     fs::remove_dir_all(&directory).unwrap();
+    let error = failed(&fit(&mirrored(40)).output().unwrap());
+    assert!(
+        error.contains("run.mirror") && error.contains("--resume fetches it"),
+        "{error}"
+    );
+    assert_eq!(
+        copies(),
+        [15, 20],
+        "a run that begins removes no other's checkpoints"
+    );
+    fs::remove_dir_all(&directory).unwrap();
     succeeded(&fit(&mirrored(40)).arg("--resume-if-any").output().unwrap());
     assert_eq!(copies(), [35, 40]);
+    let provenance = read_provenance(&root.join("mirror")).unwrap();
+    let from: Vec<u64> = provenance
+        .sessions
+        .iter()
+        .map(|session| session.from_step)
+        .collect();
+    assert_eq!(from, [0, 20], "both machines are known");
+    for place in [directory.join("samples"), root.join("mirror/samples")] {
+        for sample in ["00000010.txt", "00000030.txt"] {
+            assert!(place.join(sample).exists(), "{sample} in {}", place.display());
+        }
+    }
+    assert!(root.join("mirror/config.toml").exists());
     let steps: Vec<u64> = metrics(&directory).iter().map(Line::step).collect();
     assert!(steps.contains(&10) && steps.contains(&40), "{steps:?}");
 
@@ -334,6 +363,110 @@ fn a_run_survives_its_machine() {
             .unwrap(),
     );
     same_weights(&config(root, "whole", 1).run.directory, &directory, 40);
+
+    // To go back is to give up what came later, here as there.
+    succeeded(&fit(&mirrored(40)).args(["--resume-from", "35"]).output().unwrap());
+    assert_eq!(copies(), [35, 40]);
+    // Another run, which never was here.
+    let setting = format!("seed = 1\nmirror = \"{}\"", root.join("mirror").display());
+    let other = changed(&config_file(root, "whole", 50), &[("seed = 1", &setting)]);
+    let error = failed(&fit(&other).arg("--resume").output().unwrap());
+    assert!(error.contains("of another run"), "{error}");
+    assert_eq!(copies(), [35, 40]);
+}
+
+#[test]
+fn a_mirror_that_is_away_ends_no_run_and_catches_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    prepared(root);
+    let (disk, unplugged) = (root.join("disk"), root.join("unplugged"));
+    let place = disk.join("mirror");
+    let setting = format!("mirror = \"{}\"\nseed = 1", place.display());
+    let file = changed(
+        &config_file(root, "run", 1_000_000),
+        &[
+            ("seed = 1", &setting),
+            ("checkpoint_every = 10", "checkpoint_every = 5\nkeep = 1"),
+        ],
+    );
+    let mut child = started_until(&mut fit(&file), 10);
+    let directory = config(root, "run", 1).run.directory;
+    let mirror = Mirror::open(place.to_str().unwrap()).unwrap();
+    let last = |steps: Vec<u64>| steps.last().copied().unwrap_or_default();
+    let mut wait = |reached: &dyn Fn() -> bool| {
+        let started = Instant::now();
+        while !reached() {
+            assert!(started.elapsed() < Duration::from_secs(60), "nothing comes of it");
+            assert!(child.try_wait().unwrap().is_none(), "the run has ended");
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    wait(&|| place.join("checkpoints").exists());
+    fs::rename(&disk, &unplugged).unwrap();
+    // Nothing can be made here.
+    fs::write(&disk, "no folder").unwrap();
+    let before = last(checkpoint::steps(&directory));
+    wait(&|| last(checkpoint::steps(&directory)) >= before + 10);
+    fs::remove_file(&disk).unwrap();
+    fs::rename(&unplugged, &disk).unwrap();
+    wait(&|| last(mirror.steps().unwrap()) > before);
+    signal(&child, "-TERM");
+    assert!(child.wait().unwrap().success());
+    assert_eq!(mirror.steps().unwrap(), checkpoint::steps(&directory));
+}
+
+#[test]
+fn the_best_checkpoint_remains_and_can_be_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    prepared(root);
+    // No validation falls on a step whose checkpoint is due.
+    let of = |steps: u64, lr: &str| {
+        changed(
+            &config_file(root, "run", steps),
+            &[
+                ("validate_every = 1000", "validate_every = 7"),
+                ("checkpoint_every = 10", "checkpoint_every = 1000\nkeep = 1"),
+                ("lr = 3e-3", lr),
+            ],
+        )
+    };
+    let first = fit(&of(20, "lr = 3e-3")).output().unwrap();
+    succeeded(&first);
+    let said = String::from_utf8(first.stderr).unwrap();
+    for step in [7, 14, 20] {
+        assert!(said.contains(&format!("step {step}: wrote")), "{said}");
+    }
+    // Of the weights nothing is left.
+    let file = of(30, "lr = 1e-1\nweight_decay = 9.0");
+    succeeded(&fit(&file).arg("--resume").output().unwrap());
+    let directory = config(root, "run", 1).run.directory;
+    let validations = metrics(&directory).into_iter().filter_map(|line| match line {
+        Line::Validation(line) => Some((line.bound, line.step)),
+        Line::Step(_) => None,
+    });
+    let (bound, step) = validations
+        .min_by(|one, other| one.0.total_cmp(&other.0))
+        .unwrap();
+    assert_ne!(step, 30, "the last is not the best");
+    assert_eq!(checkpoint::steps(&directory), [step, 30]);
+    for (which, found) in [(Which::Best, step), (Which::Last, 30), (Which::After(step), step)] {
+        let state = checkpoint::read_state(&which.folder(&directory).unwrap()).unwrap();
+        assert_eq!(state.step, found, "{which:?}");
+    }
+    let state = checkpoint::read_state(&Which::Last.folder(&directory).unwrap()).unwrap();
+    assert_eq!(state.best, Some((bound, step)));
+    let measured = |which: &str| {
+        let mut command = Command::new(PROGRAM);
+        command.args(["evaluate", "--json", "--draws", "2", "--checkpoint", which]);
+        let output = command.arg(&file).output().unwrap();
+        succeeded(&output);
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(measured("best"), measured(&step.to_string()));
+    assert_ne!(measured("best"), measured("last"));
+    assert!(Which::After(1).folder(&directory).is_err());
 }
 
 #[test]

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use denoised::bundle::{Bundle, TextTokenizer};
 use serde_json::json;
+use training::checkpoint::Which;
 use training::config::RunConfig;
 use training::evaluate::{Bound, Estimate, Served, Text};
 use training::tokenizer::END_OF_DOCUMENT;
@@ -24,9 +25,12 @@ use super::run::Run;
 /// varied it is. Predictable text of low entropy is collapsed, not good: read both beside held-out text's.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The run's file; its latest averaged weights are evaluated.
+    /// The run's file; its averaged weights are evaluated.
     #[arg(required_unless_present = "bundle", conflicts_with = "bundle")]
     config: Option<PathBuf>,
+    /// Which checkpoint: last, best (by its validation bound), or the steps done.
+    #[arg(long, value_name = "WHICH", default_value = "last", conflicts_with = "bundle")]
+    checkpoint: Which,
     /// A bundle instead of a run, evaluated by ONNX Runtime as the server does.
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
@@ -62,6 +66,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if samples.is_some() || written.is_some() {
         let asked = quality::Asked {
             config: arguments.config.as_deref(),
+            checkpoint: arguments.checkpoint,
             bundle: arguments.bundle.as_deref(),
             documents: match arguments.text.as_slice() {
                 [] => None,
@@ -80,7 +85,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut baselines = None;
     let (bound, bytes_per_token) = match (&arguments.config, &arguments.bundle) {
         (Some(config), _) => {
-            let run = Run::latest(&RunConfig::read(config)?)?;
+            let run = Run::open(&RunConfig::read(config)?, arguments.checkpoint)?;
             if arguments.baselines {
                 baselines = Some(run.baselines()?);
             }

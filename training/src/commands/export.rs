@@ -6,17 +6,21 @@ use anyhow::{Context, Result};
 use clap::Args;
 use denoised::bundle::{Defaults, Manifest};
 use denoised::diffusion::Token;
+use training::checkpoint::Which;
 use training::config::RunConfig;
 use training::data::TokenFile;
 use training::export::{self, Options, Storage, TrainedModel};
 
 use super::run::Run;
 
-/// Writes the averaged weights of the latest checkpoint as a bundle.
+/// Writes the averaged weights of a checkpoint as a bundle.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// The run's file.
     config: PathBuf,
+    /// Which checkpoint: last, best (by its validation bound), or the steps done.
+    #[arg(long, value_name = "WHICH", default_value = "last")]
+    checkpoint: Which,
     /// Name to serve the model under.
     #[arg(long)]
     name: String,
@@ -39,6 +43,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let Arguments {
         config,
+        checkpoint,
         name,
         out,
         storage,
@@ -46,7 +51,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         corpus,
     } = arguments;
     let config = RunConfig::read(&config)?;
-    let run = Run::latest(&config)?;
+    let run = Run::open(&config, checkpoint)?;
     let text = held_out(&config, run.network.config().length)?;
     let options = Options {
         storage,

@@ -11,6 +11,7 @@ use denoised::bundle::{Bundle, Defaults, TextTokenizer};
 use denoised::diffusion::{SamplerKind, Token, TokenChoice};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use training::checkpoint::Which;
 use training::config::RunConfig;
 use training::evaluate::Served;
 use training::loss::Objective;
@@ -83,6 +84,7 @@ impl Readers {
 /// What is asked beside how samples are drawn.
 pub(super) struct Asked<'a> {
     pub(super) config: Option<&'a Path>,
+    pub(super) checkpoint: Which,
     pub(super) bundle: Option<&'a Path>,
     /// Text to compare with, instead of what the run held out.
     pub(super) documents: Option<Vec<String>>,
@@ -289,7 +291,7 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) 
     );
     let mut readers = Readers::of(arguments)?;
     let source = match (asked.config, asked.bundle) {
-        (Some(config), _) => Source::of_run(Run::latest(&RunConfig::read(config)?)?)?,
+        (Some(config), _) => Source::of_run(Run::open(&RunConfig::read(config)?, asked.checkpoint)?)?,
         (None, Some(bundle)) => Source::of_bundle(bundle)?,
         (None, None) => return Err(anyhow!("neither a run nor --bundle is given")),
     };

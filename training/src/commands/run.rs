@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use serde_json::json;
 use tokenizers::Tokenizer;
-use training::checkpoint::{self, State};
+use training::checkpoint::{self, State, Which};
 use training::config::RunConfig;
 use training::data::TokenFile;
 use training::evaluate::{Text, bound};
@@ -13,7 +13,7 @@ use training::loss::Objective;
 use training::network::Ddit;
 use training::{baseline, trainer};
 
-/// The latest checkpoint of a run, with its averaged weights.
+/// A checkpoint of a run, with its averaged weights.
 pub(super) struct Run {
     pub(super) config: RunConfig,
     pub(super) network: Ddit,
@@ -21,8 +21,8 @@ pub(super) struct Run {
 }
 
 impl Run {
-    pub(super) fn latest(config: &RunConfig) -> Result<Self> {
-        let (network, state) = checkpoint::load_average(&checkpoint::latest(&config.run.directory)?)?;
+    pub(super) fn open(config: &RunConfig, which: Which) -> Result<Self> {
+        let (network, state) = checkpoint::load_average(&which.folder(&config.run.directory)?)?;
         Ok(Self {
             config: config.clone(),
             network,
