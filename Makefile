@@ -230,7 +230,7 @@ train-demo: prerequisites ## Train the demo model again, from the text to the bu
 	"$$training" fit training/configs/demo.toml --resume-if-any
 	"$$training" evaluate training/configs/demo.toml --baselines
 	rm -rf training/demo/world-english/1
-	"$$training" export training/configs/demo.toml --storage f16 --name world-english --out training/demo/world-english/1 \
+	"$$training" export training/configs/demo.toml --storage f16 --name world-english --out training/demo/world-english/1 --measure \
 		--defaults '{"sampler": "tweedie", "steps": 128, "temperature": 0.87, "top_p": 0.98}' \
 		--corpus "World English Bible, public domain, https://ebible.org/web/ (Debian sword-text-web by training/demo/corpus.sh; all chapters: sha256 $$(cat .corpus/world-english/*.txt | sha256sum | cut -d' ' -f1))"
 

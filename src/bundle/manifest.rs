@@ -263,7 +263,7 @@ impl Manifest {
 }
 
 /// Whether `name` can name a model: safe in paths, URLs and metrics.
-pub(crate) fn is_name(name: &str) -> bool {
+pub fn is_name(name: &str) -> bool {
     name.len() <= 128
         && name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
         && name

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-pub(crate) use super::manifest::is_name;
+pub use super::manifest::is_name;
 use super::{BundleError, MANIFEST};
 
 /// One bundle's place in the repository.

@@ -1,5 +1,6 @@
 //! Where bundles are.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, de};
@@ -14,6 +15,15 @@ pub enum RepositoryPlace {
     Folder(PathBuf),
     /// A place that is mirrored to a folder.
     Store(Url),
+}
+
+impl fmt::Display for RepositoryPlace {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(folder) => write!(to, "{}", folder.display()),
+            Self::Store(url) => write!(to, "{url}"),
+        }
+    }
 }
 
 impl From<PathBuf> for RepositoryPlace {

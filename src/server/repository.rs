@@ -185,10 +185,10 @@ impl Repository {
             }
             Err(error) => return Err(unusable(&error)),
         }
-        if let Some(root) = &repository.root
+        if let Some(place) = place
             && repository.seen.values().all(|seen| seen.model.is_err())
         {
-            tracing::warn!(repository = %root.display(), "the repository holds no usable bundle");
+            tracing::warn!(repository = %place, "the repository holds no usable bundle");
         }
         let (models, default_is_served) = repository.models();
         if let Some((name, version)) = repository.unserved_pin(&models) {

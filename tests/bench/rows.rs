@@ -5,6 +5,8 @@ use std::time::Instant;
 use denoised::diffusion::sampler::row::{Scratch, draw, uncertainty};
 use denoised::diffusion::sampler::{LEAVE, Uncertainty};
 use denoised::diffusion::{Draws, Token, TokenChoice};
+use denoised::network::ScoreRows;
+use half::f16;
 use serde_json::{Value, json};
 
 use crate::{quartiles, show};
@@ -24,17 +26,25 @@ pub(crate) fn run(turns: usize) -> Value {
     };
     let mut numbers = Vec::new();
     for states in [6_656, 50_258] {
-        for (what, width, choice, of) in [
-            ("temperature 1", 6.0, plain, Uncertainty::None),
-            ("temperature 0.85, top-p 0.95", 6.0, top_p, Uncertainty::None),
+        for (what, width, choice, of, is_half) in [
+            ("temperature 1", 6.0, plain, Uncertainty::None, false),
+            ("the same of float16", 6.0, plain, Uncertainty::None, true),
+            (
+                "temperature 0.85, top-p 0.95",
+                6.0,
+                top_p,
+                Uncertainty::None,
+                false,
+            ),
             (
                 "flat, temperature 0.85, top-p 0.95",
                 1.5,
                 top_p,
                 Uncertainty::None,
+                false,
             ),
-            ("confidence", 6.0, plain, Uncertainty::NegLogProb),
-            ("entropy-bounded", 6.0, plain, Uncertainty::Entropy),
+            ("confidence", 6.0, plain, Uncertainty::NegLogProb, false),
+            ("entropy-bounded", 6.0, plain, Uncertainty::Entropy, false),
         ] {
             let mut random = Draws::new(1, 0);
             let rows: Vec<Vec<f32>> = (0..ROWS)
@@ -44,10 +54,19 @@ pub(crate) fn run(turns: usize) -> Value {
                     (0..states).map(score).collect()
                 })
                 .collect();
+            let flat = rows.concat();
+            let half: Vec<f16> = flat.iter().map(|score| f16::from_f32(*score)).collect();
+            let scores = if is_half {
+                ScoreRows::packed_half(&half, states)
+            } else {
+                ScoreRows::packed(&flat, states)
+            };
             let (x, mut scratch, mut times) = (states as Token - 1, Scratch::default(), Vec::new());
+            let mut buffer = Vec::new();
             for turn in 0..turns.max(5) {
                 let started = Instant::now();
-                for row in &rows {
+                for index in 0..ROWS {
+                    let row = scores.row_in(index, &mut buffer);
                     let u = random.at(turn as u32, row.len());
                     let token = draw(&LEAVE, &choice, x, row, 0.0, u, &mut scratch).unwrap();
                     uncertainty(of, x, token.unwrap(), row, &mut scratch).unwrap();

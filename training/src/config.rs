@@ -3,6 +3,8 @@
 //! Variables `TRAINING__SECTION__KEY` replace the file's values, for containers that share a file:
 //! `TRAINING__RUN__DIRECTORY=/checkpoints`.
 
+mod changes;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

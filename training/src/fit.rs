@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use burn::module::Module;
 use denoised::diffusion::Token;
-use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use crate::checkpoint::{self, State};
@@ -127,9 +126,7 @@ impl Run {
         let validation = TokenFile::open(&config.data.validation)?;
         let tokenizer = matching_tokenizer(&config, &train, &validation)?;
         let shape = config.network_config(train.vocab_size());
-        let held_out: Vec<Vec<Token>> = (0..validation.sequences(shape.length).min(VALIDATION_SEQUENCES))
-            .map(|index| validation.sequence(index, shape.length))
-            .collect();
+        let held_out = spread(&validation, shape.length, VALIDATION_SEQUENCES);
         let epochs = Epochs::new(train.clone(), shape.length, config.run.seed)?;
 
         let settings = config.run.clone();
@@ -194,12 +191,18 @@ impl Run {
             directory.display(),
             config.data.train.display()
         );
-        if let Start::ResumeFrom(step) = options.start {
-            checkpoint::abandon_after(directory, step)?;
-        }
-        let changed = changes(&state.config, &config)?;
+        let changed = state.config.changes(&config)?;
         state.config = config;
         state.minutes = options.minutes.or(state.minutes);
+        if let Start::ResumeFrom(step) = options.start {
+            // For nothing later checkpoints are not put aside.
+            ensure!(
+                share(&settings, &state, step, state.seconds) < 1.0,
+                "there is nothing to do after step {step}: {}",
+                over(&settings, &state)
+            );
+            checkpoint::abandon_after(directory, step)?;
+        }
 
         let step = trainer.step();
         let parameters = trainer.averaged().num_params();
@@ -239,6 +242,12 @@ impl Run {
             shape.states,
             run.settings.steps
         ));
+        if run.held_out.is_empty() {
+            run.progress.note(&format!(
+                "{} holds no whole sequence: nothing is validated",
+                run.state.config.data.validation.display()
+            ));
+        }
         for change in changed {
             run.progress
                 .note(&format!("changed since the checkpoint: {change}"));
@@ -255,6 +264,8 @@ impl Run {
             let (step, share) = (self.trainer.step(), self.share());
             let over = share >= 1.0;
             if over && step == self.first {
+                let why = self::over(&self.settings, &self.state);
+                self.progress.note(&format!("there is nothing to do: {why}"));
                 return Ok((self.state.clone(), End::Complete));
             }
             if over || self.is_due(self.settings.validate_every) {
@@ -486,9 +497,30 @@ impl Run {
     }
 }
 
+/// At most `most` sequences of `length` tokens, from all over a file.
+fn spread(file: &TokenFile, length: usize, most: usize) -> Vec<Vec<Token>> {
+    let count = file.sequences(length);
+    let kept = count.min(most);
+    (0..kept)
+        .map(|index| file.sequence(index * count / kept, length))
+        .collect()
+}
+
 fn share(settings: &RunSection, state: &State, step: u64, seconds: f64) -> f64 {
     let spent = state.minutes.map_or(0.0, |minutes| seconds / (60.0 * minutes));
     (step as f64 / settings.steps as f64).max(spent)
+}
+
+/// Why a run that is over is over.
+fn over(settings: &RunSection, state: &State) -> String {
+    let (done, steps) = (state.step, settings.steps);
+    match state.minutes {
+        Some(minutes) if done < steps => {
+            let spent = state.seconds / 60.0;
+            format!("{spent:.1} of {minutes} minutes are over; a larger --until-minutes goes on")
+        }
+        _ => format!("{done} of {steps} steps are done; a larger run.steps goes on"),
+    }
 }
 
 fn seconds(seconds: f64) -> Duration {
@@ -516,32 +548,4 @@ fn matching_tokenizer(config: &RunConfig, train: &TokenFile, validation: &TokenF
         train.vocab_size()
     );
     Ok(tokenizer)
-}
-
-/// Settings that differ, as `name: before -> now`.
-fn changes(before: &RunConfig, now: &RunConfig) -> Result<Vec<String>> {
-    let mut list = Vec::new();
-    compare(
-        "",
-        &serde_json::to_value(before)?,
-        &serde_json::to_value(now)?,
-        &mut list,
-    );
-    Ok(list)
-}
-
-fn compare(name: &str, before: &Value, now: &Value, list: &mut Vec<String>) {
-    if let (Value::Object(before), Value::Object(now)) = (before, now) {
-        for (key, now) in now {
-            let before = before.get(key).unwrap_or(&Value::Null);
-            let name = if name.is_empty() {
-                key.clone()
-            } else {
-                format!("{name}.{key}")
-            };
-            compare(&name, before, now, list);
-        }
-    } else if before != now {
-        list.push(format!("{name}: {before} -> {now}"));
-    }
 }

@@ -2,7 +2,8 @@
 
 mod commands;
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 use commands::{evaluate, export, fit, import, prepare, publish, random, report, tokenizer};
@@ -28,13 +29,13 @@ enum Command {
     Random(random::Arguments),
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     // SAFETY: the first thing that the program does: there are no other threads.
     #[expect(unsafe_code, reason = "what ONNX Runtime reads must be there before it")]
     unsafe {
         denoised::network::onnx::disable_telemetry();
     }
-    match Arguments::parse().command {
+    let done = match Arguments::parse().command {
         Command::Tokenizer(arguments) => tokenizer::run(arguments),
         Command::Prepare(arguments) => prepare::run(arguments),
         Command::Fit(arguments) => fit::run(&arguments),
@@ -44,6 +45,15 @@ fn main() -> Result<()> {
         Command::Import(arguments) => import::run(arguments),
         Command::Publish(arguments) => publish::run(arguments),
         Command::Random(arguments) => random::run(arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Its own form has a backtrace where RUST_BACKTRACE is set, which tells users nothing.
+            let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+            eprintln!("Error: {}", causes.join("\n  because: "));
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -364,6 +364,21 @@ fn a_run_survives_its_machine() {
     );
     same_weights(&config(root, "whole", 1).run.directory, &directory, 40);
 
+    // Where there is nothing to do, that is said, and nothing is given up.
+    let idle = fit(&mirrored(40)).arg("--resume").output().unwrap();
+    succeeded(&idle);
+    let said = String::from_utf8(idle.stderr).unwrap();
+    assert!(said.contains("nothing to do: 40 of 40 steps are done"), "{said}");
+    for arguments in [["--resume-from", "40"], ["--until-minutes", "0.0001"]] {
+        let mut command = fit(&mirrored(40));
+        command.args(arguments);
+        if arguments[0] == "--until-minutes" {
+            command.args(["--resume-from", "35"]);
+        }
+        let error = failed(&command.output().unwrap());
+        assert!(error.contains("nothing to do after step"), "{error}");
+        assert_eq!(checkpoint::steps(&directory), [35, 40]);
+    }
     // To go back is to give up what came later, here as there.
     succeeded(&fit(&mirrored(40)).args(["--resume-from", "35"]).output().unwrap());
     assert_eq!(copies(), [35, 40]);
@@ -467,6 +482,70 @@ fn the_best_checkpoint_remains_and_can_be_asked_for() {
     assert_eq!(measured("best"), measured(&step.to_string()));
     assert_ne!(measured("best"), measured("last"));
     assert!(Which::After(1).folder(&directory).is_err());
+}
+
+/// A bundle of other noise, or with the tokens of another tokenizer, would write gibberish.
+#[test]
+fn what_a_checkpoint_was_trained_with_decides() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let (tokenizer, _) = prepared(root);
+    let file = config_file(root, "run", 10);
+    succeeded(&fit(&file).output().unwrap());
+    let out = root.join("bundle");
+    let told = |arguments: &[&str]| {
+        let mut command = Command::new(PROGRAM);
+        command.args(arguments).arg(&file);
+        if arguments == ["export"] {
+            command.args(["--name", "tiny"]).arg("--out").arg(&out);
+        }
+        command.output().unwrap()
+    };
+    let whole = fs::read_to_string(&file).unwrap();
+    for (from, to, says) in [
+        (
+            "kind = \"absorbing\"",
+            "kind = \"uniform\"",
+            "graph.kind: \"absorbing\" -> \"uniform\"",
+        ),
+        ("eps = 1e-3", "eps = 1e-4", "schedule.eps: 0.001 -> 0.0001"),
+        ("heads = 2", "heads = 4", "network.heads: 2 -> 4"),
+        (
+            "scale_by_sigma = true",
+            "scale_by_sigma = false",
+            "network.scale_by_sigma: ",
+        ),
+    ] {
+        changed(&file, &[(from, to)]);
+        // Scores of uniform noise cannot be scaled.
+        if to.contains("uniform") {
+            changed(&file, &[("scale_by_sigma = true", "scale_by_sigma = false")]);
+        }
+        for command in [&["export"][..], &["evaluate", "--draws", "1"]] {
+            let error = failed(&told(command));
+            assert!(error.contains(says), "{command:?}: {error}");
+        }
+        fs::write(&file, &whole).unwrap();
+    }
+    let json = fs::read_to_string(&tokenizer).unwrap();
+    fs::write(&tokenizer, format!("{json} ")).unwrap();
+    let error = failed(&told(&["export"]));
+    assert!(
+        error.contains("data.tokenizer") && error.contains("not the one"),
+        "{error}"
+    );
+    fs::write(&tokenizer, json).unwrap();
+    assert!(!out.exists());
+
+    // How it is trained from here on is another matter; and nothing but the checkpoint and the tokenizer is needed.
+    changed(&file, &[("lr = 3e-3", "lr = 1e-3"), ("steps = 10", "steps = 20")]);
+    fs::remove_dir_all(root.join("data")).unwrap();
+    succeeded(&told(&["export"]));
+    let manifest = fs::read_to_string(out.join("manifest.json")).unwrap();
+    let root = root.to_str().unwrap();
+    assert!(!manifest.contains(root), "a path of this machine: {manifest}");
+    let error = failed(&told(&["export"]));
+    assert!(error.contains("is there already"), "{error}");
 }
 
 #[test]

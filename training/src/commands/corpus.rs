@@ -12,8 +12,9 @@ pub(super) struct CorpusArguments {
     /// .zst). Of a directory, all .txt and .jsonl files below it, packed or not, sorted by name.
     #[arg(required = true, value_name = "FILE|DIR")]
     input: Vec<PathBuf>,
-    /// What separates documents within a file of text; without, a file is one document.
-    #[arg(long, value_name = "TEXT")]
+    /// What separates documents within a file of text, where \n, \r, \t and \\ are what they are in most languages;
+    /// without, a file is one document.
+    #[arg(long, value_name = "TEXT", value_parser = separator)]
     separator: Option<String>,
     /// The field of a JSON object that holds the document.
     #[arg(long, value_name = "NAME", default_value = "text")]
@@ -22,12 +23,35 @@ pub(super) struct CorpusArguments {
     /// needs some 10 bytes for each of them, other tokenizers some 130.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_DOCUMENT_BYTES)]
     max_document_bytes: usize,
+    /// Leave out documents that cannot be read (not UTF-8, too long, no JSON), with the rest of their file, instead of
+    /// stopping at the first.
+    #[arg(long)]
+    skip_bad: bool,
     /// Share of the documents that is held out.
     #[arg(long, value_name = "X", default_value_t = 0.05)]
     validation_fraction: f64,
     /// Chooses which documents those are.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
+}
+
+/// Text with its escapes resolved: shells hand them on as they are.
+fn separator(text: &str) -> Result<String, String> {
+    let mut resolved = String::new();
+    let mut characters = text.chars();
+    while let Some(character) = characters.next() {
+        resolved.push(match character {
+            '\\' => match characters.next() {
+                Some('n') => '\n',
+                Some('r') => '\r',
+                Some('t') => '\t',
+                Some('\\') => '\\',
+                _ => return Err("a \\ must be followed by n, r, t or another \\".to_owned()),
+            },
+            character => character,
+        });
+    }
+    Ok(resolved)
 }
 
 impl From<CorpusArguments> for Corpus {
@@ -37,6 +61,7 @@ impl From<CorpusArguments> for Corpus {
             separator,
             field,
             max_document_bytes,
+            skip_bad,
             validation_fraction,
             seed,
         } = arguments;
@@ -45,8 +70,28 @@ impl From<CorpusArguments> for Corpus {
             separator,
             field,
             max_document_bytes,
+            skip_bad,
             validation_fraction,
             seed,
         }
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::separator;
+
+    #[test]
+    fn escapes_of_a_separator_are_resolved() {
+        for (text, is) in [
+            ("\n\n", "\n\n"),
+            (r"\n\n", "\n\n"),
+            (r"-\t\r\\n-", "-\t\r\\n-"),
+            ("", ""),
+        ] {
+            assert_eq!(separator(text).unwrap(), is, "{text}");
+        }
+        assert!(separator(r"\x").is_err() && separator("\\").is_err());
     }
 }

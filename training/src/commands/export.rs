@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use denoised::bundle::{Defaults, Manifest};
 use denoised::diffusion::Token;
@@ -12,6 +12,7 @@ use training::data::TokenFile;
 use training::export::{self, Options, Storage, TrainedModel};
 
 use super::run::Run;
+use super::target;
 
 /// Writes the averaged weights of a checkpoint as a bundle.
 #[derive(Debug, Args)]
@@ -35,6 +36,10 @@ pub(crate) struct Arguments {
     /// '{"sampler": "first-hitting", "temperature": 0.9}'.
     #[arg(long, value_name = "JSON", value_parser = defaults)]
     defaults: Option<Defaults>,
+    /// Also bound the likelihood of the run's held-out text, as `evaluate --baselines` does, and write that into the
+    /// manifest.
+    #[arg(long)]
+    measure: bool,
     /// What the model was trained on, for the bundle's provenance.
     #[arg(long, default_value = "")]
     corpus: String,
@@ -48,27 +53,36 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         out,
         storage,
         defaults,
+        measure,
         corpus,
     } = arguments;
+    target::check(&name, &out)?;
     let config = RunConfig::read(&config)?;
     let run = Run::open(&config, checkpoint)?;
-    let text = held_out(&config, run.network.config().length)?;
+    let (tokenizer, tokenizer_json) = run.tokenizer_and_json()?;
+    drop(tokenizer);
+    let text = match storage {
+        Storage::F32 => Vec::new(),
+        Storage::F16 | Storage::Int8 => held_out(&config, run.network.config().length)?,
+    };
+    let mut provenance = run.provenance(&corpus);
+    if measure {
+        provenance["validation"] = run.measures()?;
+    }
     let options = Options {
         storage,
         defaults,
         text: &text,
         ..Options::default()
     };
-    let tokenizer =
-        std::fs::read(&config.data.tokenizer).with_context(|| config.data.tokenizer.display().to_string())?;
     let model = TrainedModel {
         name: &name,
         config: run.network.config(),
         weights: &run.network.state_dict(),
-        graph: config.graph.kind,
-        schedule: config.schedule,
-        tokenizer: Some(&tokenizer),
-        provenance: run.provenance(&corpus)?,
+        graph: run.state.config.graph.kind,
+        schedule: run.state.config.schedule,
+        tokenizer: Some(&tokenizer_json),
+        provenance,
     };
     let manifest = export::bundle_with(&out, model, &options)?;
     println!(
@@ -89,6 +103,10 @@ fn defaults(json: &str) -> Result<Defaults, serde_json::Error> {
 /// A few sequences of the run's validation text, from all over it.
 fn held_out(config: &RunConfig, length: usize) -> Result<Vec<Vec<Token>>> {
     const SEQUENCES: usize = 4;
+    // Without it the cost is measured on random tokens, and said so.
+    if !config.data.validation.exists() {
+        return Ok(Vec::new());
+    }
     let file = TokenFile::open(&config.data.validation)?;
     let every = file.sequences(length).div_ceil(SEQUENCES).max(1);
     let indices = (0..file.sequences(length)).step_by(every);

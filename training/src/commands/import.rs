@@ -8,6 +8,8 @@ use serde_json::json;
 use training::export::{self, Storage, TrainedModel};
 use training::import::{self, Choice};
 
+use super::target;
+
 /// Turns a checkpoint of the reference implementation into a bundle.
 ///
 /// Reads what `save_pretrained` wrote (config.json with model.safetensors or pytorch_model.bin) and
@@ -45,6 +47,8 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         weights,
         storage,
     } = arguments;
+    let name = name.or_else(|| model_name(&out)).context("--name is missing")?;
+    target::check(&name, &out)?;
     let checkpoint = import::read(&directory, weights)?;
     let tokenizer = tokenizer.or_else(|| {
         let beside = directory.join("tokenizer.json");
@@ -53,7 +57,6 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let tokenizer = tokenizer
         .map(|path| std::fs::read(&path).with_context(|| path.display().to_string()))
         .transpose()?;
-    let name = name.or_else(|| model_name(&out)).context("--name is missing")?;
     let model = TrainedModel {
         name: &name,
         config: &checkpoint.network,

@@ -11,4 +11,5 @@ mod quality;
 pub(crate) mod random;
 pub(crate) mod report;
 mod run;
+mod target;
 pub(crate) mod tokenizer;

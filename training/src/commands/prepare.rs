@@ -48,8 +48,9 @@ fn print(statistics: &Statistics) {
         );
     }
     println!(
-        "{} files, {} blank documents left out, {:.1} s, {:.1} MB/s",
+        "{} files, {} of them left out in part or whole, {} blank documents left out, {:.1} s, {:.1} MB/s",
         statistics.files,
+        statistics.bad,
         statistics.blank,
         statistics.elapsed.as_secs_f64(),
         statistics.megabytes_per_second()

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::json;
 use tokenizers::Tokenizer;
 use training::checkpoint::{self, State, Which};
@@ -11,7 +11,7 @@ use training::data::TokenFile;
 use training::evaluate::{Text, bound};
 use training::loss::Objective;
 use training::network::Ddit;
-use training::{baseline, trainer};
+use training::{baseline, journal, trainer};
 
 /// A checkpoint of a run, with its averaged weights.
 pub(super) struct Run {
@@ -22,7 +22,16 @@ pub(super) struct Run {
 
 impl Run {
     pub(super) fn open(config: &RunConfig, which: Which) -> Result<Self> {
-        let (network, state) = checkpoint::load_average(&which.folder(&config.run.directory)?)?;
+        let folder = which.folder(&config.run.directory)?;
+        let (network, state) = checkpoint::load_average(&folder)?;
+        let differs: Vec<String> = state.config.changes(config)?;
+        let differs: Vec<String> = differs.into_iter().filter(|change| matters(change)).collect();
+        ensure!(
+            differs.is_empty(),
+            "{} was trained otherwise than the run's file says now: {}",
+            folder.display(),
+            differs.join("; ")
+        );
         Ok(Self {
             config: config.clone(),
             network,
@@ -32,7 +41,7 @@ impl Run {
 
     /// What its weights were trained to bring down.
     pub(super) fn objective(&self) -> Objective {
-        trainer::objective(&self.config, self.network.config())
+        trainer::objective(&self.state.config, self.network.config())
     }
 
     /// Its tokenizer.
@@ -40,9 +49,14 @@ impl Run {
         Ok(self.tokenizer_and_json()?.0)
     }
 
-    fn tokenizer_and_json(&self) -> Result<(Tokenizer, Vec<u8>)> {
+    pub(super) fn tokenizer_and_json(&self) -> Result<(Tokenizer, Vec<u8>)> {
         let path = &self.config.data.tokenizer;
         let json = std::fs::read(path).with_context(|| path.display().to_string())?;
+        ensure!(
+            denoised::bundle::sha256(&json) == self.state.tokenizer_sha256,
+            "data.tokenizer {} is not the one that the run was trained with",
+            path.display()
+        );
         let tokenizer = Tokenizer::from_bytes(&json).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         Ok((tokenizer, json))
     }
@@ -77,9 +91,38 @@ impl Run {
         }))
     }
 
-    /// Where the weights come from and how good they are, for the bundle.
-    pub(super) fn provenance(&self, corpus: &str) -> Result<serde_json::Value> {
+    /// Where the weights come from, for the bundle; paths of this machine are nobody's business.
+    pub(super) fn provenance(&self, corpus: &str) -> serde_json::Value {
+        let mut config = self.state.config.clone();
+        let (data, run) = (&mut config.data, &mut config.run);
+        for path in [
+            &mut data.train,
+            &mut data.validation,
+            &mut data.tokenizer,
+            &mut run.directory,
+        ] {
+            *path = path.file_name().unwrap_or_default().into();
+        }
+        run.mirror = None;
+        let made = journal::read_provenance(&self.config.run.directory);
+        json!({
+            "trained_by": format!("denoised training {}", env!("CARGO_PKG_VERSION")),
+            "corpus": corpus,
+            "train_tokens_sha256": made.map(|made| made.train.sha256),
+            "steps": self.state.step,
+            "minutes": self.state.seconds / 60.0,
+            "config": config,
+        })
+    }
+
+    /// How good the weights are on held-out text, for the bundle.
+    pub(super) fn measures(&self) -> Result<serde_json::Value> {
         let text = self.held_out()?;
+        ensure!(
+            !text.sequences.is_empty(),
+            "{} has no whole sequence to measure on",
+            self.config.data.validation.display()
+        );
         let run = &self.config.run;
         let bound = bound(
             &self.network,
@@ -90,23 +133,21 @@ impl Run {
             run.threads,
         );
         let [bits, error] = bound.bits_per_byte(text.bytes_per_token);
-        let train = std::fs::read(&self.config.data.train)
-            .with_context(|| self.config.data.train.display().to_string())?;
         Ok(json!({
-            "trained_by": format!("denoised training {}", env!("CARGO_PKG_VERSION")),
-            "corpus": corpus,
-            "train_tokens_sha256": denoised::bundle::sha256(&train),
-            "steps": self.state.step,
-            "minutes": self.state.seconds / 60.0,
-            "config": self.config,
-            "validation": {
-                "bound_nats_per_token": bound.nats_per_token,
-                "standard_error_nats_per_token": bound.standard_error,
-                "bound_bits_per_byte": bits,
-                "standard_error_bits_per_byte": error,
-                "sequences": bound.sequences,
-                "baselines": self.baselines()?,
-            },
+            "bound_nats_per_token": bound.nats_per_token,
+            "standard_error_nats_per_token": bound.standard_error,
+            "bound_bits_per_byte": bits,
+            "standard_error_bits_per_byte": error,
+            "sequences": bound.sequences,
+            "baselines": self.baselines()?,
         }))
     }
+}
+
+/// Whether a change of settings makes the weights another network's, or their scores another process's.
+fn matters(change: &str) -> bool {
+    let is_of = |section: &str| change.starts_with(section);
+    ["graph", "schedule", "network"].into_iter().any(is_of)
+        // Of the training alone.
+        && !["network.dropout:", "network.initial_gate:"].into_iter().any(is_of)
 }

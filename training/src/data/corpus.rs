@@ -13,6 +13,7 @@ use super::progress::Progress;
 use super::reader::{Cutting, DocumentError, Reader};
 use super::source::{self, SourceFile};
 use super::words;
+use crate::progress::say;
 
 /// Most bytes of a document unless said otherwise.
 pub const DEFAULT_MAX_DOCUMENT_BYTES: usize = 8 << 20;
@@ -38,6 +39,8 @@ pub struct Corpus {
     pub field: String,
     /// Most bytes of a document, or of a line of JSON: what bounds the memory.
     pub max_document_bytes: usize,
+    /// Leave out documents that cannot be read, with the rest of their file, and say so, instead of failing.
+    pub skip_bad: bool,
     /// Share of the documents that is held out. In `[0, 1)`.
     pub validation_fraction: f64,
     /// Chooses which documents those are.
@@ -51,6 +54,7 @@ impl Default for Corpus {
             separator: None,
             field: "text".to_owned(),
             max_document_bytes: DEFAULT_MAX_DOCUMENT_BYTES,
+            skip_bad: false,
             validation_fraction: 0.05,
             seed: 1,
         }
@@ -99,6 +103,8 @@ impl Corpus {
             files: files.into_iter(),
             reader: None,
             blank: 0,
+            skip_bad: self.skip_bad,
+            bad: 0,
             validation_fraction: self.validation_fraction,
             choose: ChaCha8Rng::seed_from_u64(self.seed),
         })
@@ -157,6 +163,8 @@ pub struct Documents {
     cutting: Cutting,
     reader: Option<Reader>,
     blank: u64,
+    skip_bad: bool,
+    bad: u64,
     validation_fraction: f64,
     choose: ChaCha8Rng,
     progress: Progress,
@@ -194,8 +202,26 @@ impl Documents {
         self.blank
     }
 
+    /// Files left out so far, whole or from a document on that cannot be read.
+    pub fn bad(&self) -> u64 {
+        self.bad
+    }
+
     /// The next document that is not blank.
     fn text(&mut self) -> Result<Option<String>, DocumentError> {
+        loop {
+            match self.text_or_bad() {
+                Err(error) if self.skip_bad => {
+                    self.progress.bar().suspend(|| say(&format!("left out: {error}")));
+                    self.bad += 1;
+                    self.reader = None;
+                }
+                text => return text,
+            }
+        }
+    }
+
+    fn text_or_bad(&mut self) -> Result<Option<String>, DocumentError> {
         loop {
             if let Some(reader) = &mut self.reader {
                 for text in reader {
@@ -298,6 +324,40 @@ mod tests {
             (places.len() / 4..=3 * places.len() / 4).contains(&late),
             "{late} of {}",
             places.len()
+        );
+    }
+
+    #[test]
+    fn bad_files_are_left_out_where_one_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let files: [(&str, &[u8]); 4] = [
+            ("a.txt", b"one"),
+            ("b.txt", b"\xff"),
+            ("c.jsonl", b"{\"text\": \"two\"}\n{\n{\"text\": \"after\"}\n"),
+            ("d.txt", b"three"),
+        ];
+        for (name, bytes) in files {
+            fs::write(folder.path().join(name), bytes).unwrap();
+        }
+        let corpus = Corpus {
+            input: vec![folder.path().to_owned()],
+            validation_fraction: 0.0,
+            ..Corpus::default()
+        };
+        let first = corpus.documents().unwrap().find_map(Result::err).unwrap();
+        assert!(first.to_string().contains("b.txt:1: is not UTF-8"), "{first}");
+        let corpus = Corpus {
+            skip_bad: true,
+            ..corpus
+        };
+        let mut documents = corpus.documents().unwrap();
+        let texts: Vec<String> = documents
+            .by_ref()
+            .map(|document| document.unwrap().text)
+            .collect();
+        assert_eq!(
+            (texts, documents.bad()),
+            (["one", "two", "three"].map(str::to_owned).to_vec(), 2)
         );
     }
 

@@ -32,6 +32,8 @@ pub struct Statistics {
     pub files: usize,
     /// Blank documents, which are left out.
     pub blank: u64,
+    /// Files left out, whole or from a document on that cannot be read.
+    pub bad: u64,
     /// Of the documents to train on.
     pub train: SideStatistics,
     /// Of those held out.
@@ -163,6 +165,7 @@ pub fn prepare(corpus: &Corpus, tokenizer: &Path, out: &Path) -> Result<Prepared
         statistics: Statistics {
             files: documents.files(),
             blank: documents.blank(),
+            bad: documents.bad(),
             train,
             validation,
             elapsed: start.elapsed(),
