@@ -81,7 +81,7 @@ test-mutants: prerequisites ## Read files and messages that are almost right, of
 	DENOISED_FUZZ_SECONDS=$(MUTANTS_SECONDS) cargo test --locked --workspace --features $(TESTED) --lib fuzz_test
 
 .PHONY: fuzz
-fuzz: prerequisites ## Have libFuzzer look for more such, of each kind for ten minutes (FUZZ_SECONDS; needs cargo-bolero).
+fuzz: prerequisites ## Have libFuzzer look for more such, of each kind for ten minutes (FUZZ_SECONDS).
 	tests/fuzz.sh $(FUZZ_SECONDS)
 
 # A python with torch and safetensors, to compare with: `make bench BENCH_PYTHON=venv/bin/python`.

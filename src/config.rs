@@ -118,7 +118,8 @@ pub struct ModelsConfig {
     pub pin: Vec<String>,
     /// Whether the demo model in the binary is served too.
     pub demo: bool,
-    /// Seconds after which the repository is looked at again for versions that came or went; 0 for never.
+    /// Seconds after which the repository is looked at again for versions that came or went; 0 for never, also when its
+    /// folder changes.
     pub poll_seconds: u64,
     /// Megabytes of memory that the networks of all models together may take; 0 for no limit.
     pub memory_megabytes: u64,

@@ -4,6 +4,7 @@
 //! those of `tests/fixtures/recipes`, which libFuzzer has found to go different ways, and then some that are drawn, always
 //! the same ones; `make fuzz` has libFuzzer look for more.
 #![expect(clippy::unwrap_used, reason = "tests")]
+#![cfg_attr(fuzzing, allow(dead_code, reason = "libFuzzer draws the recipes then"))]
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -176,8 +177,15 @@ impl Drop for Told<'_> {
 macro_rules! fuzz {
     ($target:expr, $check:expr) => {{
         let (target, check) = ($target, $check);
+        // A check that has panicked is the last one.
         #[cfg(fuzzing)]
-        bolero::check!().for_each(move |recipe: &[u8]| check(&target.cook(recipe)));
+        let both = std::panic::AssertUnwindSafe((target, check));
+        #[cfg(fuzzing)]
+        bolero::check!().for_each(move |recipe: &[u8]| {
+            let both = &both;
+            let (target, check) = &**both;
+            check(&target.cook(recipe));
+        });
         #[cfg(not(fuzzing))]
         target.run(|input: &[u8]| check(input));
     }};

@@ -8,10 +8,6 @@ cd "$(dirname "$0")/.."
 
 seconds=$1
 shift
-if ! cargo bolero --version >/dev/null 2>&1; then
-	echo "make fuzz: cargo-bolero is missing: cargo install --locked cargo-bolero@0.13.5" >&2
-	exit 1
-fi
 target=${CARGO_TARGET_DIR:-target}
 work=$(realpath -m "$target/recipes")
 if [[ $# -eq 0 ]]; then
@@ -19,26 +15,38 @@ if [[ $# -eq 0 ]]; then
 	set -- "${names[@]}"
 fi
 
+# As cargo-bolero does, which would also link the program, for which libFuzzer is not there. The flags are for a target
+# that is named: macros and build scripts go without.
+flags=(
+	--cfg fuzzing --cfg fuzzing_libfuzzer -Cpasses=sancov-module
+	-Cllvm-args=-sanitizer-coverage-{inline-8bit-counters,level=4,pc-table,trace-compares,stack-depth}
+)
+host=$(rustc -vV | sed -n 's/^host: //p')
+program=$(
+	RUSTFLAGS="${flags[*]}" BOLERO_FUZZER=libfuzzer cargo test --locked --package denoised --features object-store --lib \
+		--no-run --profile fuzz --target "$host" --target-dir "$target/fuzz" --message-format json-render-diagnostics |
+		sed -n 's/.*"executable":"\([^"]*\)".*/\1/p'
+)
+
 for name in "$@"; do
 	kept=tests/fixtures/recipes/$name.txt
 	# The test stands in the module whose file names its recipes.
-	module=$(grep -rl "name: \"$name\"" --include=fuzz_test.rs src | sed 's|^src/||; s|\.rs$||; s|/|::|g')
-	# run CORPUS OTHER ...: libFuzzer writes what is new into the first of the two folders.
+	test=$(grep -rl "name: \"$name\"" --include=fuzz_test.rs src | sed 's|^src/||; s|\.rs$||; s|/|::|g')::$name
 	run() {
-		cargo bolero test "$module::$name" --package denoised --features object-store --sanitizer NONE \
-			--target-dir "$target/fuzz" --engine libfuzzer --max-input-length 64 \
-			--corpus-dir "$1" --crashes-dir "$2" "${@:3}"
+		BOLERO_LIBFUZZER_ARGS="$*" BOLERO_TEST_NAME=$test BOLERO_LIBTEST_HARNESS=1 \
+			"$program" "$test" --exact --nocapture --quiet --test-threads 1
 	}
 
 	echo "make fuzz: $name, $seconds s"
-	mkdir -p "$work/$name"
+	mkdir -p "$work/$name" "$work/$name.harm"
 	while read -r recipe; do
 		xxd -r -p <<<"$recipe" >"$work/$name/$(sha1sum <<<"$recipe" | cut -c 1-40)"
 	done <"$kept"
-	run "$work/$name" "$work/$name.harm" -T "${seconds}s"
+	run "$work/$name" -artifact_prefix="$work/$name.harm/" -max_total_time="$seconds" -max_len=64 -timeout=10
 
 	rm -rf "$work/$name.fewest"
-	run "$work/$name.fewest" "$work/$name" -E=-merge=1
+	mkdir "$work/$name.fewest"
+	run -merge=1 -max_len=64 "$work/$name.fewest" "$work/$name"
 	for recipe in "$work/$name.fewest"/*; do
 		xxd -p -c 0 "$recipe"
 	done | sort >"$kept"

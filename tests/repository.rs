@@ -54,6 +54,32 @@ async fn becomes(what: &str, mut reached: impl AsyncFnMut() -> bool) {
         .unwrap_or_else(|_| panic!("{what}"));
 }
 
+/// Nobody waits for the next look where the system tells what has changed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_the_folder_is_seen_when_it_happens() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    publish(root, ("live", 1), SOUND, false);
+    let mut config = config();
+    config.models.repository = Some(root.to_owned().into());
+    config.models.default = Some("live".to_owned());
+    config.models.poll_seconds = 86_400;
+    let server = TestServer::demo_with(&config).await;
+    assert_eq!(newest(&server).await, 1);
+    publish(root, ("live", 2), SOUND, false);
+    becomes("version 2 is served", async || newest(&server).await == 2).await;
+    std::fs::remove_dir_all(root.join("live/2")).unwrap();
+    becomes("version 1 is served again", async || newest(&server).await == 1).await;
+    // Written file by file, as `cp -r` does: it is sound when the last one is there.
+    let (whole, copy) = (root.join("live/1"), root.join("live/3"));
+    std::fs::create_dir(&copy).unwrap();
+    for file in ["manifest.json", "model.onnx"] {
+        std::fs::copy(whole.join(file), copy.join(file)).unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    becomes("version 3 is served", async || newest(&server).await == 3).await;
+}
+
 /// The pinned version stands for its name whatever else comes; others are there by number.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pinned_version_stands_for_its_name() {

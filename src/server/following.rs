@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::notified::{self, Notified};
 use super::repository::{ControlError, Repository};
 use super::{LAST_CHOICE, Service};
 use crate::models::{Models, ServedModel};
@@ -69,7 +70,8 @@ impl Control {
 }
 
 impl Service {
-    /// Looks for other models every `poll`, and carries out orders; at no interval only those.
+    /// Looks for other models every `poll`, and when the system tells that the repository's folder has changed, and
+    /// carries out orders; at no interval only those.
     pub(super) async fn follow(&self, repository: Option<Repository>, poll: Duration, orders: Orders) {
         self.follow_until_it_fails(repository, poll, orders).await;
         // What is served goes on.
@@ -83,11 +85,14 @@ impl Service {
         poll: Duration,
         Orders(mut orders): Orders,
     ) {
+        let folder = repository.as_ref().and_then(Repository::folder);
+        let notified = folder.filter(|_| !poll.is_zero()).and_then(Notified::of);
         while let Some(mut here) = repository.take() {
             let polls = here.is_watched() && !poll.is_zero();
             let order = tokio::select! {
                 Some(order) = orders.recv() => Some(order),
                 () = tokio::time::sleep(jittered(poll)), if polls => None,
+                () = notified::changed(notified.as_ref()), if polls => None,
                 // Nobody may give orders, and nothing is looked at by itself.
                 else => return,
             };

@@ -19,6 +19,7 @@ mod metrics;
 mod mirror;
 mod model_service;
 pub mod models;
+mod notified;
 mod pace;
 mod peers;
 mod repository;

@@ -214,6 +214,11 @@ impl Repository {
         self.root.is_some()
     }
 
+    /// The folder that others write to, where it is one.
+    pub(super) fn folder(&self) -> Option<&Path> {
+        self.root.as_deref().filter(|_| self.mirror.is_none())
+    }
+
     /// Serves the model `name`, or one version of it, as it is in the repository now; what `has_failed` is opened again.
     /// Returns the version that requests for it get, and all models.
     pub(super) fn load(
