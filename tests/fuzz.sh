@@ -11,7 +11,7 @@ shift
 target=${CARGO_TARGET_DIR:-target}
 work=$(realpath -m "$target/recipes")
 if [[ $# -eq 0 ]]; then
-	mapfile -t names < <(grep -rhoP 'name: "\K[a-z_]+' --include=fuzz_test.rs src | sort)
+	mapfile -t names < <(basename --suffix .txt --multiple tests/fixtures/recipes/*)
 	set -- "${names[@]}"
 fi
 
@@ -46,7 +46,7 @@ for name in "$@"; do
 
 	rm -rf "$work/$name.fewest"
 	mkdir "$work/$name.fewest"
-	run -merge=1 -max_len=64 "$work/$name.fewest" "$work/$name"
+	run -set_cover_merge=1 -max_len=64 "$work/$name.fewest" "$work/$name"
 	for recipe in "$work/$name.fewest"/*; do
 		xxd -p -c 0 "$recipe"
 	done | sort >"$kept"

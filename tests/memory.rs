@@ -60,14 +60,18 @@ fn megabytes() -> (f64, f64) {
 }
 
 fn publish_table(repository: &Path, name: &str) {
+    publish_table_as(repository, (name, 1));
+}
+
+fn publish_table_as(repository: &Path, (name, version): (&str, u64)) {
     // Numbers of its own, so that no two models could share memory.
-    let seed = name.bytes().map(f32::from).sum::<f32>();
+    let seed = name.bytes().map(f32::from).sum::<f32>() + version as f32 / 16.0;
     let table: Vec<u8> = (0..TABLE_BYTES / size_of::<f32>())
         .flat_map(|i| ((i % 5) as f32 * 0.1 + seed * 1e-3).to_le_bytes())
         .collect();
     publish_files(
         repository,
-        (name, 1),
+        (name, version),
         &[(MODEL, TABLE), (EXTERNAL_DATA, &table)],
         false,
     );
@@ -134,6 +138,70 @@ fn the_resident_set_stays_within_the_budget_of_models() {
             most - without < budget + files + 5.0,
             "{without} MB, at most {most} MB"
         );
+        server.stop().await;
+    });
+}
+
+/// A version that is fetched takes the place of the one before it in memory, too.
+#[test]
+fn versions_of_a_store_come_and_go_and_memory_stays() {
+    if !is_alone("versions_of_a_store_come_and_go_and_memory_stays") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (store, cache) = (folder.path().join("store"), folder.path().join("cache"));
+    publish_table_as(&store, ("live", 1));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let mut config = config();
+        let place = serde_json::json!({"models": {
+            "repository": format!("file://{}", store.display()), "cache": cache, "default": "live",
+            "poll_seconds": 1, "demo": false,
+        }});
+        config.models = serde_json::from_value::<denoised::config::Config>(place)
+            .unwrap()
+            .models;
+        let server = TestServer::demo_with(&config).await;
+        let newest = async || {
+            let request = GenerateRequest {
+                length: Some(8),
+                sampling: Some(Sampling {
+                    steps: Some(4),
+                    ..Sampling::default()
+                }),
+                ..GenerateRequest::default()
+            };
+            let answer = generate(&mut server.client(), request).await.unwrap();
+            answer.accepted.unwrap().model.unwrap().version
+        };
+        assert_eq!(newest().await, 1);
+        // With what each of the runtime's own threads needs once.
+        let mut first = megabytes().0;
+        for version in 2..=6 {
+            publish_table_as(&store, ("live", version));
+            let swap = async {
+                while newest().await != version {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                // Retired ones leave a moment after.
+                while version > 2 && megabytes().0 > 1.05 * first {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            let swapped = tokio::time::timeout(Duration::from_secs(60), swap).await;
+            assert!(
+                swapped.is_ok(),
+                "version {version}: {first} MB, then {} MB",
+                megabytes().0
+            );
+            if version == 2 {
+                tokio::time::sleep(Duration::from_secs(4)).await;
+                first = megabytes().0;
+            }
+        }
         server.stop().await;
     });
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use denoised::proto::v1::model_service_client::ModelServiceClient;
@@ -108,6 +109,12 @@ fn request() -> GenerateRequest {
         }),
         ..GenerateRequest::default()
     }
+}
+
+/// How long the store is away at least; `DENOISED_STORE_AWAY_SECONDS=60` for longer.
+fn away() -> Duration {
+    let asked = std::env::var("DENOISED_STORE_AWAY_SECONDS").ok();
+    Duration::from_secs(asked.and_then(|seconds| seconds.parse().ok()).unwrap_or(0))
 }
 
 /// The version that answers on a connection of its own.
@@ -230,8 +237,8 @@ async fn what_is_published_to_a_bucket_is_served_and_no_request_fails() {
     // The store goes away: what is served stays. It comes back with ten thousand objects that are no models.
     let before = newest().await;
     store.order("stop");
-    let asked = answered.load(Ordering::Acquire);
-    while answered.load(Ordering::Acquire) < asked + 100 {
+    let (asked, stopped) = (answered.load(Ordering::Acquire), Instant::now());
+    while answered.load(Ordering::Acquire) < asked + 100 || stopped.elapsed() < away() {
         tokio::task::yield_now().await;
     }
     assert_eq!(newest().await, before);

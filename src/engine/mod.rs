@@ -577,6 +577,13 @@ impl Engine {
         self.shared.loader.was_ready(model)
     }
 
+    /// Has a model leave memory when the requests that use it have ended; who asks for it after that has it loaded
+    /// again.
+    pub fn set_aside(&self, model: &Arc<ServedModel>) {
+        self.shared.loader.set_aside(model);
+        self.shared.loader.tell();
+    }
+
     /// Serves a model to nobody new: requests that run go on, and when the last of them has ended nothing of it stays
     /// in memory.
     pub fn retire(&self, model: &Arc<ServedModel>) {

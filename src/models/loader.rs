@@ -160,8 +160,21 @@ impl<W: Waiting> Loader<W> {
 
     /// A request does not use a model any more. Whether nothing is left of it here.
     pub fn release(&self, model: &Arc<ServedModel>) -> bool {
-        let sessions = self.find(model);
-        sessions.is_some_and(|sessions| sessions.leave() && self.forget(&sessions))
+        let Some(sessions) = self.find(model) else {
+            return false;
+        };
+        let is_last = sessions.leave();
+        if is_last {
+            sessions.go_aside();
+        }
+        is_last && self.forget(&sessions)
+    }
+
+    /// Has the networks of a model leave memory as soon as no request uses it, as long as nobody asks for it again.
+    pub fn set_aside(&self, model: &ServedModel) {
+        if let Some(sessions) = self.find(model) {
+            sessions.set_aside();
+        }
     }
 
     /// Serves a model to nobody new: its networks leave memory as soon as no request uses it. Whether nothing is left

@@ -93,6 +93,8 @@ struct Held<W: Waiting> {
     was_ready: bool,
     /// Requests that use the model.
     users: usize,
+    /// Whether the sessions are given up when no request uses them any more.
+    aside: bool,
     /// Why the model has failed, and when it is tried again.
     failed: Option<(String, Instant)>,
     /// Failed loads or passes in a row.
@@ -126,6 +128,7 @@ impl<W: Waiting> Sessions<W> {
                 used: now,
                 was_ready: false,
                 users: 0,
+                aside: false,
                 failed: None,
                 failures: 0,
                 barred: vec![None; devices],
@@ -143,6 +146,24 @@ impl<W: Waiting> Sessions<W> {
         let mut held = self.held.lock();
         held.users = held.users.saturating_sub(1);
         held.users == 0
+    }
+
+    /// Has the sessions given up as soon as no request uses the model; who asks for it after that has it loaded again.
+    pub(super) fn set_aside(&self) {
+        self.held.lock().aside = true;
+        self.go_aside();
+    }
+
+    /// Gives up the sessions if that is due.
+    pub(super) fn go_aside(&self) {
+        let mut held = self.held.lock();
+        let is_due = held.aside && held.users == 0;
+        held.aside &= !is_due;
+        drop(held);
+        if is_due {
+            self.unload();
+            tracing::info!(model = %self.model, "a model makes way for a newer version");
+        }
     }
 
     pub(super) fn is_used(&self) -> bool {

@@ -150,7 +150,39 @@ impl Service {
             let is_newest = older.first().is_some_and(|newest| Arc::ptr_eq(newest, model));
             if is_newest && older.iter().any(|older| self.engine.was_ready(older)) {
                 self.engine.prepare(model);
+                self.set_aside_when_ready(model, older);
             }
         }
+    }
+
+    /// Has the versions before `newest` leave memory once that is ready: they are there by number still, and loaded
+    /// again for who asks so.
+    fn set_aside_when_ready(&self, newest: &Arc<ServedModel>, versions: Vec<Arc<ServedModel>>) {
+        let (newest, mut changes) = (Arc::clone(newest), self.engine.changes());
+        let default = self.models.now().default_model();
+        // Nobody waits for the end of what this waits for.
+        let engine = Arc::downgrade(&self.engine);
+        tokio::spawn(async move {
+            loop {
+                let Some(engine) = engine.upgrade().filter(|_| !newest.is_retired()) else {
+                    return;
+                };
+                if engine.was_ready(&newest) {
+                    let is_kept = |version: &Arc<ServedModel>| {
+                        Arc::ptr_eq(version, &newest)
+                            || default
+                                .as_ref()
+                                .is_some_and(|default| Arc::ptr_eq(version, default))
+                    };
+                    let older = versions.iter().filter(|version| !is_kept(version));
+                    older.for_each(|version| engine.set_aside(version));
+                    return;
+                }
+                drop(engine);
+                if changes.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
     }
 }

@@ -29,7 +29,7 @@ const MAX_OUTPUTS: usize = 1 << 25;
 pub struct Bound {
     /// Nats per token, the prior included.
     pub nats_per_token: f64,
-    /// Standard error of that, over sequences.
+    /// Standard error of that, over sequences, or over documents where these are known.
     pub standard_error: f64,
     /// Sequences it was estimated on.
     pub sequences: usize,
@@ -112,6 +112,9 @@ pub struct Estimate {
     pub seed: u64,
     /// Threads that share the sequences; no part of the result.
     pub threads: usize,
+    /// The token behind every document, where sequences follow each other in one text: those that begin in the same
+    /// document are alike, and err together.
+    pub end_of_document: Option<Token>,
 }
 
 /// The bound for `sequences` under `network`.
@@ -128,6 +131,7 @@ pub fn bound(
         draws,
         seed,
         threads,
+        end_of_document: None,
     };
     let Ok(bound) = estimate.bound(&|| Ok(network), sequences);
     bound
@@ -154,13 +158,41 @@ impl Estimate {
         let per_token: Vec<f64> = losses.map(|loss| loss / length as f64).collect();
         let count = per_token.len() as f64;
         let mean = per_token.iter().sum::<f64>() / count;
-        let squares: f64 = per_token.iter().map(|loss| (loss - mean) * (loss - mean)).sum();
+        let residuals: Vec<f64> = per_token.iter().map(|loss| loss - mean).collect();
+        let documents = self.documents(sequences);
+        // The mean's variance over clusters; of one document it says nothing, and sequences have to do.
+        let several = documents.last().is_some_and(|last| *last > 0);
+        let clusters: Vec<f64> = if several {
+            let same = |(one, _): &(usize, f64), (other, _): &(usize, f64)| one == other;
+            let of: Vec<(usize, f64)> = documents.into_iter().zip(residuals).collect();
+            of.chunk_by(same)
+                .map(|cluster| cluster.iter().map(|(_, residual)| residual).sum())
+                .collect()
+        } else {
+            residuals
+        };
+        let squares: f64 = clusters.iter().map(|cluster| cluster * cluster).sum();
+        let clusters = clusters.len() as f64;
         Ok(Bound {
             nats_per_token: mean + prior_nats(&self.objective),
-            standard_error: (squares / (count - 1.0).max(1.0) / count).sqrt(),
+            standard_error: (squares * clusters / (clusters - 1.0).max(1.0)).sqrt() / count,
             sequences: per_token.len(),
             draws: self.draws,
         })
+    }
+
+    /// The number of the document in which each sequence begins; of its own where that is not known.
+    fn documents(&self, sequences: &[Vec<Token>]) -> Vec<usize> {
+        let Some(end) = self.end_of_document else {
+            return (0..sequences.len()).collect();
+        };
+        let mut document = 0;
+        let begins = sequences.iter().map(|sequence| {
+            let begins = document;
+            document += sequence.iter().filter(|token| **token == end).count();
+            begins
+        });
+        begins.collect()
     }
 
     /// The mean loss of each sequence of batch `index`.
@@ -294,5 +326,54 @@ impl Text {
             sequences: tokens.chunks_exact(length).map(<[_]>::to_vec).collect(),
             bytes_per_token: bytes as f64 / tokens.len().max(1) as f64,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use denoised::diffusion::{Graph, GraphKind, Parameterization, Schedule};
+
+    /// Loses 1, 1, 3 and 3 nats a token.
+    struct Told;
+
+    impl Evaluator for Told {
+        type Error = Infallible;
+
+        fn sequence_losses(&mut self, batch: &NoisedBatch) -> Result<Vec<f64>, Infallible> {
+            Ok([1.0, 1.0, 3.0, 3.0]
+                .map(|nats| nats * batch.length as f64)
+                .to_vec())
+        }
+    }
+
+    #[test]
+    fn sequences_of_one_document_err_together() {
+        let objective = Objective {
+            graph: Graph::new(GraphKind::Uniform, 10),
+            schedule: Schedule::LogLinear { eps: 1e-3 },
+            offset: false,
+            parameterization: Parameterization::Score,
+        };
+        let error = |sequences: &[[Token; 2]], end_of_document: Option<Token>| {
+            let estimate = Estimate {
+                objective,
+                draws: 1,
+                seed: 1,
+                threads: 1,
+                end_of_document,
+            };
+            let sequences: Vec<Vec<Token>> = sequences.iter().map(|s| s.to_vec()).collect();
+            let Ok(bound) = estimate.bound(&|| Ok(Told), &sequences);
+            bound.standard_error
+        };
+        // Two documents, of which all sequences are the same: two values are known, not four.
+        let alike = [[0, 5], [0, 9], [0, 5], [0, 9]];
+        let of_two = (2.0_f64 / 2.0).sqrt();
+        assert!((error(&alike, Some(9)) - of_two).abs() < 1e-12);
+        assert!((error(&alike, None) - (4.0_f64 / 3.0 / 4.0).sqrt()).abs() < 1e-12);
+        // Each a document, or all one: then nothing is known of documents.
+        assert!((error(&[[0, 9]; 4], Some(9)) - error(&alike, None)).abs() < 1e-12);
+        assert!((error(&[[0, 5]; 4], Some(9)) - error(&alike, None)).abs() < 1e-12);
     }
 }

@@ -38,6 +38,7 @@ fn agree(network: &Ddit, bundle: &Bundle, sequences: &[Vec<Token>]) {
         draws: 4,
         seed: 3,
         threads: 2,
+        end_of_document: None,
     };
     let Ok(ours) = estimate.bound(&|| Ok(network), sequences);
     let served = estimate.bound(&|| Served::load(bundle), sequences).unwrap();

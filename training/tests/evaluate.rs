@@ -140,6 +140,7 @@ fn the_server_scores_by_the_same_bound() {
                 draws: 16,
                 seed,
                 threads: 2,
+                end_of_document: None,
             };
             let bound = estimate.bound(&|| Served::load(&bundle), &sequences);
             bound.unwrap().nats_per_token

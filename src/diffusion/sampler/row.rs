@@ -439,9 +439,15 @@ fn top_p(p: f64, ranks: &[f64], weights: &[f64]) -> Vec<usize> {
     let (mut kept, mut cut) = (Vec::new(), largest);
     // The likeliest hold nearly all of the weight, as a rule.
     loop {
+        let is_first = cut == largest;
         cut *= CUT;
-        kept.clear();
-        kept.extend((0..weights.len()).filter(|&y| ranks[y] >= cut && weights[y] > 0.0));
+        let is_above = |y: usize| ranks[y] >= cut && weights[y] > 0.0;
+        if is_first {
+            // Few, so that a branch is guessed right.
+            kept.extend((0..weights.len()).filter(|&y| is_above(y)));
+        } else {
+            select(&mut kept, weights.len(), is_above);
+        }
         let held: f64 = kept.iter().map(|&y| weights[y]).sum();
         if held >= target || cut < f64::MIN_POSITIVE {
             break;
@@ -450,15 +456,36 @@ fn top_p(p: f64, ranks: &[f64], weights: &[f64]) -> Vec<usize> {
     if let Some(last) = last_of_top_p(target, &kept, ranks, weights) {
         // As `likelier` has it.
         let of_last = ranks[last];
-        kept.retain(|&y| ranks[y] > of_last || (ranks[y] == of_last && y <= last));
+        let is_kept = |y: usize| ranks[y] > of_last || (ranks[y] == of_last && y <= last);
+        let mut count = 0;
+        for index in 0..kept.len() {
+            let y = kept[index];
+            kept[count] = y;
+            count += usize::from(is_kept(y));
+        }
+        kept.truncate(count);
     }
     kept
 }
 
-/// Bits of a weight that do not say which bucket it is in: all but its exponent and 5 of its mantissa.
-const BUCKET_SHIFT: u32 = f64::MANTISSA_DIGITS - 1 - 5;
+/// Fills `chosen` with the numbers below `end` that are wanted, ascending: without a branch for each, which would be
+/// guessed wrong as often as not.
+fn select(chosen: &mut Vec<usize>, end: usize, is_wanted: impl Fn(usize) -> bool) {
+    chosen.resize(end + 1, 0);
+    let mut count = 0;
+    for y in 0..end {
+        chosen[count] = y;
+        count += usize::from(is_wanted(y));
+    }
+    chosen.truncate(count);
+}
+
+/// Bits of a weight that do not say which bucket it is in: all but its exponent and 3 of its mantissa.
+const BUCKET_SHIFT: u32 = f64::MANTISSA_DIGITS - 1 - 3;
 /// Down to 2^-32 of the largest weight; the last one has all that is less.
-const BUCKETS: usize = 1025;
+const BUCKETS: usize = 257;
+/// Sums of the same bucket, which need not wait for each other.
+const SUMS: usize = 4;
 
 /// The last of the tokens `among` that top-p keeps, in the order of `ranks`: the first at which they hold `target`.
 ///
@@ -469,12 +496,15 @@ fn last_of_top_p(target: f64, among: &[usize], ranks: &[f64], weights: &[f64]) -
     let key = |y: usize| ranks[y].to_bits() >> BUCKET_SHIFT;
     let top = among.iter().map(|&y| key(y)).max()?;
     let bucket = |y: usize| ((top - key(y)) as usize).min(BUCKETS - 1);
-    let mut sums = [0.0; BUCKETS];
-    for &y in among {
-        sums[bucket(y)] += weights[y];
+    let mut sums = [[0.0; SUMS]; BUCKETS];
+    for some in among.chunks(SUMS) {
+        for (index, &y) in some.iter().enumerate() {
+            sums[bucket(y)][index] += weights[y];
+        }
     }
     let mut below = 0.0;
-    let crossed = sums.iter().position(|sum| {
+    let crossed = sums.iter().position(|sums| {
+        let sum: f64 = sums.iter().sum();
         let reached = below + sum >= target;
         if !reached {
             below += sum;

@@ -100,6 +100,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
                 draws: arguments.draws,
                 seed: arguments.seed,
                 threads,
+                end_of_document: run.tokenizer()?.token_to_id(END_OF_DOCUMENT),
             };
             let Ok(bound) = estimate.bound(&|| Ok(&run.network), &text.sequences);
             (bound, text.bytes_per_token)
@@ -122,6 +123,7 @@ fn of_bundle(directory: &Path, arguments: &Arguments, threads: usize) -> Result<
         draws: arguments.draws,
         seed: arguments.seed,
         threads,
+        end_of_document: manifest.end_of_document,
     };
     let bound = estimate.bound(&|| Served::load(&bundle), &text.sequences)?;
     Ok((bound, text.bytes_per_token))

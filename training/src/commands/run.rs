@@ -8,9 +8,10 @@ use tokenizers::Tokenizer;
 use training::checkpoint::{self, State, Which};
 use training::config::RunConfig;
 use training::data::TokenFile;
-use training::evaluate::{Text, bound};
+use training::evaluate::{Estimate, Text};
 use training::loss::Objective;
 use training::network::Ddit;
+use training::tokenizer::END_OF_DOCUMENT;
 use training::{baseline, journal, trainer};
 
 /// A checkpoint of a run, with its averaged weights.
@@ -124,14 +125,14 @@ impl Run {
             self.config.data.validation.display()
         );
         let run = &self.config.run;
-        let bound = bound(
-            &self.network,
-            &self.objective(),
-            &text.sequences,
-            32,
-            run.seed,
-            run.threads,
-        );
+        let estimate = Estimate {
+            objective: self.objective(),
+            draws: 32,
+            seed: run.seed,
+            threads: run.threads,
+            end_of_document: self.tokenizer()?.token_to_id(END_OF_DOCUMENT),
+        };
+        let Ok(bound) = estimate.bound(&|| Ok(&self.network), &text.sequences);
         let [bits, error] = bound.bits_per_byte(text.bytes_per_token);
         Ok(json!({
             "bound_nats_per_token": bound.nats_per_token,
