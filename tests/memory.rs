@@ -77,6 +77,18 @@ fn publish_table_as(repository: &Path, (name, version): (&str, u64)) {
     );
 }
 
+fn request(model: Option<ModelReference>) -> GenerateRequest {
+    GenerateRequest {
+        model,
+        length: Some(8),
+        sampling: Some(Sampling {
+            steps: Some(4),
+            ..Sampling::default()
+        }),
+        ..GenerateRequest::default()
+    }
+}
+
 /// Three models of 25 MB, room for two, traffic that alternates: no request fails, and the resident set stays within
 /// the budget, but for the files of those that are being loaded.
 #[test]
@@ -101,18 +113,11 @@ fn the_resident_set_stays_within_the_budget_of_models() {
         config.models.memory_megabytes = budget as u64;
         let server = TestServer::demo_with(&config).await;
         let ask = async |name: &str| {
-            let request = GenerateRequest {
-                model: Some(ModelReference {
-                    name: name.to_owned(),
-                    version: 0,
-                }),
-                length: Some(8),
-                sampling: Some(Sampling {
-                    steps: Some(4),
-                    ..Sampling::default()
-                }),
-                ..GenerateRequest::default()
+            let model = ModelReference {
+                name: name.to_owned(),
+                version: 0,
             };
+            let request = request(Some(model));
             generate(&mut server.client(), request).await.unwrap();
         };
         ask("a").await;
@@ -166,14 +171,7 @@ fn versions_of_a_store_come_and_go_and_memory_stays() {
             .models;
         let server = TestServer::demo_with(&config).await;
         let newest = async || {
-            let request = GenerateRequest {
-                length: Some(8),
-                sampling: Some(Sampling {
-                    steps: Some(4),
-                    ..Sampling::default()
-                }),
-                ..GenerateRequest::default()
-            };
+            let request = request(None);
             let answer = generate(&mut server.client(), request).await.unwrap();
             answer.accepted.unwrap().model.unwrap().version
         };

@@ -22,7 +22,7 @@ use crate::engine::Caller;
 /// Tokens of one file, at most: each call compares with all of them.
 const MOST: usize = 1000;
 /// Bytes of an unknown field that may be told, at most.
-const LONGEST_FIELD: usize = 16;
+const LONGEST_FIELD: usize = 12;
 /// Characters of a name, at most.
 const LONGEST_NAME: usize = 64;
 /// How a token begins, so that whoever finds one knows what it is.
