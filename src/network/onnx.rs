@@ -366,7 +366,7 @@ fn open_session(bundle: &Bundle, options: &OnnxOptions) -> Result<Session, Netwo
 }
 
 /// The variable that ONNX Runtime looks at when it starts.
-pub const DISABLE_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
+const DISABLE_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
 
 /// Keeps ONNX Runtime from telling its makers about machine and models. From 1.29 on the official libraries of all
 /// systems do, also without being asked: while the library starts it writes an identifier below the home folder and

@@ -92,7 +92,10 @@ impl Service {
             let order = tokio::select! {
                 Some(order) = orders.recv() => Some(order),
                 () = tokio::time::sleep(jittered(poll)), if polls => None,
-                () = notified::changed(notified.as_ref()), if polls => None,
+                () = notified::changed(notified.as_ref()), if polls => {
+                    notified::settle().await;
+                    None
+                }
                 // Nobody may give orders, and nothing is looked at by itself.
                 else => return,
             };

@@ -45,18 +45,18 @@ impl Notified {
             }
         }
     }
+}
 
-    /// Completes when something has changed since the last time, and a moment has passed.
-    pub(super) async fn changed(&self) {
-        self.news.notified().await;
-        tokio::time::sleep(SETTLING).await;
+/// Completes when something has changed since the last time; never where nothing is told. [`settle`] before the look.
+pub(super) async fn changed(notified: Option<&Notified>) {
+    match notified {
+        Some(notified) => notified.news.notified().await,
+        None => std::future::pending().await,
     }
 }
 
-/// [`Notified::changed`], or never.
-pub(super) async fn changed(notified: Option<&Notified>) {
-    match notified {
-        Some(notified) => notified.changed().await,
-        None => std::future::pending().await,
-    }
+/// Lets whoever writes come to an end. Not a part of [`changed`], which may be dropped for something else that happens
+/// first: the news would be gone with it.
+pub(super) async fn settle() {
+    tokio::time::sleep(SETTLING).await;
 }

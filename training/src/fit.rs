@@ -126,7 +126,7 @@ impl Run {
         let validation = TokenFile::open(&config.data.validation)?;
         let tokenizer = matching_tokenizer(&config, &train, &validation)?;
         let shape = config.network_config(train.vocab_size());
-        let held_out = spread(&validation, shape.length, VALIDATION_SEQUENCES);
+        let held_out = validation.spread(shape.length, VALIDATION_SEQUENCES);
         let epochs = Epochs::new(train.clone(), shape.length, config.run.seed)?;
 
         let settings = config.run.clone();
@@ -495,15 +495,6 @@ impl Run {
         }
         Ok(())
     }
-}
-
-/// At most `most` sequences of `length` tokens, from all over a file.
-fn spread(file: &TokenFile, length: usize, most: usize) -> Vec<Vec<Token>> {
-    let count = file.sequences(length);
-    let kept = count.min(most);
-    (0..kept)
-        .map(|index| file.sequence(index * count / kept, length))
-        .collect()
 }
 
 fn share(settings: &RunSection, state: &State, step: u64, seconds: f64) -> f64 {

@@ -59,8 +59,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     target::check(&name, &out)?;
     let config = RunConfig::read(&config)?;
     let run = Run::open(&config, checkpoint)?;
-    let (tokenizer, tokenizer_json) = run.tokenizer_and_json()?;
-    drop(tokenizer);
+    let (_, tokenizer_json) = run.tokenizer_and_json()?;
     let text = match storage {
         Storage::F32 => Vec::new(),
         Storage::F16 | Storage::Int8 => held_out(&config, run.network.config().length)?,
@@ -107,10 +106,7 @@ fn held_out(config: &RunConfig, length: usize) -> Result<Vec<Vec<Token>>> {
     if !config.data.validation.exists() {
         return Ok(Vec::new());
     }
-    let file = TokenFile::open(&config.data.validation)?;
-    let every = file.sequences(length).div_ceil(SEQUENCES).max(1);
-    let indices = (0..file.sequences(length)).step_by(every);
-    Ok(indices.map(|index| file.sequence(index, length)).collect())
+    Ok(TokenFile::open(&config.data.validation)?.spread(length, SEQUENCES))
 }
 
 /// What the storage costs, for people.

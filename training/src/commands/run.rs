@@ -25,8 +25,8 @@ impl Run {
     pub(super) fn open(config: &RunConfig, which: Which) -> Result<Self> {
         let folder = which.folder(&config.run.directory)?;
         let (network, state) = checkpoint::load_average(&folder)?;
-        let differs: Vec<String> = state.config.changes(config)?;
-        let differs: Vec<String> = differs.into_iter().filter(|change| matters(change)).collect();
+        let mut differs = state.config.changes(config)?;
+        differs.retain(|change| matters(change));
         ensure!(
             differs.is_empty(),
             "{} was trained otherwise than the run's file says now: {}",

@@ -236,6 +236,15 @@ impl TokenFile {
         self.range(index * length..(index + 1) * length)
     }
 
+    /// At most `most` of those, from all over the file.
+    pub fn spread(&self, length: usize, most: usize) -> Vec<Vec<Token>> {
+        let count = self.sequences(length);
+        let kept = count.min(most);
+        (0..kept)
+            .map(|index| self.sequence(index * count / kept, length))
+            .collect()
+    }
+
     /// The tokens in `range`.
     ///
     /// # Panics
