@@ -72,6 +72,12 @@ test-interleavings: prerequisites ## Try orders of threads on engine and models 
 	# Of the whole workspace: with one package alone, dependencies would have other features and be compiled again.
 	DENOISED_INTERLEAVINGS=$(INTERLEAVINGS) cargo test --locked --workspace --features $(TESTED),denoised/shuttle --lib interleavings_test
 
+# The standard library is compiled as well: what it does not tell ThreadSanitizer would look like a race.
+.PHONY: test-races
+test-races: prerequisites ## Run engine and models under ThreadSanitizer (compiles everything with a nightly toolchain).
+	CARGO_TARGET_DIR="$${CARGO_TARGET_DIR:-target}/races" RUSTFLAGS=-Zsanitizer=thread \
+		cargo +nightly test -Zbuild-std --locked --target "$$(rustc --print host-tuple)" --package denoised --lib -- engine:: models::
+
 # Seconds for each kind of input, in `make test-mutants` and in `make fuzz`.
 MUTANTS_SECONDS ?= 20
 FUZZ_SECONDS ?= 600

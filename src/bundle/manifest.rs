@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use super::brief;
-use crate::diffusion::sampler::row::MAX_TEMPERATURE;
+use crate::diffusion::sampler::choice::MAX_TEMPERATURE;
 use crate::diffusion::{Graph, GraphKind, Parameterization, Process, SamplerKind, Schedule, Token};
 
 /// The format this program writes and reads.

@@ -6,7 +6,7 @@ use super::request::{DEFAULT_STEPS, MAX_ID};
 use super::sampler::{DEFAULT_ENTROPY_BOUND, DEFAULT_REMASK_RATE};
 use super::scoring::{DEFAULT_DRAWS, MIN_DRAWS};
 use crate::diffusion::SamplerKind;
-use crate::diffusion::sampler::row::MAX_TEMPERATURE;
+use crate::diffusion::sampler::choice::MAX_TEMPERATURE;
 
 const PROTOS: [&str; 3] = [
     include_str!("../../proto/denoised/v1/diffusion_service.proto"),

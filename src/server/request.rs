@@ -4,7 +4,7 @@
 
 use crate::bundle::TextTokenizer;
 use crate::config::LimitsConfig;
-use crate::diffusion::sampler::row::MAX_TEMPERATURE;
+use crate::diffusion::sampler::choice::MAX_TEMPERATURE;
 use crate::diffusion::sampler::{FINAL_TIME, TimeGrid};
 use crate::diffusion::{GraphKind, Token, TokenChoice};
 use crate::engine::plan::Sampling;

@@ -217,7 +217,7 @@ impl Weight {
 }
 
 /// Runs `work` with the widest instructions this processor has.
-fn vectorised<R>(work: impl FnOnce() -> R) -> R {
+pub(super) fn vectorised<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
 }
 

@@ -21,6 +21,7 @@
 #![doc = include_str!("measured.md")]
 
 mod blocks;
+pub mod choice;
 pub mod confidence;
 pub mod entropy_bounded;
 mod euler;
@@ -32,10 +33,10 @@ pub mod stepwise;
 pub mod theta_trapezoidal;
 mod tweedie;
 
+pub use choice::TokenChoice;
 pub use euler::Euler;
 pub use evaluation::{Candidate, CanvasView, Commit, Evaluation, Law, Sampler, Second, Uncertainty, finish};
 pub use hitting_times::HittingTimes;
-pub use row::TokenChoice;
 pub use tweedie::Tweedie;
 
 use serde::{Deserialize, Serialize};
