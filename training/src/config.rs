@@ -2,15 +2,17 @@
 //!
 //! Variables `TRAINING__SECTION__KEY` replace the file's values, for containers that share a file:
 //! `TRAINING__RUN__DIRECTORY=/checkpoints`.
+//!
+//! Relative paths in a file start at the folder that it lies in, those of variables at the working directory.
 
 mod changes;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use config::builder::DefaultState;
-use config::{ConfigBuilder, Environment, File, FileFormat, Map};
+use config::{Config, ConfigBuilder, ConfigError, Environment, File, FileFormat, Map};
 use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
 use serde::{Deserialize, Serialize};
@@ -38,8 +40,7 @@ pub struct RunConfig {
     pub run: RunSection,
 }
 
-/// Packed token files and the tokenizer they were made with. Relative paths start at the working
-/// directory.
+/// Packed token files and the tokenizer they were made with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
@@ -270,11 +271,17 @@ impl RunConfig {
             .separator("__")
             .source(environment);
         let read = || -> Result<Self> {
-            let config: Self = ConfigBuilder::<DefaultState>::default()
+            let file = ConfigBuilder::<DefaultState>::default()
                 .add_source(File::from_str(&text, FileFormat::Toml))
+                .build()?;
+            let paths = absolute_paths(&file, path)?;
+            let config: Result<Self, ConfigError> = ConfigBuilder::<DefaultState>::default()
+                .add_source(file)
+                .add_source(paths)
                 .add_source(variables)
                 .build()?
-                .try_deserialize()?;
+                .try_deserialize();
+            let config = config.map_err(|error| located(&text).unwrap_or_else(|| error.into()))?;
             config.validate()?;
             Ok(config)
         };
@@ -413,6 +420,57 @@ impl RunConfig {
     }
 }
 
+/// Where the relative paths of a `file` at `place` lead.
+fn absolute_paths(file: &Config, place: &Path) -> Result<Config> {
+    let folder = match place.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let folder = fs::canonicalize(folder).with_context(|| folder.display().to_string())?;
+    let mut paths = Config::builder();
+    for key in [
+        "data.train",
+        "data.validation",
+        "data.tokenizer",
+        "run.directory",
+        "run.mirror",
+    ] {
+        // What is missing or no text is told where it is read.
+        let Ok(path) = file.get_string(key) else {
+            continue;
+        };
+        if !path.contains("://") {
+            let path = within(&folder, Path::new(&path));
+            // A name that is no UTF-8 stands as it was: only the working directory can have brought it in.
+            if let Some(path) = path.to_str() {
+                paths = paths.set_override(key, path)?;
+            }
+        }
+    }
+    Ok(paths.build()?)
+}
+
+/// `path` from `folder` on, which leads through no link, without its dots.
+fn within(folder: &Path, path: &Path) -> PathBuf {
+    let mut whole = PathBuf::new();
+    for component in folder.join(path).components() {
+        match component {
+            Component::ParentDir => {
+                whole.pop();
+            }
+            Component::CurDir => {}
+            Component::Prefix(_) | Component::RootDir | Component::Normal(_) => whole.push(component),
+        }
+    }
+    whole
+}
+
+/// What is wrong with a file's text, where it says what would be right; what it lacks, variables can have.
+fn located(text: &str) -> Option<anyhow::Error> {
+    let error = toml::from_str::<RunConfig>(text).err()?;
+    (!error.message().starts_with("missing field")).then(|| error.into())
+}
+
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
@@ -444,6 +502,37 @@ mod tests {
         assert_eq!(changed.run.checkpoint_minutes, Some(5.0));
         assert!(changed.network.tie_embeddings);
         assert_eq!(changed.schedule, file.schedule);
+    }
+
+    #[test]
+    fn paths_of_a_file_start_where_it_lies() {
+        let root = tempfile::tempdir().unwrap();
+        let root = fs::canonicalize(root.path()).unwrap();
+        let path = root.join("configs/run.toml");
+        fs::create_dir(root.join("configs")).unwrap();
+        let text = include_str!("../configs/demo.toml");
+        let lines = text.replace("[run]", "[run]\nmirror = \"s3://bucket/run\"");
+        fs::write(&path, lines).unwrap();
+        let variables = [("TRAINING__DATA__TOKENIZER".to_owned(), "here.json".to_owned())];
+        let run = RunConfig::read_with(&path, Some(variables.into_iter().collect())).unwrap();
+        let place = root.parent().unwrap();
+        assert_eq!(run.data.train, place.join(".corpus/demo/train.tokens"));
+        assert_eq!(run.run.directory, place.join("runs/demo"));
+        assert_eq!(run.data.tokenizer, Path::new("here.json"));
+        assert_eq!(run.run.mirror.as_deref(), Some("s3://bucket/run"));
+        assert_eq!(within(Path::new("/a/b"), Path::new("/c/./d")), Path::new("/c/d"));
+    }
+
+    #[test]
+    fn what_would_be_right_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.toml");
+        let text = include_str!("../configs/demo.toml");
+        fs::write(&path, text.replace("\"absorbing\"", "\"absorb\"")).unwrap();
+        let error = format!("{:#}", RunConfig::read(&path).unwrap_err());
+        for says in ["run.toml", "absorb", "expected `absorbing` or `uniform`", "line"] {
+            assert!(error.contains(says), "{error}");
+        }
     }
 
     #[test]

@@ -521,12 +521,7 @@ fn seconds(seconds: f64) -> Duration {
 /// The run's tokenizer, which must be the one that made its token files.
 fn matching_tokenizer(config: &RunConfig, train: &TokenFile, validation: &TokenFile) -> Result<Tokenizer> {
     let data = &config.data;
-    ensure!(
-        train.tokenizer_sha256() == validation.tokenizer_sha256(),
-        "{} and {} were made with different tokenizers",
-        data.train.display(),
-        data.validation.display()
-    );
+    validation.check_preparation(train)?;
     let path = data.tokenizer.display();
     let json = fs::read(&data.tokenizer).with_context(|| format!("cannot read data.tokenizer {path}"))?;
     train.check_tokenizer(&data.tokenizer, &json)?;

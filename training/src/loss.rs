@@ -216,21 +216,42 @@ impl NoisedBatch {
         self.sigma.len()
     }
 
-    /// The terms of this batch's rows under `network`, `[rows]`; empty batches have none.
+    /// The terms of this batch's rows under `network`, `[rows]`; empty batches have none. Sequences without a row are
+    /// left out: nothing depends on them.
     pub fn row_losses(&self, network: &Ddit, dropout: DropoutSource<'_>) -> Option<Tensor<1>> {
         if self.rows.is_empty() {
             return None;
         }
         let device = network.device();
-        let tokens = token_tensor(&self.tokens, self.length, &device);
-        let sigma: Vec<f32> = self.sigma.iter().map(|&sigma| sigma as f32).collect();
-        let sigma = Tensor::from_data(TensorData::new(sigma, [self.sequences()]), &device);
-        let rows = (self.rows.len() < self.tokens.len()).then(|| {
-            let rows: Vec<i64> = self.rows.iter().map(|&row| row as i64).collect();
-            Tensor::<1, Int>::from_data(TensorData::new(rows, [self.rows.len()]), &device)
+        let (sequences, rows) = self.asked();
+        let tokens: Vec<Token> = sequences
+            .iter()
+            .flat_map(|&index| &self.tokens[index * self.length..(index + 1) * self.length])
+            .copied()
+            .collect();
+        let sigma: Vec<f32> = sequences.iter().map(|&index| self.sigma[index] as f32).collect();
+        let sigma = Tensor::from_data(TensorData::new(sigma, [sequences.len()]), &device);
+        let rows = (rows.len() < tokens.len()).then(|| {
+            let count = rows.len();
+            Tensor::<1, Int>::from_data(TensorData::new(rows, [count]), &device)
         });
+        let tokens = token_tensor(&tokens, self.length, &device);
         let output = network.forward_rows(tokens, sigma, rows, dropout); // [rows, states]
         Some(self.terms.of(output))
+    }
+
+    /// The sequences that have rows, and the rows counted among theirs.
+    fn asked(&self) -> (Vec<usize>, Vec<i64>) {
+        let mut sequences: Vec<usize> = Vec::new();
+        let mut rows = Vec::with_capacity(self.rows.len());
+        for &row in &self.rows {
+            let [sequence, position] = [row / self.length, row % self.length];
+            if sequences.last() != Some(&sequence) {
+                sequences.push(sequence);
+            }
+            rows.push(((sequences.len() - 1) * self.length + position) as i64);
+        }
+        (sequences, rows)
     }
 
     /// The loss of each sequence under `network`, without gradients.
@@ -271,7 +292,7 @@ impl Terms {
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
-    use crate::network::training_device;
+    use crate::network::{NetworkConfig, inference_device, training_device};
     use crate::times::EARLIEST;
     use rand_chacha::rand_core::SeedableRng;
 
@@ -365,6 +386,56 @@ mod tests {
                 log_scores.push(0.0);
                 log_scores
             }
+        }
+    }
+
+    #[test]
+    fn sequences_without_a_mask_are_left_out_and_change_nothing() {
+        let config = NetworkConfig {
+            states: STATES,
+            length: 4,
+            hidden_size: 16,
+            cond_dim: 8,
+            blocks: 1,
+            heads: 2,
+            dropout: 0.0,
+            scale_by_sigma: false,
+            parameterization: Parameterization::Mean,
+            time_conditioned: true,
+            tie_embeddings: false,
+        };
+        let network = config.init(3, 0.5, &inference_device()).unwrap();
+        let objective = Objective {
+            graph: Graph::new(GraphKind::Absorbing, STATES),
+            schedule: Schedule::LogLinear { eps: 1e-3 },
+            offset: false,
+            parameterization: Parameterization::Mean,
+        };
+        let clean: Vec<Token> = (0..12).collect();
+        let mask = objective.graph.mask().unwrap();
+        let noised: Vec<Token> = (0..12)
+            .map(|at| if [1, 8, 11].contains(&at) { mask } else { at })
+            .collect();
+        let levels = objective.levels(&[0.3, 0.1, 0.6]);
+        let losses = |sequences: std::ops::Range<usize>| {
+            let tokens = 4 * sequences.start..4 * sequences.end;
+            let batch = objective.terms(
+                &clean[tokens.clone()],
+                noised[tokens].to_vec(),
+                4,
+                &levels[sequences],
+            );
+            (batch.asked(), batch.sequence_losses(&network))
+        };
+        let (asked, together) = losses(0..3);
+        assert_eq!(asked, (vec![0, 2], vec![1, 4, 7]));
+        let alone = [losses(0..1).1, losses(1..2).1, losses(2..3).1].concat();
+        assert!(alone[0] > 0.0 && alone[1] == 0.0 && alone[2] > 0.0);
+        for (together, alone) in together.iter().zip(&alone) {
+            assert!(
+                (together - alone).abs() <= 1e-5 * alone.abs(),
+                "{together} and {alone}"
+            );
         }
     }
 

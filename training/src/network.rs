@@ -490,7 +490,8 @@ impl Ddit {
         self.precision.matmul(x, weight) + self.output_bias.val().unsqueeze::<2>()
     }
 
-    /// Noise features through their MLP, after SiLU: `[batch, cond_dim]`.
+    /// Noise features through their MLP, after SiLU: `[batch, cond_dim]`. In f32 whatever the precision, as in the
+    /// reference, where it lies outside of autocast: little of the time, and felt by every row.
     fn condition(&self, sigma: Tensor<1>) -> Tensor<2> {
         let half = NOISE_FEATURES / 2;
         let frequencies: Vec<f32> = (0..half)
@@ -499,8 +500,8 @@ impl Ddit {
         let frequencies = Tensor::from_data(TensorData::new(frequencies, [1, half]), &sigma.device());
         let angles = sigma.unsqueeze_dim::<2>(1).mul(frequencies); // [batch, half]
         let features = Tensor::cat(vec![angles.clone().cos(), angles.sin()], 1);
-        let hidden = activation::silu(self.affine(features, &self.sigma_0));
-        activation::silu(self.affine(hidden, &self.sigma_2))
+        let hidden = activation::silu(affine(Precision::F32, features, &self.sigma_0));
+        activation::silu(affine(Precision::F32, hidden, &self.sigma_2))
     }
 
     fn block(
@@ -535,13 +536,8 @@ impl Ddit {
         kernels::gated_residual(x, y, gate_mlp)
     }
 
-    /// `x W + b` over rows.
     fn affine(&self, x: Tensor<2>, layer: &Linear) -> Tensor<2> {
-        let y = self.precision.matmul(x, layer.weight.val());
-        match &layer.bias {
-            Some(bias) => y + bias.val().unsqueeze::<2>(),
-            None => y,
-        }
+        affine(self.precision, x, layer)
     }
 
     /// Zeroes entries at the configured rate and scales up the rest.
@@ -557,6 +553,15 @@ impl Ddit {
             .collect();
         let mask = Tensor::from_data(TensorData::new(mask, [rows, width]), &x.device());
         x * mask
+    }
+}
+
+/// `x W + b` over rows.
+fn affine(precision: Precision, x: Tensor<2>, layer: &Linear) -> Tensor<2> {
+    let y = precision.matmul(x, layer.weight.val());
+    match &layer.bias {
+        Some(bias) => y + bias.val().unsqueeze::<2>(),
+        None => y,
     }
 }
 

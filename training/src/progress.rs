@@ -17,7 +17,8 @@ pub struct Progress {
     terminal: bool,
     start: Instant,
     first_share: f64,
-    logged: Instant,
+    /// When a line was written last.
+    logged: Option<Instant>,
 }
 
 impl Progress {
@@ -33,13 +34,15 @@ impl Progress {
             bar.set_style(style);
         }
         bar.set_position(step);
+        // The first step can take a while.
+        bar.tick();
         let now = Instant::now();
         Self {
             bar,
             terminal,
             start: now,
             first_share: share,
-            logged: now,
+            logged: None,
         }
     }
 
@@ -67,8 +70,8 @@ impl Progress {
         if self.terminal {
             self.bar.set_message(line);
             self.bar.set_position(step.step);
-        } else if self.logged.elapsed() >= LOG_EVERY {
-            self.logged = Instant::now();
+        } else if self.logged.is_none_or(|logged| logged.elapsed() >= LOG_EVERY) {
+            self.logged = Some(Instant::now());
             say(&format!("step {}: {line}", step.step));
         }
     }

@@ -28,20 +28,24 @@ pub fn unit(generator: &mut ChaCha8Rng) -> f64 {
 /// `count` times that cover [[`EARLIEST`], 1] evenly, all shifted by the same `u` in [0, 1): a mean over
 /// them varies less than over independent times, and is the same in expectation.
 pub fn stratified(count: usize, u: f64) -> impl Iterator<Item = f64> {
-    (0..count).map(move |index| between((index as f64 + u) / count as f64))
+    (0..count).map(move |index| from(EARLIEST, (index as f64 + u) / count as f64))
 }
 
-fn between(u: f64) -> f64 {
-    EARLIEST + (1.0 - EARLIEST) * u
+/// Moves `u` from [0, 1) to [`lowest`, 1).
+fn from(lowest: f64, u: f64) -> f64 {
+    lowest + (1.0 - lowest) * u
 }
 
 impl TimeSampling {
     /// `count` times, moved towards [`EARLIEST`] by raising a uniform to `power`, each with the weight
-    /// that keeps the mean of the loss.
+    /// that keeps the mean of the loss: that over times which are uniform on [[`EARLIEST`], 1).
     pub fn times(self, count: usize, power: f64, generator: &mut ChaCha8Rng) -> Vec<(f64, f64)> {
-        let weighted = |u: f64| (u.powf(power).max(EARLIEST), power * u.powf(power - 1.0));
+        // Uniforms begin where their power is the earliest time, so that no share of them has to be put there.
+        let lowest = EARLIEST.powf(power.recip());
+        let density = power * (1.0 - lowest) / (1.0 - EARLIEST);
+        let weighted = |u: f64| (u.powf(power).max(EARLIEST), density * u.powf(power - 1.0));
         let uniforms = self.uniforms(count, generator).into_iter();
-        uniforms.map(between).map(weighted).collect()
+        uniforms.map(|u| weighted(from(lowest, u))).collect()
     }
 
     /// `count` draws, each uniform on [0, 1).
@@ -63,24 +67,38 @@ mod tests {
     use super::*;
     use rand_chacha::rand_core::SeedableRng;
 
-    /// Means of 1 and t^2 over weighted times, for batches of 50, against 1 and 1/3 (five standard errors).
+    /// Means of 1, of t^2 and of being among the earliest hundredth, against those of uniform times, within five of their
+    /// own standard errors.
     #[test]
     fn weighted_times_keep_the_mean() {
         for sampling in [TimeSampling::Stratified, TimeSampling::Independent] {
-            for power in [1.0, 2.0] {
+            for power in [1.0, 2.0, 3.0] {
                 let mut random = ChaCha8Rng::seed_from_u64(1);
-                let (batches, count) = (400, 50);
-                let mut sums = [0.0; 2];
-                for _ in 0..batches {
-                    for (t, weight) in sampling.times(count, power, &mut random) {
-                        assert!((EARLIEST..=1.0).contains(&t));
-                        sums[0] += weight;
-                        sums[1] += weight * t * t;
-                    }
+                let draws: Vec<(f64, f64)> = (0..400)
+                    .flat_map(|_| sampling.times(50, power, &mut random))
+                    .collect();
+                assert!(draws.iter().all(|(t, _)| (EARLIEST..=1.0).contains(t)));
+                // No time has a share of its own.
+                assert!(draws.iter().filter(|(t, _)| *t == EARLIEST).count() < 2);
+                let width = 1.0 - EARLIEST;
+                let early = EARLIEST + 0.01 * width;
+                let third = (1.0 - EARLIEST.powi(3)) / (3.0 * width);
+                let of_early = |t: f64| f64::from(u8::from(t < early));
+                for (of, expected) in [
+                    (Box::new(|_| 1.0) as Box<dyn Fn(f64) -> f64>, 1.0),
+                    (Box::new(|t| t * t), third),
+                    (Box::new(of_early), 0.01),
+                ] {
+                    let count = draws.len() as f64;
+                    let values = || draws.iter().map(|(t, weight)| weight * of(*t));
+                    let mean = values().sum::<f64>() / count;
+                    let variance = values().map(|value| (value - mean).powi(2)).sum::<f64>() / count;
+                    let error = (variance / count).sqrt();
+                    assert!(
+                        (mean - expected).abs() < 5.0 * error + 1e-12,
+                        "{sampling:?}, power {power}: {mean} +- {error}, not {expected}"
+                    );
                 }
-                let [one, third] = sums.map(|sum| sum / f64::from(batches * count as i32));
-                assert!((one - 1.0).abs() < 0.022, "{one}");
-                assert!((third - 1.0 / 3.0).abs() < 0.022, "{third}");
             }
         }
     }

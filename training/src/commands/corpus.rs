@@ -27,10 +27,14 @@ pub(super) struct CorpusArguments {
     /// stopping at the first.
     #[arg(long)]
     skip_bad: bool,
-    /// Share of the documents that is held out.
-    #[arg(long, value_name = "X", default_value_t = 0.05)]
+    /// Files and directories, of the same kinds, that are held out, and nothing else then; may be given several times.
+    #[arg(long, value_name = "FILE|DIR")]
+    validation: Vec<PathBuf>,
+    /// Share of the documents that is held out, where --validation names none.
+    #[arg(long, value_name = "X", default_value_t = 0.05, conflicts_with = "validation")]
     validation_fraction: f64,
-    /// Chooses which documents those are.
+    /// Chooses which documents those are, together with their text: whatever is added or taken away, a document stays
+    /// on its side, and so does each that is the same.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
 }
@@ -62,11 +66,13 @@ impl From<CorpusArguments> for Corpus {
             field,
             max_document_bytes,
             skip_bad,
+            validation,
             validation_fraction,
             seed,
         } = arguments;
         Self {
             input,
+            validation,
             separator,
             field,
             max_document_bytes,

@@ -113,9 +113,10 @@ fn held_out(config: &RunConfig, length: usize) -> Result<Vec<Vec<Token>>> {
 fn difference(manifest: &Manifest) -> String {
     let difference = &manifest.provenance["export"]["difference_from_f32"];
     let of = |key: &str| difference[key].as_f64();
-    match (of("largest"), of("mean"), of("divergence")) {
-        (Some(largest), Some(mean), Some(divergence)) => format!(
-            "; log-scores differ from f32 by up to {largest:.2e}, {mean:.2e} on average, {divergence:.2e} nats per position"
+    match (of("largest"), of("mean"), of("total_variation")) {
+        (Some(largest), Some(mean), Some(variation)) => format!(
+            "; log-scores differ from f32 by up to {largest:.2e}, {mean:.2e} on average, the law of a step by \
+             {variation:.2e} (total variation)"
         ),
         _ => String::new(),
     }

@@ -78,9 +78,16 @@ impl Run {
 
     /// What simple models make of the same held-out text.
     pub(super) fn baselines(&self) -> Result<serde_json::Value> {
-        let text = |path: &Path| {
-            let path = path.with_extension("txt");
-            std::fs::read(&path).with_context(|| path.display().to_string())
+        let text = |tokens: &Path| -> Result<Vec<u8>> {
+            let path = tokens.with_extension("txt");
+            let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
+            ensure!(
+                TokenFile::open(tokens)?.bytes() == text.len() as u64,
+                "{} is not the text of {}; `training prepare` writes both",
+                path.display(),
+                tokens.display()
+            );
+            Ok(text)
         };
         let (train, validation) = (
             text(&self.config.data.train)?,

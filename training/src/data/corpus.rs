@@ -8,6 +8,7 @@ use std::{fmt, fs};
 use anyhow::{Context, Result, ensure};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use sha2::{Digest, Sha256};
 
 use super::progress::Progress;
 use super::reader::{Cutting, DocumentError, Reader};
@@ -41,9 +42,12 @@ pub struct Corpus {
     pub max_document_bytes: usize,
     /// Leave out documents that cannot be read, with the rest of their file, and say so, instead of failing.
     pub skip_bad: bool,
-    /// Share of the documents that is held out. In `[0, 1)`.
+    /// Files and directories as of `input`, all of which is held out, and nothing else then.
+    pub validation: Vec<PathBuf>,
+    /// Share of the documents that is held out where `validation` is empty. In `[0, 1)`.
     pub validation_fraction: f64,
-    /// Chooses which documents those are.
+    /// Chooses which documents those are, with their texts alone: other documents, added or gone, change nothing for
+    /// a document, and one that is there twice is on one side.
     pub seed: u64,
 }
 
@@ -51,6 +55,7 @@ impl Default for Corpus {
     fn default() -> Self {
         Self {
             input: Vec::new(),
+            validation: Vec::new(),
             separator: None,
             field: "text".to_owned(),
             max_document_bytes: DEFAULT_MAX_DOCUMENT_BYTES,
@@ -91,7 +96,7 @@ impl Corpus {
             self.separator.as_deref() != Some(""),
             "the separator is empty; without one, a file is one document"
         );
-        let files = source::list(&self.input)?;
+        let files = source::list(&self.input, &self.validation)?;
         Ok(Documents {
             progress: Progress::new(files.iter().map(|file| file.bytes).sum()),
             cutting: Cutting {
@@ -102,11 +107,16 @@ impl Corpus {
             count: files.len(),
             files: files.into_iter(),
             reader: None,
+            is_validation: false,
             blank: 0,
             skip_bad: self.skip_bad,
             bad: 0,
-            validation_fraction: self.validation_fraction,
-            choose: ChaCha8Rng::seed_from_u64(self.seed),
+            validation_fraction: if self.validation.is_empty() {
+                self.validation_fraction
+            } else {
+                0.0
+            },
+            seed: self.seed,
         })
     }
 
@@ -120,7 +130,6 @@ impl Corpus {
             "the sample is {limit} bytes, must be at least {SMALLEST_SAMPLE}"
         );
         let mut draw = ChaCha8Rng::seed_from_u64(self.seed);
-        // Stream 0 chooses what is held out.
         draw.set_stream(1);
         let mut kept = BinaryHeap::new();
         let (mut bytes, mut count, mut below) = (0, 0u64, u64::MAX);
@@ -162,11 +171,13 @@ pub struct Documents {
     count: usize,
     cutting: Cutting,
     reader: Option<Reader>,
+    /// Whether all that the reader reads is held out.
+    is_validation: bool,
     blank: u64,
     skip_bad: bool,
     bad: u64,
     validation_fraction: f64,
-    choose: ChaCha8Rng,
+    seed: u64,
     progress: Progress,
 }
 
@@ -235,6 +246,7 @@ impl Documents {
             let Some(file) = self.files.next() else {
                 return Ok(None);
             };
+            self.is_validation = file.is_validation;
             self.reader = Some(Reader::open(file, &self.cutting, self.progress.bar())?);
         }
     }
@@ -247,8 +259,7 @@ impl Iterator for Documents {
         let text = self.text().transpose()?;
         Some(text.map(|text| {
             self.progress.document(text.len() as u64);
-            let draw = f64::from(self.choose.next_u32()) / 2f64.powi(32);
-            let side = if draw < self.validation_fraction {
+            let side = if self.is_validation || place(self.seed, &text) < self.validation_fraction {
                 Side::Validation
             } else {
                 Side::Train
@@ -256,6 +267,20 @@ impl Iterator for Documents {
             Document { side, text }
         }))
     }
+}
+
+/// A number in `[0, 1)` that a text has, evenly spread over texts.
+fn place(seed: u64, text: &str) -> f64 {
+    let digest: [u8; 32] = Sha256::new()
+        .chain_update(seed.to_le_bytes())
+        .chain_update(text)
+        .finalize()
+        .into();
+    let (first, _) = digest.split_at(4);
+    let number = first
+        .iter()
+        .fold(0, |number, byte| (number << 8) | u32::from(*byte));
+    f64::from(number) / 2f64.powi(32)
 }
 
 #[cfg(test)]
@@ -276,10 +301,13 @@ mod tests {
 
     /// Pinned: another rule would put held-out text of yesterday into today's training.
     #[test]
-    fn held_out_documents_depend_on_seed_and_order_alone() {
+    fn held_out_documents_depend_on_seed_and_text_alone() {
         let folder = tempfile::tempdir().unwrap();
-        let corpus = corpus(folder.path(), "a|b| \n |c|d|e||f|g|h|i|j");
-        let held_out = |corpus: &Corpus| -> (String, u64) {
+        let held_out = |seed, content| -> (String, u64) {
+            let corpus = Corpus {
+                seed,
+                ..corpus(folder.path(), content)
+            };
             let mut documents = corpus.documents().unwrap();
             let text = documents
                 .by_ref()
@@ -289,9 +317,33 @@ mod tests {
                 .collect();
             (text, documents.blank())
         };
-        assert_eq!(held_out(&corpus), ("dehj".to_owned(), 2));
-        let other = Corpus { seed: 2, ..corpus };
-        assert_eq!(held_out(&other), ("aegij".to_owned(), 2));
+        assert_eq!(held_out(1, "a|b| \n |c|d|e||f|g|h|i|j"), ("bfi".to_owned(), 2));
+        assert_eq!(held_out(2, "a|b|c|d|e|f|g|h|i|j"), ("ag".to_owned(), 0));
+        // In another order, with others before and one of them again.
+        assert_eq!(held_out(1, "new|j|i|b|a|h|g|f|e|d|c|b|a"), ("ibfb".to_owned(), 0));
+    }
+
+    #[test]
+    fn files_can_be_held_out_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let held_out = folder.path().join("held out.txt");
+        fs::write(&held_out, "x|y").unwrap();
+        let corpus = Corpus {
+            validation: vec![held_out],
+            ..corpus(folder.path(), "a|b|c|d|e|f|g|h")
+        };
+        let sides = corpus.documents().unwrap().map(|document| {
+            let Document { side, text } = document.unwrap();
+            (text, side == Side::Validation)
+        });
+        let (held_out, others): (Vec<_>, Vec<_>) = sides.partition(|(_, is_held_out)| *is_held_out);
+        let texts = |documents: Vec<(String, bool)>| -> String {
+            documents.into_iter().map(|(text, _)| text).collect()
+        };
+        assert_eq!(
+            (texts(held_out), texts(others)),
+            ("xy".to_owned(), "abcdefgh".to_owned())
+        );
     }
 
     #[test]

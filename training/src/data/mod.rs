@@ -23,5 +23,5 @@ pub use corpus::{Corpus, DEFAULT_MAX_DOCUMENT_BYTES, Document, Documents, SMALLE
 pub use partial::Partial;
 pub use prepare::{Prepared, SideStatistics, Statistics, prepare};
 pub use reader::{DocumentError, DocumentProblem};
-pub use token_file::{TokenFile, TokenFileError, TokenFileProblem};
+pub use token_file::{Preparation, TokenFile, TokenFileError, TokenFileProblem};
 pub use token_writer::TokenWriter;

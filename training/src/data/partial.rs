@@ -4,7 +4,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::progress::say;
 
@@ -55,12 +55,21 @@ impl Partial {
     }
 
     /// Gives it its name, in place of what had it.
-    pub fn complete(mut self) -> Result<()> {
-        self.file
-            .sync_all()
-            .and_then(|()| fs::rename(&self.partial, &self.path))
-            .with_context(|| format!("cannot write {}", self.path.display()))?;
-        self.complete = true;
+    pub fn complete(self) -> Result<()> {
+        Self::complete_all(vec![self])
+    }
+
+    /// Gives all of them their names, once nothing that can be known before stands against it.
+    pub fn complete_all(files: Vec<Self>) -> Result<()> {
+        let cannot_write = |path: &Path| format!("cannot write {}", path.display());
+        for Self { file, path, .. } in &files {
+            file.sync_all().with_context(|| cannot_write(path))?;
+            ensure!(!path.is_dir(), "{}: it is a folder", cannot_write(path));
+        }
+        for mut file in files {
+            fs::rename(&file.partial, &file.path).with_context(|| cannot_write(&file.path))?;
+            file.complete = true;
+        }
         Ok(())
     }
 }

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use denoised::diffusion::Token;
+use sha2::{Digest, Sha256};
 
 use super::corpus::{Corpus, Side};
 use super::encoder::Encoder;
 use super::partial::Partial;
-use super::token_file::TokenFile;
+use super::token_file::{Preparation, TokenFile};
 use super::token_writer::TokenWriter;
 
 /// What [`prepare`] wrote.
@@ -114,14 +115,31 @@ impl Output {
         Ok(())
     }
 
-    fn finish(self) -> Result<([Partial; 2], SideStatistics)> {
+    fn finish(self, preparation: Preparation) -> Result<([Partial; 2], SideStatistics)> {
         let text = self.text.into_inner().map_err(IntoInnerError::into_error)?;
-        Ok(([self.tokens.finish()?, text], self.statistics))
+        Ok(([text, self.tokens.finish(preparation)?], self.statistics))
     }
 }
 
+/// What `train` and `validation` have in common: what they hold, and what decided which of them has it.
+fn preparation(corpus: &Corpus, encoder: &Encoder, train: &Output, validation: &Output) -> Preparation {
+    let mut digest = Sha256::new_with_prefix(&encoder.sha256);
+    digest.update(corpus.seed.to_le_bytes());
+    digest.update(corpus.validation_fraction.to_le_bytes());
+    for Output {
+        tokens, statistics, ..
+    } in [train, validation]
+    {
+        digest.update(tokens.crc().to_le_bytes());
+        digest.update(statistics.tokens.to_le_bytes());
+        digest.update(statistics.bytes.to_le_bytes());
+    }
+    digest.finalize().into()
+}
+
 /// Writes `train.tokens`, `validation.tokens` and the texts that they encode (`train.txt`,
-/// `validation.txt`) into `out`. Where that fails, what was there before stays.
+/// `validation.txt`) into `out`. Where that fails, what was there before stays; where the process ends between one
+/// file and the next, the token files do not fit each other and are refused.
 pub fn prepare(corpus: &Corpus, tokenizer: &Path, out: &Path) -> Result<Prepared> {
     let start = Instant::now();
     let mut encoder = Encoder::open(tokenizer)?;
@@ -153,12 +171,11 @@ pub fn prepare(corpus: &Corpus, tokenizer: &Path, out: &Path) -> Result<Prepared
             .document(&document.text, &tokens, encoder.unknown)
             .with_context(cannot_write)?;
     }
-    let (train_files, train) = train.finish().with_context(cannot_write)?;
-    let (validation_files, validation) = validation.finish().with_context(cannot_write)?;
+    let preparation = preparation(corpus, &encoder, &train, &validation);
+    let (train_files, train) = train.finish(preparation).with_context(cannot_write)?;
+    let (validation_files, validation) = validation.finish(preparation).with_context(cannot_write)?;
     ensure!(train.documents > 0, "there is no document to train on");
-    for file in train_files.into_iter().chain(validation_files) {
-        file.complete()?;
-    }
+    Partial::complete_all(train_files.into_iter().chain(validation_files).collect())?;
     Ok(Prepared {
         train: TokenFile::open(&out.join("train.tokens"))?,
         validation: TokenFile::open(&out.join("validation.tokens"))?,
@@ -287,6 +304,30 @@ mod tests {
         assert_eq!((statistics.files, statistics.blank), (4, 0));
     }
 
+    #[test]
+    fn halves_of_two_preparations_are_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let (corpus, path) = corpus(folder.path());
+        let prepared =
+            |name: &str, corpus: &Corpus| prepare(corpus, &path, &folder.path().join(name)).unwrap();
+        let one = prepared("one", &corpus);
+        let same = prepared("same", &corpus);
+        same.validation.check_preparation(&one.train).unwrap();
+        let other = prepared("other", &Corpus { seed: 4, ..corpus });
+        let error = other
+            .validation
+            .check_preparation(&one.train)
+            .unwrap_err()
+            .to_string();
+        for says in [
+            "other/validation.tokens",
+            "one/train.tokens",
+            "another preparation",
+        ] {
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
     /// However a file is cut into sequences, through a character too.
     #[test]
     fn bytes_of_any_beginning_are_known() {
@@ -337,8 +378,14 @@ mod tests {
         refused(&nothing, "no document to train on");
         let own = Corpus {
             input: vec![out.clone()],
-            ..corpus
+            ..corpus.clone()
         };
         refused(&own, "train.txt lies in ");
+        // Nothing is replaced where the last file cannot be.
+        let text = out.join("validation.txt");
+        fs::remove_file(&text).unwrap();
+        fs::create_dir(&text).unwrap();
+        let other = Corpus { seed: 4, ..corpus };
+        refused(&other, "validation.txt");
     }
 }

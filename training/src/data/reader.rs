@@ -258,7 +258,9 @@ mod tests {
     }
 
     fn read(path: &Path, cutting: &Cutting) -> Result<Vec<String>, DocumentError> {
-        let file = super::super::source::list(&[path.to_owned()]).unwrap().remove(0);
+        let file = super::super::source::list(&[path.to_owned()], &[])
+            .unwrap()
+            .remove(0);
         Reader::open(file, cutting, &ProgressBar::hidden())?.collect()
     }
 

@@ -33,11 +33,13 @@ pub(super) struct SourceFile {
     /// On disk, as it is.
     pub(super) bytes: u64,
     pub(super) format: Format,
+    /// Whether all of it is held out.
+    pub(super) is_validation: bool,
     compression: Compression,
 }
 
 impl SourceFile {
-    fn new(path: PathBuf) -> Result<Self> {
+    fn new(path: PathBuf, is_validation: bool) -> Result<Self> {
         let bytes = fs::metadata(&path)
             .with_context(|| path.display().to_string())?
             .len();
@@ -46,6 +48,7 @@ impl SourceFile {
             path,
             bytes,
             format: format.unwrap_or(Format::Text),
+            is_validation,
             compression,
         })
     }
@@ -85,11 +88,13 @@ fn kind(path: &Path) -> (Option<Format>, Compression) {
     (format, compression)
 }
 
-/// The files that `inputs` name, in that order, each directory's sorted by name within each level. The order
-/// decides which documents are held out, so that it must not depend on the file system.
-pub(super) fn list(inputs: &[PathBuf]) -> Result<Vec<SourceFile>> {
+/// The files that `inputs` and `validation` name, in that order, each directory's sorted by name within each level:
+/// the order is that of the tokens, so that it must not depend on the file system.
+pub(super) fn list(inputs: &[PathBuf], validation: &[PathBuf]) -> Result<Vec<SourceFile>> {
     let mut files = Vec::new();
-    for input in inputs {
+    let sides = [(inputs, false), (validation, true)];
+    let each = |(inputs, is_validation)| <[PathBuf]>::iter(inputs).map(move |input| (input, is_validation));
+    for (input, is_validation) in sides.into_iter().flat_map(each) {
         if input.is_dir() {
             let before = files.len();
             let visible = |entry: &DirEntry| {
@@ -99,7 +104,7 @@ pub(super) fn list(inputs: &[PathBuf]) -> Result<Vec<SourceFile>> {
             for entry in walk.into_iter().filter_entry(visible) {
                 let entry = entry?;
                 if entry.file_type().is_file() && kind(entry.path()).0.is_some() {
-                    files.push(SourceFile::new(entry.into_path())?);
+                    files.push(SourceFile::new(entry.into_path(), is_validation)?);
                 }
             }
             ensure!(
@@ -108,7 +113,7 @@ pub(super) fn list(inputs: &[PathBuf]) -> Result<Vec<SourceFile>> {
                 input.display()
             );
         } else {
-            files.push(SourceFile::new(input.clone())?);
+            files.push(SourceFile::new(input.clone(), is_validation)?);
         }
     }
     // The same text on both sides of the split would make held-out text easy.
@@ -149,7 +154,7 @@ mod tests {
         }
         let names = |inputs: &[&str]| -> Result<Vec<String>> {
             let inputs: Vec<_> = inputs.iter().map(|input| root.join(input)).collect();
-            let files = list(&inputs)?;
+            let files = list(&inputs, &[])?;
             Ok(files
                 .iter()
                 .map(|file| file.path.strip_prefix(root).unwrap().display().to_string())

@@ -1,13 +1,14 @@
 //! A packed token file, mapped into memory. It is little-endian:
 //!
 //! ```text
-//! 8 bytes   magic "dnstok02", the last two the version
+//! 8 bytes   magic "dnstok03", the last two the version
 //! u32       vocabulary size V (without mask)
 //! u32       end-of-document token
 //! u64       number of tokens N
 //! u64       number of documents
 //! u64       bytes of text that they encode
 //! 64 bytes  sha256 of tokenizer.json, hexadecimal
+//! 32 bytes  the preparation: what both files of one have in common, and no file of another
 //! u32       CRC-32 of the tokens
 //! u32       CRC-32 of everything before
 //! N x u16   tokens (N x u32 when V is above 65536)
@@ -27,11 +28,11 @@ use memmap2::Mmap;
 use thiserror::Error;
 use tokenizers::Tokenizer;
 
-const MAGIC: &[u8; 8] = b"dnstok02";
+const MAGIC: &[u8; 8] = b"dnstok03";
 /// What the magics of all versions begin with.
 const FAMILY: &[u8] = b"dnstok";
 /// Length of a header; a multiple of a token's, so that tokens lie aligned.
-const HEADER: usize = 112;
+const HEADER: usize = 144;
 /// Bytes that are checked at a time.
 const CHUNK: usize = 1 << 20;
 
@@ -55,7 +56,7 @@ pub enum TokenFileProblem {
     #[error("is not a token file; `training prepare` writes them")]
     Foreign,
     /// It is of another version.
-    #[error("is a token file of version {found}, not 02; `training prepare` writes it anew")]
+    #[error("is a token file of version {found}, not 03; `training prepare` writes it anew")]
     Version {
         /// Its version.
         found: String,
@@ -89,7 +90,20 @@ pub enum TokenFileProblem {
         /// sha256 of the one that made it.
         made_with: String,
     },
+    /// It is not the other half of a file that it is to be used with.
+    #[error(
+        "comes of another preparation than {other}, so that one can hold text of the other; `training prepare` writes \
+         both",
+        other = other.display()
+    )]
+    Preparation {
+        /// The other file.
+        other: PathBuf,
+    },
 }
+
+/// What the files that were written together have in common: a digest of what they hold and how it was chosen.
+pub type Preparation = [u8; 32];
 
 /// What a token file says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,6 +114,7 @@ pub(super) struct Header {
     pub(super) documents: u64,
     pub(super) bytes: u64,
     pub(super) tokenizer_sha256: String,
+    pub(super) preparation: Preparation,
     pub(super) crc: u32,
 }
 
@@ -117,6 +132,7 @@ impl Header {
             bytes.extend(count.to_le_bytes());
         }
         bytes.extend(self.tokenizer_sha256.as_bytes());
+        bytes.extend(self.preparation);
         bytes.extend(self.crc.to_le_bytes());
         bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
         debug_assert_eq!(bytes.len(), HEADER);
@@ -143,6 +159,7 @@ impl Header {
             documents: u64::from_le_bytes(field(&mut rest)?),
             bytes: u64::from_le_bytes(field(&mut rest)?),
             tokenizer_sha256: String::from_utf8_lossy(&field::<64>(&mut rest)?).into_owned(),
+            preparation: field(&mut rest)?,
             crc: u32::from_le_bytes(field(&mut rest)?),
         };
         if header.end_of_document >= header.vocab_size {
@@ -286,6 +303,19 @@ impl TokenFile {
         })
     }
 
+    /// An error unless this file and the `other` were written together.
+    pub fn check_preparation(&self, other: &Self) -> Result<(), TokenFileError> {
+        if self.header.preparation == other.header.preparation {
+            return Ok(());
+        }
+        Err(TokenFileError {
+            path: self.path.clone(),
+            problem: TokenFileProblem::Preparation {
+                other: other.path.clone(),
+            },
+        })
+    }
+
     /// Bytes of text that all tokens encode; document ends count as none.
     pub fn bytes(&self) -> u64 {
         self.header.bytes
@@ -330,7 +360,7 @@ mod tests {
         let mut writer = TokenWriter::new(Cursor::new(Vec::new()), vocab_size, 0, &"ab".repeat(32)).unwrap();
         writer.document(&[7, 8, 9], 11).unwrap();
         writer.document(&[vocab_size as Token - 1], 2).unwrap();
-        writer.finish().unwrap().into_inner()
+        writer.finish([0; 32]).unwrap().into_inner()
     }
 
     fn open(content: &[u8]) -> Result<TokenFile, TokenFileError> {
@@ -358,7 +388,12 @@ mod tests {
             assert_eq!(file.sequence(1, 2), [9, 0]);
         }
         let empty = TokenWriter::new(Cursor::new(Vec::new()), 10, 0, &"ab".repeat(32)).unwrap();
-        assert_eq!(open(&empty.finish().unwrap().into_inner()).unwrap().tokens(), 0);
+        assert_eq!(
+            open(&empty.finish([0; 32]).unwrap().into_inner())
+                .unwrap()
+                .tokens(),
+            0
+        );
     }
 
     /// Wherever a file is cut, and whichever byte is altered.

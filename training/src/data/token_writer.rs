@@ -5,7 +5,7 @@ use std::io::{BufWriter, IntoInnerError, Seek, SeekFrom, Write};
 use anyhow::{Context, Result, ensure};
 use denoised::diffusion::Token;
 
-use super::token_file::Header;
+use super::token_file::{Header, Preparation};
 
 /// Bytes that are written at a time.
 const BUFFER: usize = 1 << 20;
@@ -33,6 +33,7 @@ impl<W: Write + Seek> TokenWriter<W> {
             documents: 0,
             bytes: 0,
             tokenizer_sha256: tokenizer_sha256.to_owned(),
+            preparation: [0; 32],
             crc: 0,
         };
         ensure!(
@@ -75,9 +76,15 @@ impl<W: Write + Seek> TokenWriter<W> {
         Ok(())
     }
 
-    /// Completes the file.
-    pub fn finish(mut self) -> Result<W> {
-        self.header.crc = self.crc.finalize();
+    /// CRC-32 of the tokens so far.
+    pub fn crc(&self) -> u32 {
+        self.crc.clone().finalize()
+    }
+
+    /// Completes the file, one of those of a preparation.
+    pub fn finish(mut self, preparation: Preparation) -> Result<W> {
+        self.header.crc = self.crc();
+        self.header.preparation = preparation;
         self.out.seek(SeekFrom::Start(0))?;
         self.out.write_all(&self.header.to_bytes())?;
         self.out.seek(SeekFrom::End(0))?;
@@ -126,7 +133,7 @@ mod tests {
         for _ in 0..documents {
             writer.document(&[1; 999], 2000)?;
         }
-        Ok(writer.finish()?.written.into_inner())
+        Ok(writer.finish([0; 32])?.written.into_inner())
     }
 
     #[test]
@@ -134,7 +141,7 @@ mod tests {
         // More than the buffer holds, and less.
         for documents in [1000, 3] {
             let length = write(usize::MAX, documents).unwrap().len();
-            assert_eq!(length, 112 + documents * 2000);
+            assert_eq!(length, 144 + documents * 2000);
             for room in [0, 100, length / 2, length - 1] {
                 let error = write(room, documents).unwrap_err();
                 let error = error.downcast_ref::<io::Error>().unwrap();

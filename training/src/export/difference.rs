@@ -2,7 +2,8 @@
 //! noised sequences.
 
 use denoised::bundle::Manifest;
-use denoised::diffusion::Token;
+use denoised::diffusion::sampler::{Discretization, Tweedie};
+use denoised::diffusion::{RowLaw, Token};
 use denoised::network::{Batch, NetworkError, ScoreNetwork};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -14,6 +15,8 @@ use crate::times::unit;
 const TIMES: [f64; 6] = [0.05, 0.2, 0.4, 0.6, 0.8, 0.95];
 /// Sequences that are noised at each time.
 const SEQUENCES: usize = 4;
+/// Steps of the generation of which one is looked at.
+const STEPS: f64 = 64.0;
 /// Longest part of a sequence that is used.
 const MAX_LENGTH: usize = 256;
 /// Most positions of a sequence that are compared, so that large vocabularies fit into memory.
@@ -44,6 +47,10 @@ struct Canvas {
     tokens: Vec<i64>,
     sigma: f64,
     positions: Vec<i64>,
+    /// Of the step that the server takes from there.
+    law: RowLaw,
+    /// What makes log-scores of what the network gives.
+    offset: f64,
 }
 
 impl Probe {
@@ -84,6 +91,12 @@ impl Probe {
                         tokens: noised.into_iter().map(i64::from).collect(),
                         sigma,
                         positions,
+                        law: Tweedie.step(&graph, &manifest.schedule, t, (1.0 / STEPS).min(t)),
+                        offset: manifest.parameterization.log_score_offset(
+                            manifest.sigma_offset,
+                            sigma,
+                            manifest.vocab_size,
+                        ),
                     });
                 }
             }
@@ -106,9 +119,9 @@ pub struct Difference {
     pub largest: f64,
     /// Mean absolute difference of a log-score.
     pub mean: f64,
-    /// Mean divergence in nats, KL(first || second), of the laws to which the scores of a position
-    /// normalise: what the samples see of the difference.
-    pub divergence: f64,
+    /// Mean total variation between the laws of what becomes of a position in one of 64 steps of Tweedie: the share of
+    /// positions that one network would have draw another token, or leave at another time, than the other.
+    pub total_variation: f64,
     /// Positions that were compared.
     pub positions: usize,
     /// Total noise of the sequences.
@@ -128,7 +141,7 @@ impl Difference {
         probe: &Probe,
     ) -> Result<Self, NetworkError> {
         let (mut largest, mut total, mut entries) = (0.0_f64, 0.0, 0_usize);
-        let (mut divergence, mut positions) = (0.0, 0);
+        let (mut variation, mut positions) = (0.0, 0);
         let mut expected: Vec<Vec<f32>> = Vec::new();
         for canvas in &probe.canvases {
             let batch = Batch {
@@ -151,13 +164,15 @@ impl Difference {
                         total += difference;
                         entries += 1;
                     }
-                    divergence += kullback_leibler(expected, scores, current);
+                    let laws = [expected.as_slice(), scores.as_ref()]
+                        .map(|scores| law(&canvas.law, scores, current, canvas.offset));
+                    variation += total_variation(&laws);
                 }
             })?;
             positions += rows;
         }
         // In a maximum, something that is no number would get lost.
-        if !(total + divergence).is_finite() {
+        if !(total + variation).is_finite() {
             return Err(NetworkError::Run("some log-scores are not finite".to_owned()));
         }
         let mut sigma: Vec<f64> = probe.canvases.iter().map(|canvas| canvas.sigma).collect();
@@ -165,7 +180,7 @@ impl Difference {
         Ok(Self {
             largest,
             mean: total / entries.max(1) as f64,
-            divergence: divergence / positions.max(1) as f64,
+            total_variation: variation / positions.max(1) as f64,
             positions,
             sigma,
             sequences: probe.source,
@@ -179,36 +194,50 @@ fn pairs<'a>(a: &'a [f32], b: &'a [f32], current: usize) -> impl Iterator<Item =
     both.enumerate().filter(move |(token, _)| *token != current)
 }
 
-fn kullback_leibler(a: &[f32], b: &[f32], current: usize) -> f64 {
-    let highest = pairs(a, b, current).fold([f64::NEG_INFINITY; 2], |high, (_, pair)| {
-        [high[0].max(pair[0]), high[1].max(pair[1])]
-    });
-    let total = pairs(a, b, current).fold([0.0; 2], |total, (_, pair)| {
-        [
-            total[0] + (pair[0] - highest[0]).exp(),
-            total[1] + (pair[1] - highest[1]).exp(),
-        ]
-    });
-    let normalised = |which: usize, x: f64| x - highest[which] - total[which].ln();
-    pairs(a, b, current)
-        .map(|(_, pair)| {
-            let [a, b] = [normalised(0, pair[0]), normalised(1, pair[1])];
-            a.exp() * (a - b)
-        })
-        .sum()
+/// Chances of what becomes of token `current` in a step: of each token, its own entry that of staying.
+fn law(law: &RowLaw, log_scores: &[f32], current: usize, offset: f64) -> Vec<f64> {
+    let mut scores: Vec<f64> = log_scores
+        .iter()
+        .map(|&log_score| (f64::from(log_score) + offset).exp())
+        .collect();
+    scores[current] = 0.0;
+    let total: f64 = scores.iter().sum();
+    let mut chances: Vec<f64> = scores
+        .iter()
+        .map(|&score| law.move_weight(score, total).max(0.0))
+        .collect();
+    chances[current] = law.stay_weight(total).max(0.0);
+    let whole: f64 = chances.iter().sum();
+    chances.iter_mut().for_each(|chance| *chance /= whole);
+    chances
+}
+
+fn total_variation([a, b]: &[Vec<f64>; 2]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a - b).abs() / 2.0).sum()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use denoised::diffusion::{Graph, GraphKind, Schedule};
 
     #[test]
-    fn the_divergence_is_that_of_the_laws_and_passes_over_the_current_token() {
-        let [a, b] = [[0.5, 0.5, 99.0], [0.25, 0.75, 1e-9]].map(|p: [f32; 3]| p.map(f32::ln));
-        let expected = 0.5 * (2.0_f64.ln() + (2.0_f64 / 3.0).ln());
-        assert!((kullback_leibler(&a, &b, 2) - expected).abs() < 1e-7);
-        // An offset of all scores is no difference in law.
-        let shifted = a.map(|x| x + 5.0);
-        assert!(kullback_leibler(&a, &shifted, 2).abs() < 1e-7);
+    fn the_variation_is_that_of_a_step() {
+        let schedule = Schedule::LogLinear { eps: 1e-3 };
+        let graph = Graph::new(GraphKind::Absorbing, 3);
+        let step = Tweedie.step(&graph, &schedule, 0.5, 0.1);
+        // Scores that are normalised as those of the true law are: staying has what time alone gives it.
+        let sigma = schedule.total_noise(0.5);
+        let offset = -sigma.exp_m1().ln();
+        let row = |p: [f32; 3]| law(&step, &p.map(f32::ln), 2, offset);
+        let (a, b) = (row([0.5, 0.5, 99.0]), row([0.25, 0.75, 1e-9]));
+        let leaves = 1.0 - a[2];
+        assert!((leaves - 0.1 / 0.5).abs() < 1e-3, "{leaves}");
+        assert!((a[2] - b[2]).abs() < 1e-7);
+        let variation = total_variation(&[a.clone(), b]);
+        assert!((variation - leaves * 0.25).abs() < 1e-7, "{variation}");
+        // Twice the scores leave twice as often, which their normalised law would not tell.
+        let variation = total_variation(&[a, row([1.0, 1.0, 99.0])]);
+        assert!((variation - leaves).abs() < 1e-7, "{variation}");
     }
 }

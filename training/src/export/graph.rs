@@ -26,8 +26,11 @@ const SMALLEST_EXTERNAL: usize = 1024;
 const ALIGNMENT: u64 = 4096;
 /// Bytes that are converted at a time on their way to a file.
 const CHUNK: usize = 1 << 16;
-/// Largest magnitude of a symmetric int8.
-const MAX_INT8: f32 = 127.0;
+/// Largest magnitude of a number of 8 bits that stands for an activation.
+const MAX_ACTIVATION: f32 = 127.0;
+/// Largest magnitude of a weight. Processors without VNNI add two products at a time in 16 bits, which hold two of 255
+/// times this and no more.
+const MAX_WEIGHT: f32 = 64.0;
 /// The zero of a uint8 that is used as a signed number.
 const ZERO_UINT8: u8 = 128;
 /// Smallest step between quantised numbers, so that a row of zeros can be divided by it.
@@ -180,7 +183,7 @@ impl<'a> Builder<'a> {
         let mut steps = vec![0.0_f32; outputs];
         for row in data.chunks_exact(outputs) {
             for (step, x) in steps.iter_mut().zip(row) {
-                *step = step.max(x.abs() / MAX_INT8);
+                *step = step.max(x.abs() / MAX_WEIGHT);
             }
         }
         steps.iter_mut().for_each(|step| *step = step.max(LEAST_STEP));
@@ -195,7 +198,7 @@ impl<'a> Builder<'a> {
         let magnitude = self.node("Abs", &[x], vec![]);
         let last = self.ints(&[-1]);
         let largest = self.node("ReduceMax", &[&magnitude, &last], vec![]); // [.., 1]
-        let part = self.float(1.0 / MAX_INT8);
+        let part = self.float(1.0 / MAX_ACTIVATION);
         let step = self.node("Mul", &[&largest, &part], vec![]);
         let least = self.float(LEAST_STEP);
         let step = self.node("Max", &[&step, &least], vec![]);
