@@ -23,10 +23,10 @@ use plotters::prelude::*;
 use serde::Deserialize;
 use serde_json::json;
 use training::config::{Decay, RunConfig};
-use training::device::Devices;
-use training::masking::Masking;
-use training::network::NetworkConfig;
-use training::trainer::Trainer;
+use training::fit::step::Trainer;
+use training::loss::masking::Masking;
+use training::model::NetworkConfig;
+use training::model::device::Devices;
 
 use tensors::Tensors;
 

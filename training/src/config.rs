@@ -17,10 +17,10 @@ use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
 use serde::{Deserialize, Serialize};
 
-use crate::masking::Masking;
-use crate::network::NetworkConfig;
-use crate::precision::Precision;
-use crate::times::TimeSampling;
+use crate::loss::masking::Masking;
+use crate::loss::times::TimeSampling;
+use crate::model::NetworkConfig;
+use crate::model::precision::Precision;
 
 /// A training run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -1,46 +1,37 @@
 //! Trains, evaluates and exports score-based discrete diffusion language models.
 //!
-//! Text becomes tokens ([`tokenizer`], [`data`]); [`network`] is the reference architecture in Burn, with
-//! custom operations in [`kernels`]; [`loss`] is the rate-weighted denoising score entropy; [`trainer`]
-//! takes one step, [`fit`] many, with [`checkpoint`]s and a [`journal`] that [`report`] renders;
-//! [`evaluate`] bounds the likelihood of held-out text next to [`baseline`]s; [`samples`] are drawn and
-//! their [`quality`] is measured; [`export`] writes the bundle that the server picks up, [`publish`] puts it where the server looks. [`import`] reads what
-//! the authors' own code wrote.
+//! Whoever knows the command knows the folder: `tokenizer` and `prepare` are [`data`], and so on.
+//!
+//! # From a file to a gradient
+//!
+//! [`data::Corpus`] reads files as documents and says which are held out; [`data::prepare()`] packs their tokens into
+//! [`data::TokenFile`]s. A run ([`fit::fit`]) takes batches of sequences from them in an order of its own for every epoch
+//! ([`data::batches`]). [`fit::step`] gives each sequence of a batch a time ([`loss::times`]), noises it
+//! ([`loss::Objective::noise`]) and asks the [network](model::Ddit) about the positions that the loss depends on: the
+//! rate-weighted denoising score entropy, or the cross-entropy that it comes to ([`loss`]). Burn goes back through the
+//! network, whose costly operations are [kernels](model::kernels) of ours on a CPU; gradients are clipped, move the weights
+//! ([`optim::optimizer`]) and those their average ([`optim::ema`]). Every so often the average is held against held-out text
+//! ([`evaluate::bound`]), and a [checkpoint](fit::checkpoint) is written.
+//!
+//! # From a checkpoint to a bundle
+//!
+//! [`fit::checkpoint`] gives back the averaged weights by the names that the reference has for them
+//! ([`model::state_dict`]); [`import`] reads what the authors' own code wrote into the same. [`export`] writes them as an
+//! ONNX graph with the manifest that the server goes by, measures what the storage costs, and [`publish`] puts the bundle
+//! where a server looks. How good the weights are say [`evaluate::bound`], and about what is drawn with them
+//! [`evaluate::samples`] and [`evaluate::quality`]; [`report`] shows how a run went.
 
-pub mod baseline;
-pub mod checkpoint;
 pub mod config;
-pub mod curves;
 pub mod data;
-pub mod device;
-pub mod ema;
-pub mod epochs;
 pub mod evaluate;
 pub mod export;
 pub mod fit;
 pub mod import;
-pub mod journal;
-#[cfg(feature = "judge")]
-pub mod judge;
-pub mod kernels;
 pub mod loss;
-pub mod masking;
-pub mod mirror;
-pub mod network;
-pub mod optimizer;
-pub mod overlap;
+pub mod model;
+pub mod optim;
 mod parallel;
-pub mod precision;
-pub mod progress;
 pub mod publish;
-pub mod quality;
+mod random;
 pub mod report;
-pub mod samples;
-pub mod state_dict;
-pub mod times;
-pub mod tokenizer;
-pub mod trainer;
-pub mod watch;
-
-#[cfg(test)]
-mod reference_test;
+mod say;

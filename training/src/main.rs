@@ -1,12 +1,12 @@
 //! The `training` binary: from text to a bundle that the server picks up.
 
-mod commands;
+mod cli;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{evaluate, export, fit, import, prepare, publish, random, report, tokenizer};
+use cli::{evaluate, export, fit, import, prepare, publish, random, report, tokenizer};
 
 /// Trains score-based discrete diffusion language models and exports them for the server.
 #[derive(Debug, Parser)]

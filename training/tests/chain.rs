@@ -12,15 +12,15 @@ use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
-use training::checkpoint;
 use training::config::RunConfig;
-use training::evaluate::{Estimate, Served, bound};
+use training::evaluate::bound::{Estimate, Served, bound};
+use training::evaluate::quality::Variety;
+use training::evaluate::samples::Sampling;
 use training::export::{self, Storage, TrainedModel};
+use training::fit::checkpoint;
+use training::fit::step::objective;
 use training::fit::{FitOptions, Start, fit};
-use training::network::Ddit;
-use training::quality::Variety;
-use training::samples::Sampling;
-use training::trainer::objective;
+use training::model::Ddit;
 
 use common::{config, prepared};
 

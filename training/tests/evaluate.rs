@@ -12,7 +12,7 @@ use denoised::diffusion::{Draws, Token};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
 use serde_json::{Value, json};
-use training::evaluate::{Estimate, Served};
+use training::evaluate::bound::{Estimate, Served};
 use training::export::{self, Storage, TrainedModel};
 use training::import::{self, Choice};
 

@@ -15,10 +15,10 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
+use training::data::tokenizer;
 use training::export::{self, ExportError, Options, Storage, TrainedModel};
-use training::network::{Ddit, NetworkConfig, inference_device, token_tensor};
-use training::state_dict::StateDict;
-use training::tokenizer;
+use training::model::state_dict::StateDict;
+use training::model::{Ddit, NetworkConfig, inference_device, token_tensor};
 
 const LOG_LINEAR: Schedule = Schedule::LogLinear { eps: 1e-3 };
 

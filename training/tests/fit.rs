@@ -12,9 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{config, config_file, prepared};
-use training::checkpoint::{self, Which};
-use training::journal::{Line, read_provenance};
-use training::mirror::Mirror;
+use training::fit::checkpoint::{self, Which};
+use training::fit::mirror::Mirror;
+use training::fit::record::{Line, read_provenance};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_training");
 

@@ -11,7 +11,7 @@ use denoised::diffusion::Parameterization;
 use denoised::diffusion::{GraphKind, Schedule};
 use serde_json::json;
 use training::export::{self, Options, TrainedModel};
-use training::network::NetworkConfig;
+use training::model::NetworkConfig;
 use training::publish::{PublishError, publish};
 
 /// A bundle of two files outside of any repository.

@@ -7,8 +7,8 @@ use denoised::bundle::Bundle;
 use denoised::diffusion::Token;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
-use training::evaluate::{Evaluator, Served};
-use training::times::TimeSampling;
+use training::evaluate::bound::{Evaluator, Served};
+use training::loss::times::TimeSampling;
 
 const BATCH: usize = 16;
 const LENGTH: usize = 32;

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Result;
 use safetensors::Dtype;
 use safetensors::tensor::{TensorView, serialize_to_file};
-use training::state_dict::StateDict;
+use training::model::state_dict::StateDict;
 
 #[derive(Default)]
 pub(crate) struct Tensors(Vec<(String, Dtype, Vec<usize>, Vec<u8>)>);

@@ -14,7 +14,7 @@ use super::progress::Progress;
 use super::reader::{Cutting, DocumentError, Reader};
 use super::source::{self, SourceFile};
 use super::words;
-use crate::progress::say;
+use crate::say::say;
 
 /// Most bytes of a document unless said otherwise.
 pub const DEFAULT_MAX_DOCUMENT_BYTES: usize = 8 << 20;

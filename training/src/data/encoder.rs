@@ -13,7 +13,7 @@ use regex::Regex;
 use tokenizers::{ModelWrapper, PreTokenizerWrapper, Tokenizer};
 
 use super::words::{pattern, words};
-use crate::tokenizer::END_OF_DOCUMENT;
+use crate::data::tokenizer::END_OF_DOCUMENT;
 
 /// Most words in the cache, and most bytes of each: some 50 MB at the worst.
 const CACHED_WORDS: usize = 1 << 18;
@@ -155,7 +155,7 @@ mod tests {
 
     static SMALL: LazyLock<Tokenizer> = LazyLock::new(|| {
         let text = "the cat's hat that sat on 1234 mats   said it's\n\nfine, isn't it? \u{e9}t\u{e9}! ";
-        crate::tokenizer::train(&[text.repeat(20)], 330).unwrap()
+        crate::data::tokenizer::train(&[text.repeat(20)], 330).unwrap()
     });
 
     fn encode(encoder: &mut Encoder, text: &str) -> Vec<Token> {

@@ -3,11 +3,12 @@
 //! [`Corpus`] lists files (`source`), reads them as a stream of documents (`reader`) and says which are held
 //! out; [`prepare`] turns that stream into tokens (`encoder`) and writes them ([`TokenWriter`]) where nobody
 //! sees them before they are complete ([`Partial`]). [`TokenFile`] maps the result into memory and describes
-//! its layout.
+//! its layout; [`batches`] take sequences from it in the order of a run.
 //!
 //! Nothing here grows with the corpus: what is held is one document, at most of the permitted size, and a
 //! cache of words.
 
+pub mod batches;
 mod corpus;
 mod encoder;
 mod partial;
@@ -17,6 +18,7 @@ mod reader;
 mod source;
 mod token_file;
 mod token_writer;
+pub mod tokenizer;
 mod words;
 
 pub use corpus::{Corpus, DEFAULT_MAX_DOCUMENT_BYTES, Document, Documents, SMALLEST_SAMPLE, Side};

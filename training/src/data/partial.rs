@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::progress::say;
+use crate::say::say;
 
 /// A file under another name beside its own, until it is complete. When it is dropped before that, because
 /// the disk is full for example, it is removed, and what was there before stays.

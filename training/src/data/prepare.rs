@@ -228,7 +228,7 @@ mod tests {
             &zstd::encode_all(lines(&texts[30..]).as_bytes(), 3).unwrap(),
         );
         let tokenizer = folder.join("tokenizer.json");
-        crate::tokenizer::train(&texts, 280)
+        crate::data::tokenizer::train(&texts, 280)
             .unwrap()
             .save(&tokenizer, false)
             .unwrap();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
-use crate::progress::say;
+use crate::say::say;
 
 /// Between two lines where there is no terminal.
 const LOG_EVERY: Duration = Duration::from_secs(20);

@@ -1,4 +1,4 @@
-//! The reference network as an ONNX graph: the twin of [`crate::network::Ddit`].
+//! The reference network as an ONNX graph: the twin of [`crate::model::Ddit`].
 //!
 //! Inputs `tokens` `[batch, length]`, `sigma` `[batch]` (where the network sees it), `positions` `[rows]`; output `log_score`
 //! `[rows, states]`. Nothing past the last attention mixes positions, so rows that were not asked for
@@ -13,9 +13,9 @@ use super::graph::{Axis, Builder, Value, float, int, ints, string};
 use super::schema::tensor_proto::DataType;
 use super::schema::{AttributeProto, GraphProto};
 use super::{ExportError, Storage};
-use crate::kernels::RotaryAttention;
-use crate::network::{EMBEDDING, NOISE_FEATURES, NetworkConfig};
-use crate::state_dict::{HostTensor, StateDict, StateDictError};
+use crate::model::kernels::RotaryAttention;
+use crate::model::state_dict::{HostTensor, StateDict, StateDictError};
+use crate::model::{EMBEDDING, NOISE_FEATURES, NetworkConfig};
 
 /// What the mask's logit is lowered by, so that its probability is 0 in float32 and float64.
 const EXCLUDED: f32 = -1e6;

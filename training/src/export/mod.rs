@@ -27,9 +27,9 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokenizers::Tokenizer;
 
-use crate::network::{NetworkConfig, NetworkError};
-use crate::state_dict::{StateDict, StateDictError};
-use crate::tokenizer::END_OF_DOCUMENT;
+use crate::data::tokenizer::END_OF_DOCUMENT;
+use crate::model::state_dict::{StateDict, StateDictError};
+use crate::model::{NetworkConfig, NetworkError};
 
 /// The schema of ONNX files, compiled.
 #[allow(

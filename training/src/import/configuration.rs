@@ -9,7 +9,7 @@ use denoised::diffusion::{GraphKind, Schedule};
 use serde::Deserialize;
 
 use super::ImportError;
-use crate::network::NetworkConfig;
+use crate::model::NetworkConfig;
 
 /// Epsilon of the log-linear schedule, which the reference does not write down.
 const LOG_LINEAR_EPSILON: f64 = 1e-3;

@@ -20,8 +20,8 @@ use denoised::bundle::sha256_of;
 use denoised::diffusion::{GraphKind, Schedule};
 use thiserror::Error;
 
-use crate::network::{NetworkConfig, NetworkError};
-use crate::state_dict::{Misfits, StateDict};
+use crate::model::state_dict::{Misfits, StateDict};
+use crate::model::{NetworkConfig, NetworkError};
 
 /// A checkpoint, checked.
 #[derive(Debug, Clone)]

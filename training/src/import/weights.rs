@@ -7,7 +7,7 @@ use pytorch_reader::{DType, PytorchReader};
 use safetensors::{Dtype, SafeTensors};
 
 use super::{Choice, ImportError};
-use crate::state_dict::{HostTensor, StateDict};
+use crate::model::state_dict::{HostTensor, StateDict};
 
 /// What wrappers of PyTorch put before names.
 const WRAPPERS: [&str; 2] = ["module.", "_orig_mod."];

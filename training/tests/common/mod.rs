@@ -28,7 +28,7 @@ fn corpus(folder: &Path) -> Corpus {
 pub(crate) fn prepared(root: &Path) -> (PathBuf, TokenFile) {
     let corpus = corpus(root);
     let tokenizer = root.join("tokenizer.json");
-    training::tokenizer::train(&corpus.sample(1 << 20).unwrap(), 280)
+    training::data::tokenizer::train(&corpus.sample(1 << 20).unwrap(), 280)
         .unwrap()
         .save(&tokenizer, true)
         .unwrap();

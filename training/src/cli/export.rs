@@ -1,0 +1,123 @@
+//! `training export`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use denoised::bundle::{Defaults, Manifest};
+use denoised::diffusion::Token;
+use training::config::RunConfig;
+use training::data::TokenFile;
+use training::export::{self, Options, Storage, TrainedModel};
+use training::fit::checkpoint::Which;
+
+use super::run::Run;
+use super::target;
+
+/// Writes the averaged weights of a checkpoint as a bundle.
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The run's file.
+    config: PathBuf,
+    /// Which checkpoint: last, best (by its validation bound), or the steps done.
+    #[arg(long, value_name = "WHICH", default_value = "last")]
+    checkpoint: Which,
+    /// Name to serve the model under.
+    #[arg(long)]
+    name: String,
+    /// The bundle's folder, <repository>/<name>/<version>; must not exist.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// How to keep the weights: f16 halves the bundle, int8 is also faster on CPUs. What either costs is
+    /// measured on held-out text and written into the manifest.
+    #[arg(long, value_enum, default_value_t)]
+    storage: Storage,
+    /// How to sample where a request does not say, as JSON: any of sampler, steps, temperature, top_p, length, such as
+    /// '{"sampler": "first-hitting", "temperature": 0.9}'.
+    #[arg(long, value_name = "JSON", value_parser = defaults)]
+    defaults: Option<Defaults>,
+    /// Also bound the likelihood of the run's held-out text, as `evaluate --baselines` does, and write that into the
+    /// manifest.
+    #[arg(long)]
+    measure: bool,
+    /// What the model was trained on, for the bundle's provenance.
+    #[arg(long, default_value = "")]
+    corpus: String,
+}
+
+pub(crate) fn run(arguments: Arguments) -> Result<()> {
+    let Arguments {
+        config,
+        checkpoint,
+        name,
+        out,
+        storage,
+        defaults,
+        measure,
+        corpus,
+    } = arguments;
+    target::check(&name, &out)?;
+    let config = RunConfig::read(&config)?;
+    let run = Run::open(&config, checkpoint)?;
+    let (_, tokenizer_json) = run.tokenizer_and_json()?;
+    let text = match storage {
+        Storage::F32 => Vec::new(),
+        Storage::F16 | Storage::Int8 => held_out(&config, run.network.config().length)?,
+    };
+    let mut provenance = run.provenance(&corpus);
+    if measure {
+        provenance["validation"] = run.measures()?;
+    }
+    let options = Options {
+        storage,
+        defaults,
+        text: &text,
+        ..Options::default()
+    };
+    let model = TrainedModel {
+        name: &name,
+        config: run.network.config(),
+        weights: &run.network.state_dict(),
+        graph: run.state.config.graph.kind,
+        schedule: run.state.config.schedule,
+        tokenizer: Some(&tokenizer_json),
+        provenance,
+    };
+    let manifest = export::bundle_with(&out, model, &options)?;
+    println!(
+        "{}: {}, {} states, length {}, {storage}{}",
+        out.display(),
+        manifest.name,
+        manifest.vocab_size,
+        manifest.max_length,
+        difference(&manifest)
+    );
+    Ok(())
+}
+
+fn defaults(json: &str) -> Result<Defaults, serde_json::Error> {
+    serde_json::from_str(json)
+}
+
+/// A few sequences of the run's validation text, from all over it.
+fn held_out(config: &RunConfig, length: usize) -> Result<Vec<Vec<Token>>> {
+    const SEQUENCES: usize = 4;
+    // Without it the cost is measured on random tokens, and said so.
+    if !config.data.validation.exists() {
+        return Ok(Vec::new());
+    }
+    Ok(TokenFile::open(&config.data.validation)?.spread(length, SEQUENCES))
+}
+
+/// What the storage costs, for people.
+fn difference(manifest: &Manifest) -> String {
+    let difference = &manifest.provenance["export"]["difference_from_f32"];
+    let of = |key: &str| difference[key].as_f64();
+    match (of("largest"), of("mean"), of("total_variation")) {
+        (Some(largest), Some(mean), Some(variation)) => format!(
+            "; log-scores differ from f32 by up to {largest:.2e}, {mean:.2e} on average, the law of a step by \
+             {variation:.2e} (total variation)"
+        ),
+        _ => String::new(),
+    }
+}

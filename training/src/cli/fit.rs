@@ -1,0 +1,83 @@
+//! `training fit`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+use training::config::RunConfig;
+use training::fit::{End, FitOptions, Start, fit, record};
+use training::model::device::DeviceName;
+use training::report;
+
+/// Trains a network as a run's TOML file says.
+///
+/// SIGINT (Ctrl-C) and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends
+/// it at once.
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The run's file, such as training/configs/demo.toml.
+    config: PathBuf,
+    /// Go on from the latest checkpoint in the run's directory.
+    #[arg(long)]
+    resume: bool,
+    /// Go on from the latest checkpoint if there is one: for jobs that are started again by themselves.
+    #[arg(long, conflicts_with = "resume")]
+    resume_if_any: bool,
+    /// Go on from the checkpoint after STEP steps; later ones are put aside as `abandoned-*`.
+    #[arg(long, value_name = "STEP", conflicts_with_all = ["resume", "resume_if_any"])]
+    resume_from: Option<u64>,
+    /// Where to train: `cpu`, or `cuda:N`; several GPUs share every batch.
+    #[arg(long, value_name = "DEVICE")]
+    device: Vec<DeviceName>,
+    /// Complete the schedule within this wall-clock time, in fewer steps if need be.
+    #[arg(long, value_name = "MINUTES")]
+    until_minutes: Option<f64>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let config = RunConfig::read(&arguments.config)?;
+    let directory = config.run.directory.clone();
+    let options = FitOptions {
+        start: match arguments.resume_from {
+            Some(step) => Start::ResumeFrom(step),
+            None if arguments.resume => Start::Resume,
+            None if arguments.resume_if_any => Start::ResumeIfAny,
+            None => Start::Fresh,
+        },
+        minutes: arguments.until_minutes,
+        devices: arguments.device.clone(),
+        stop: stop_on_signals().context("cannot listen to signals")?,
+    };
+    let ended = fit(config, options);
+    // Also of a run that has failed: they may show why. One that has recorded nothing has none.
+    if directory.join(record::METRICS).exists() {
+        report::draw(&directory)?;
+    }
+    let (state, end) = ended?;
+    let (step, minutes) = (state.step, state.seconds / 60.0);
+    match end {
+        End::Complete => println!("{step} steps in {minutes:.1} minutes"),
+        End::Interrupted => println!(
+            "stopped by a signal; the checkpoint of step {step} is in {}; `training fit {} --resume` goes \
+             on from it",
+            directory.display(),
+            arguments.config.display()
+        ),
+    }
+    Ok(())
+}
+
+/// A flag that the first signal sets; the second ends the process.
+fn stop_on_signals() -> std::io::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the first signal finds the flag unset, and sets it.
+        flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&stop))?;
+        flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
+}

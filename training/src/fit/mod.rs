@@ -1,0 +1,14 @@
+//! A run: many steps ([`step`]), what they are held against, and everything that outlives the process.
+//!
+//! [`fit()`] is the loop. [`record`] writes down what happened, [`checkpoint`] what a run goes on from, [`mirror`] a copy of
+//! both elsewhere; [`divergence`] says when to stop.
+
+pub mod checkpoint;
+pub mod divergence;
+pub mod mirror;
+pub mod record;
+pub mod step;
+mod terminal;
+mod train;
+
+pub use train::{End, FitOptions, Start, fit};

@@ -1,0 +1,355 @@
+//! The directory of a run: what happened, for people and programs to read while it happens.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `config.toml` | the run's settings, every default written out |
+//! | `metrics.jsonl` | a [`Line`] for every `run.log_every` steps and for every validation |
+//! | `loss.svg`, `bound.svg` | curves, by `training fit` in the end and by `training report` |
+//! | `samples/STEP.txt` | what the averaged network wrote after that many steps |
+//! | `provenance.json` | [`Provenance`]: programs, data and machine, for each time it was started |
+//! | `checkpoints/` | see [`checkpoint`](crate::fit::checkpoint) |
+//! | `lock` | held while the run goes on, so that two cannot write here |
+//! | `report.html` | all of that on one page, by `training report` |
+//!
+//! A resumed run drops what was recorded after the checkpoint it goes on from, so that every step is
+//! recorded once.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::config::RunConfig;
+use crate::fit::checkpoint::sha256;
+
+/// Settings, every default written out.
+pub const CONFIG: &str = "config.toml";
+/// What was measured.
+pub const METRICS: &str = "metrics.jsonl";
+/// Programs, data and machine.
+pub const PROVENANCE: &str = "provenance.json";
+/// Folder of samples.
+pub const SAMPLES: &str = "samples";
+const LOCK: &str = "lock";
+/// How many starts of a run are remembered.
+const SESSIONS: usize = 100;
+
+/// One line of `metrics.jsonl`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Line {
+    /// An optimizer step.
+    Step(StepRecord),
+    /// An estimate of the bound on held-out text.
+    Validation(ValidationRecord),
+}
+
+/// An optimizer step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Tokens learned from.
+    pub tokens: u64,
+    /// Seconds of training, all sessions together.
+    pub seconds: f64,
+    /// Loss of this step's batch, in nats per token.
+    pub loss: f64,
+    /// Exponential average over about the last 50 steps.
+    pub smoothed_loss: f64,
+    /// Euclidean norm of all gradients before clipping.
+    pub gradient_norm: f64,
+    /// Learning rate used.
+    pub learning_rate: f64,
+    /// Speed of training over the last steps, without validation and checkpoints.
+    pub tokens_per_second: f64,
+}
+
+/// An estimate of the bound on held-out text.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ValidationRecord {
+    /// Steps done.
+    pub step: u64,
+    /// Tokens learned from.
+    pub tokens: u64,
+    /// Seconds of training, all sessions together.
+    pub seconds: f64,
+    /// The bound, in nats per token.
+    pub bound: f64,
+    /// Its standard error.
+    pub standard_error: f64,
+}
+
+impl Line {
+    /// Steps done.
+    pub fn step(&self) -> u64 {
+        match self {
+            Self::Step(line) => line.step,
+            Self::Validation(line) => line.step,
+        }
+    }
+}
+
+/// What made a run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// The tokens to train on.
+    pub train: DataFile,
+    /// The held-out tokens.
+    pub validation: DataFile,
+    /// sha256 of `tokenizer.json`.
+    pub tokenizer_sha256: String,
+    /// Numbers that the network learns.
+    pub parameters: u64,
+    /// Every start of the run, first to last.
+    pub sessions: Vec<Session>,
+}
+
+/// A token file.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct DataFile {
+    /// Where it was.
+    pub path: PathBuf,
+    /// Its hash.
+    pub sha256: String,
+    /// Tokens in it.
+    pub tokens: u64,
+    /// Bytes of text that they encode.
+    pub bytes: u64,
+}
+
+/// One start of a run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Session {
+    /// When, in UTC (RFC 3339).
+    pub started: String,
+    /// Steps that were done before.
+    pub from_step: u64,
+    /// Version of this program.
+    pub training: String,
+    /// Version of Burn, which does the arithmetic.
+    pub burn: String,
+    /// Operating system and processor.
+    pub machine: String,
+    /// Processors that the run could use.
+    pub cpus: usize,
+}
+
+impl Session {
+    /// One that starts now.
+    pub fn now(from_step: u64) -> Self {
+        Self {
+            started: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+            from_step,
+            training: env!("CARGO_PKG_VERSION").to_owned(),
+            burn: burn_version().unwrap_or_default(),
+            machine: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+}
+
+/// Burn's version is pinned in the manifest and told nowhere else.
+fn burn_version() -> Option<String> {
+    let manifest: toml::Table = include_str!("../../Cargo.toml").parse().ok()?;
+    let burn = manifest.get("dependencies")?.get("burn")?;
+    Some(burn.get("version")?.as_str()?.trim_start_matches('=').to_owned())
+}
+
+impl DataFile {
+    /// The token file at `path`.
+    pub fn of(path: &Path, tokens: usize, bytes: u64) -> Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            sha256: sha256(path)?,
+            tokens: tokens as u64,
+            bytes,
+        })
+    }
+}
+
+/// Keeps a run's directory to one process, until it is dropped.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Creates `directory` where it is missing.
+    pub fn acquire(directory: &Path) -> Result<Self> {
+        fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+        let path = directory.join(LOCK);
+        let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                bail!("another process trains in {}", directory.display())
+            }
+            // Not every file system has locks, and a run can do without.
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(Self { _file: file }),
+        }
+    }
+}
+
+/// Writes into a run's directory.
+#[derive(Debug)]
+pub struct Recorder {
+    directory: PathBuf,
+    metrics: File,
+    _lock: Lock,
+}
+
+impl Recorder {
+    /// Goes on after `step` steps; what was recorded later is dropped.
+    pub fn open(lock: Lock, config: &RunConfig, step: u64) -> Result<Self> {
+        let directory = config.run.directory.clone();
+        replace(
+            &directory.join(CONFIG),
+            toml::to_string_pretty(config)?.as_bytes(),
+        )?;
+        let path = directory.join(METRICS);
+        let context = || format!("cannot write {}", path.display());
+        let mut metrics = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .with_context(context)?;
+        let end = kept(&metrics, step).with_context(|| format!("cannot read {}", path.display()))?;
+        metrics.set_len(end).with_context(context)?;
+        metrics.seek(SeekFrom::End(0)).with_context(context)?;
+
+        let samples = directory.join(SAMPLES);
+        for later in sample_steps(&directory).into_iter().filter(|later| *later > step) {
+            let path = samples.join(sample_name(later));
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        Ok(Self {
+            directory,
+            metrics,
+            _lock: lock,
+        })
+    }
+
+    /// Adds `session` to what is known of the run's making. Returns what it said of the data before.
+    pub fn provenance(&self, mut now: Provenance, session: Session) -> Result<Option<Provenance>> {
+        let before = read_provenance(&self.directory).filter(|_| session.from_step > 0);
+        now.sessions = before
+            .as_ref()
+            .map(|before| before.sessions.clone())
+            .unwrap_or_default();
+        now.sessions.push(session);
+        let excess = now.sessions.len().saturating_sub(SESSIONS);
+        now.sessions.drain(..excess);
+        replace(
+            &self.directory.join(PROVENANCE),
+            &serde_json::to_vec_pretty(&now)?,
+        )?;
+        Ok(before)
+    }
+
+    /// Appends a line, in one piece.
+    pub fn record(&mut self, line: Line) -> Result<()> {
+        let mut text = serde_json::to_vec(&line)?;
+        text.push(b'\n');
+        self.metrics
+            .write_all(&text)
+            .with_context(|| format!("cannot write {}", self.directory.join(METRICS).display()))
+    }
+
+    /// Leaves what the network wrote after `step` steps.
+    pub fn sample(&self, step: u64, texts: &[String]) -> Result<()> {
+        let folder = self.directory.join(SAMPLES);
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let count = texts.len();
+        let numbered: String = texts
+            .iter()
+            .enumerate()
+            .map(|(index, text)| format!("--- {} of {count} ---\n{text}\n", index + 1))
+            .collect();
+        replace(&folder.join(sample_name(step)), numbered.as_bytes())
+    }
+
+    /// Waits until the disk has all lines, so that no checkpoint is ahead of them.
+    pub fn sync(&self) -> Result<()> {
+        self.metrics
+            .sync_data()
+            .with_context(|| format!("cannot write {}", self.directory.join(METRICS).display()))
+    }
+}
+
+/// Writes a file that readers see whole, before or after.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    let partial = path.with_file_name(name);
+    fs::write(&partial, bytes)
+        .and_then(|()| fs::rename(&partial, path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Where the last line of up to `step` steps ends.
+fn kept(metrics: &File, step: u64) -> Result<u64> {
+    let (mut place, mut end) = (0, 0);
+    // A run that starts afresh has not recorded anything.
+    if step > 0 {
+        read_lines(metrics, |line, length| {
+            place += length;
+            if line.is_some_and(|line| line.step() <= step) {
+                end = place;
+            }
+        })?;
+    }
+    Ok(end)
+}
+
+/// Hands every line of `metrics.jsonl` and its length to `each`; lines cut short are `None`.
+fn read_lines(metrics: &File, mut each: impl FnMut(Option<Line>, u64)) -> Result<()> {
+    let mut reader = BufReader::new(metrics);
+    let mut text = Vec::new();
+    loop {
+        text.clear();
+        let length = reader.read_until(b'\n', &mut text)?;
+        if length == 0 {
+            return Ok(());
+        }
+        let whole = text.ends_with(b"\n");
+        let line = serde_json::from_slice(&text).ok().filter(|_| whole);
+        each(line, length as u64);
+    }
+}
+
+/// Hands every line that the run in `directory` has recorded to `each`, in order.
+pub fn read(directory: &Path, mut each: impl FnMut(Line)) -> Result<()> {
+    let path = directory.join(METRICS);
+    let context = || format!("cannot read {}", path.display());
+    let metrics = File::open(&path).with_context(context)?;
+    read_lines(&metrics, |line, _| line.into_iter().for_each(&mut each)).with_context(context)
+}
+
+/// What made a run, where that is recorded.
+pub fn read_provenance(directory: &Path) -> Option<Provenance> {
+    serde_json::from_slice(&fs::read(directory.join(PROVENANCE)).ok()?).ok()
+}
+
+/// Steps after which there are samples, ascending.
+pub fn sample_steps(directory: &Path) -> Vec<u64> {
+    let mut steps: Vec<u64> = fs::read_dir(directory.join(SAMPLES))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.ok()?.file_name();
+            name.to_str()?.strip_suffix(".txt")?.parse().ok()
+        })
+        .collect();
+    steps.sort_unstable();
+    steps
+}
+
+/// Name of the file of samples after `step` steps.
+pub fn sample_name(step: u64) -> String {
+    format!("{step:08}.txt")
+}

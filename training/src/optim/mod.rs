@@ -1,0 +1,4 @@
+//! How weights move: clipping, AdamW and Muon ([`optimizer`]), and their running average ([`ema`]).
+
+pub mod ema;
+pub mod optimizer;

@@ -1,0 +1,389 @@
+//! Curves of a run, in bounded memory however long it is, and as SVG.
+//!
+//! The drawings carry their colours twice: as attributes, which every program understands, and as a
+//! style sheet, which follows the reader's light or dark theme.
+
+use anyhow::{Result, anyhow};
+use plotters::prelude::*;
+
+use crate::fit::record::{Line, StepRecord, ValidationRecord};
+
+/// Points of a curve; more are averaged in groups.
+const POINTS: usize = 600;
+const SIZE: (u32, u32) = (720, 300);
+const RAW: RGBColor = RGBColor(0x9C, 0xBF, 0xE0);
+const MAIN: RGBColor = RGBColor(0x1F, 0x6F, 0xB2);
+/// Black is ink, the others are above; what they are in either theme.
+const STYLE: &str = "<style>\
+    svg.curve{color:#24292f;background:#fff}\
+    svg.curve [fill=\"#000000\"]{fill:currentColor}\
+    svg.curve [stroke=\"#000000\"]{stroke:currentColor}\
+    @media(prefers-color-scheme:dark){\
+    svg.curve{color:#d0d7de;background:#161b22}\
+    svg.curve [stroke=\"#9CBFE0\"]{stroke:#35506b}\
+    svg.curve [stroke=\"#1F6FB2\"]{stroke:#6cb6ff}\
+    svg.curve [fill=\"#1F6FB2\"]{fill:#6cb6ff}}\
+    </style>";
+
+/// A drawing: what it shows of the lines of `metrics.jsonl`.
+#[derive(Debug, Clone, Copy)]
+pub struct Panel {
+    /// What a reader is told it is.
+    pub title: &'static str,
+    /// The file that it is drawn into, where it has one of its own.
+    pub file: Option<&'static str>,
+    unit: &'static str,
+    of: Quantity,
+}
+
+/// Where the numbers of a drawing come from.
+#[derive(Debug, Clone, Copy)]
+enum Quantity {
+    /// One number a step, and behind it perhaps the same before it was smoothed.
+    Step(fn(&StepRecord) -> f64, Option<fn(&StepRecord) -> f64>),
+    /// One number a validation, and its standard error.
+    Validation(fn(&ValidationRecord) -> f64, fn(&ValidationRecord) -> f64),
+}
+
+/// All drawings, in the order of a page.
+pub const PANELS: [Panel; 5] = [
+    Panel {
+        title: "Training loss",
+        file: Some("loss.svg"),
+        unit: "nats/token",
+        of: Quantity::Step(|step| step.smoothed_loss, Some(|step| step.loss)),
+    },
+    Panel {
+        title: "Bound on held-out text, with its 95 % interval",
+        file: Some("bound.svg"),
+        unit: "nats/token",
+        of: Quantity::Validation(|line| line.bound, |line| line.standard_error),
+    },
+    Panel {
+        title: "Gradient norm before clipping",
+        file: None,
+        unit: "norm",
+        of: Quantity::Step(|step| step.gradient_norm, None),
+    },
+    Panel {
+        title: "Learning rate",
+        file: None,
+        unit: "rate",
+        of: Quantity::Step(|step| step.learning_rate, None),
+    },
+    Panel {
+        title: "Training speed",
+        file: None,
+        unit: "tokens/s",
+        of: Quantity::Step(|step| step.tokens_per_second, None),
+    },
+];
+
+/// A quantity over steps, at most [`POINTS`] of it.
+#[derive(Debug, Clone)]
+struct Series {
+    /// Values per point.
+    group: u64,
+    points: Vec<Point>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Point {
+    count: u64,
+    steps: f64,
+    values: f64,
+}
+
+impl Default for Series {
+    fn default() -> Self {
+        Self {
+            group: 1,
+            points: Vec::new(),
+        }
+    }
+}
+
+impl Series {
+    fn push(&mut self, step: u64, value: f64) {
+        let one = Point {
+            count: 1,
+            steps: step as f64,
+            values: value,
+        };
+        if let Some(last) = self.points.last_mut()
+            && last.count < self.group
+        {
+            *last = last.and(one);
+            return;
+        }
+        if self.points.len() == POINTS {
+            let pairs = self.points.chunks(2);
+            self.points = pairs
+                .map(|pair| pair.iter().fold(Point::default(), |a, b| a.and(*b)))
+                .collect();
+            self.group *= 2;
+        }
+        self.points.push(one);
+    }
+
+    /// Steps and values.
+    fn points(&self) -> impl Iterator<Item = (f64, f64)> + '_ {
+        self.points.iter().map(|point| {
+            (
+                point.steps / point.count as f64,
+                point.values / point.count as f64,
+            )
+        })
+    }
+}
+
+impl Point {
+    fn and(self, other: Self) -> Self {
+        Self {
+            count: self.count + other.count,
+            steps: self.steps + other.steps,
+            values: self.values + other.values,
+        }
+    }
+}
+
+/// The curves of a run so far: those of [`PANELS`], one by one.
+#[derive(Debug, Clone, Default)]
+pub struct Curves([Curve; PANELS.len()]);
+
+/// A number and what goes with it: the same before it was smoothed, or its standard error.
+#[derive(Debug, Clone, Default)]
+struct Curve {
+    main: Series,
+    beside: Series,
+}
+
+impl Curves {
+    /// Adds a line of `metrics.jsonl`.
+    pub fn push(&mut self, line: &Line) {
+        for (Panel { of, .. }, curve) in PANELS.iter().zip(&mut self.0) {
+            match (line, of) {
+                (Line::Step(step), Quantity::Step(main, beside)) => {
+                    curve.main.push(step.step, main(step));
+                    if let Some(beside) = beside {
+                        curve.beside.push(step.step, beside(step));
+                    }
+                }
+                (Line::Validation(validation), Quantity::Validation(main, error)) => {
+                    curve.main.push(validation.step, main(validation));
+                    curve.beside.push(validation.step, error(validation));
+                }
+                (Line::Step(_), Quantity::Validation(..)) | (Line::Validation(_), Quantity::Step(..)) => {}
+            }
+        }
+    }
+
+    /// The drawings, as SVG, of which there are points.
+    pub fn drawings(&self) -> impl Iterator<Item = Result<(&'static Panel, String)>> + '_ {
+        PANELS.iter().zip(&self.0).filter_map(|(panel, curve)| {
+            let drawn = curve.draw(panel).transpose()?;
+            Some(drawn.map(|svg| (panel, svg)))
+        })
+    }
+}
+
+impl Curve {
+    /// One drawing as SVG; none where there are no points yet.
+    fn draw(&self, panel: &Panel) -> Result<Option<String>> {
+        let main: Vec<(f64, f64)> = self.main.points().collect();
+        let (mut raw, mut bars) = (Vec::new(), Vec::new());
+        match panel.of {
+            Quantity::Step(..) => raw = self.beside.points().collect(),
+            Quantity::Validation(..) => {
+                let both = main.iter().zip(self.beside.points());
+                bars = both
+                    .map(|(&(step, bound), (_, error))| (step, [bound - 1.96 * error, bound + 1.96 * error]))
+                    .collect();
+            }
+        }
+        let (Some(&(first, _)), Some(&(last, _))) = (main.first(), main.last()) else {
+            return Ok(None);
+        };
+        let ends = bars.iter().flat_map(|(_, ends)| *ends);
+        let [low, high] = extent(main.iter().chain(&raw).map(|(_, value)| *value).chain(ends));
+        let mut svg = String::new();
+        plot(
+            &mut svg,
+            panel,
+            [first, last.max(first + 1.0)],
+            [low, high],
+            &Drawn { main, raw, bars },
+        )
+        .map_err(|error| anyhow!("cannot draw {}: {error}", panel.title))?;
+        Ok(Some(styled(&svg, panel.title)))
+    }
+}
+
+/// The range that holds all but the most extreme values, with a margin.
+fn extent(values: impl Iterator<Item = f64>) -> [f64; 2] {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    let at = |share: f64| {
+        let index = (share * sorted.len().saturating_sub(1) as f64).round() as usize;
+        sorted.get(index).copied().unwrap_or(0.0)
+    };
+    // Single outliers would flatten all else; curves are cut where they leave the range.
+    let [low, high] = [at(0.005), at(0.995)];
+    let margin = (0.06 * (high - low)).max(1e-3 * high.abs()).max(1e-12);
+    [low - margin, high + margin]
+}
+
+struct Drawn {
+    main: Vec<(f64, f64)>,
+    raw: Vec<(f64, f64)>,
+    bars: Vec<(f64, [f64; 2])>,
+}
+
+fn plot(
+    svg: &mut String,
+    panel: &Panel,
+    [first, last]: [f64; 2],
+    [low, high]: [f64; 2],
+    drawn: &Drawn,
+) -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
+    let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+    let mut chart = ChartBuilder::on(&area)
+        .margin(10)
+        .margin_right(18)
+        .x_label_area_size(38)
+        .y_label_area_size(64)
+        .build_cartesian_2d(first..last, low..high)?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(BLACK.mix(0.12))
+        .axis_style(BLACK.mix(0.5))
+        .label_style(("sans-serif", 13))
+        .x_labels(8)
+        .y_labels(6)
+        .x_label_formatter(&|step| format!("{step:.0}"))
+        .y_label_formatter(&|value| label(*value, high - low))
+        .x_desc("step")
+        .y_desc(panel.unit)
+        .draw()?;
+    let inside = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
+        points.iter().map(|&(x, y)| (x, y.clamp(low, high))).collect()
+    };
+    if !drawn.raw.is_empty() {
+        chart
+            .draw_series(LineSeries::new(inside(&drawn.raw), &RAW))?
+            .label("each step")
+            .legend(|(x, y)| PathElement::new([(x, y), (x + 16, y)], RAW));
+    }
+    for &(step, ends) in &drawn.bars {
+        let ends = ends.map(|end| (step, end.clamp(low, high)));
+        chart.draw_series([PathElement::new(ends, MAIN.stroke_width(1))])?;
+    }
+    let line = chart.draw_series(LineSeries::new(inside(&drawn.main), MAIN.stroke_width(2)))?;
+    if !drawn.raw.is_empty() {
+        line.label("smoothed")
+            .legend(|(x, y)| PathElement::new([(x, y), (x + 16, y)], MAIN.stroke_width(2)));
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .label_font(("sans-serif", 13))
+            .draw()?;
+    }
+    // A curve of few points shows which it has.
+    if drawn.main.len() <= 60 && !drawn.bars.is_empty() {
+        chart.draw_series(
+            inside(&drawn.main)
+                .into_iter()
+                .map(|point| Circle::new(point, 3, MAIN.filled())),
+        )?;
+    }
+    area.present()
+}
+
+/// As many digits as tell the labels of a range apart.
+fn label(value: f64, range: f64) -> String {
+    if range < 1e-2 {
+        format!("{value:.1e}")
+    } else if range < 1.0 {
+        format!("{value:.2}")
+    } else if range < 20.0 {
+        format!("{value:.1}")
+    } else {
+        format!("{value:.0}")
+    }
+}
+
+/// Adds what the drawing is called and its themes.
+fn styled(svg: &str, title: &str) -> String {
+    match svg.split_once('>') {
+        Some((open, rest)) => {
+            let open = open.replacen("<svg ", "<svg class=\"curve\" role=\"img\" ", 1);
+            format!("{open}>\n<title>{title}</title>\n{STYLE}{rest}")
+        }
+        None => svg.to_owned(),
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn step(step: u64, loss: f64) -> Line {
+        Line::Step(StepRecord {
+            step,
+            tokens: 10 * step,
+            seconds: step as f64,
+            loss,
+            smoothed_loss: loss,
+            gradient_norm: 1.0,
+            learning_rate: 1e-3,
+            tokens_per_second: 100.0,
+        })
+    }
+
+    #[test]
+    fn long_series_stay_small_and_keep_their_mean() {
+        let mut series = Series::default();
+        let count = 50_000;
+        for step in 1..=count {
+            series.push(step, step as f64);
+        }
+        assert!(series.points.len() <= POINTS, "{}", series.points.len());
+        assert!(series.points.len() > POINTS / 2 - 1);
+        assert_eq!(series.points.iter().map(|point| point.count).sum::<u64>(), count);
+        for (step, value) in series.points() {
+            assert_eq!(step, value);
+        }
+    }
+
+    #[test]
+    fn nothing_is_drawn_of_nothing_and_one_point_is_enough() {
+        let mut curves = Curves::default();
+        assert_eq!(curves.drawings().count(), 0);
+        curves.push(&step(1, 5.0));
+        curves.push(&Line::Validation(ValidationRecord {
+            step: 1,
+            tokens: 10,
+            seconds: 1.0,
+            bound: 5.0,
+            standard_error: 0.1,
+        }));
+        assert_eq!(curves.drawings().count(), PANELS.len());
+        for drawing in curves.drawings() {
+            let (panel, svg) = drawing.unwrap();
+            assert!(
+                svg.starts_with("<svg ") && svg.trim_end().ends_with("</svg>"),
+                "{svg}"
+            );
+            assert!(svg.contains(panel.title), "{svg}");
+            assert!(!svg.contains("NaN"), "{svg}");
+        }
+    }
+
+    #[test]
+    fn an_outlier_does_not_flatten_the_curve() {
+        let [low, high] = extent((0..1000).map(|i| if i == 7 { 1e9 } else { f64::from(i % 10) }));
+        assert!(low > -1.0 && high < 11.0, "{low}..{high}");
+    }
+}
