@@ -29,6 +29,8 @@ pub(super) struct Watchdog {
 struct Watched {
     passes: BTreeMap<u64, Running>,
     started: u64,
+    /// When the watchdog looks again by itself, if it does.
+    looks_at: Option<Instant>,
     closed: bool,
 }
 
@@ -96,9 +98,13 @@ impl Watchdog {
         let mut watched = self.watched.lock();
         watched.started += 1;
         let pass = watched.started;
+        // It looks in time for a pass before this one, which has ended perhaps: no need to wake it for each.
+        let is_in_time = watched.looks_at.is_some_and(|looks_at| looks_at <= running.due);
         watched.passes.insert(pass, running);
         drop(watched);
-        self.changed.notify_one();
+        if !is_in_time {
+            self.changed.notify_one();
+        }
         Watch { watchdog: self, pass }
     }
 
@@ -127,7 +133,9 @@ impl Watchdog {
         let mut watched = self.watched.lock();
         while !watched.closed {
             let first = watched.passes.iter().min_by_key(|(_, pass)| pass.due);
-            match first.map(|(&number, pass)| (number, pass.due)) {
+            let first = first.map(|(&number, pass)| (number, pass.due));
+            watched.looks_at = first.map(|(_, due)| due);
+            match first {
                 None => self.changed.wait(&mut watched),
                 Some((_, due)) if due > Instant::now() => {
                     self.changed.wait_until(&mut watched, due);

@@ -115,6 +115,9 @@ pub struct OptimizerSection {
     /// What follows the warm-up.
     #[serde(default)]
     pub decay: Decay,
+    /// Least learning rate after the warm-up, at most `lr`: where `decay` ends.
+    #[serde(default)]
+    pub min_lr: f64,
     /// Largest Euclidean norm of all gradients together.
     pub gradient_clip_norm: f64,
     /// Largest decay of the moving average of weights.
@@ -186,6 +189,9 @@ pub struct RunSection {
     pub keep: usize,
     /// Steps between estimates of the validation bound.
     pub validate_every: u64,
+    /// Held-out sequences that it is estimated on, from all over the file; `training evaluate` takes all.
+    #[serde(default = "default_validation_sequences")]
+    pub validation_sequences: usize,
     /// Steps between samples of the averaged network; without, there are none.
     #[serde(default)]
     pub sample_every: Option<u64>,
@@ -244,6 +250,10 @@ fn default_keep() -> usize {
     2
 }
 
+fn default_validation_sequences() -> usize {
+    128
+}
+
 fn default_log_every() -> u64 {
     10
 }
@@ -259,11 +269,20 @@ fn default_explosion_steps() -> u64 {
 impl RunConfig {
     /// Reads and checks a run's file.
     pub fn read(path: &Path) -> Result<Self> {
-        Self::read_with(path, None)
+        Self::read_with(path, &[], None)
     }
 
-    /// As [`RunConfig::read`], with `environment` in place of the process's variables.
-    fn read_with(path: &Path, environment: Option<Map<String, String>>) -> Result<Self> {
+    /// As [`RunConfig::read`], where `settings`, such as `optimizer.lr=1e-3`, replace what file and variables say.
+    pub fn read_and_set(path: &Path, settings: &[String]) -> Result<Self> {
+        Self::read_with(path, settings, None)
+    }
+
+    /// As [`RunConfig::read_and_set`], with `environment` in place of the process's variables.
+    fn read_with(path: &Path, settings: &[String], environment: Option<Map<String, String>>) -> Result<Self> {
+        let settings = settings
+            .iter()
+            .map(|setting| toml_of(setting))
+            .collect::<Result<Vec<_>>>()?;
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         // Values stay text until their key is known.
         let variables = Environment::with_prefix("TRAINING")
@@ -279,6 +298,12 @@ impl RunConfig {
                 .add_source(file)
                 .add_source(paths)
                 .add_source(variables)
+                .add_source(
+                    settings
+                        .iter()
+                        .map(|setting| File::from_str(setting, FileFormat::Toml))
+                        .collect::<Vec<_>>(),
+                )
                 .build()?
                 .try_deserialize();
             let config = config.map_err(|error| located(&text).unwrap_or_else(|| error.into()))?;
@@ -320,6 +345,11 @@ impl RunConfig {
             );
         }
         ensure!(
+            (0.0..=optimizer.lr).contains(&optimizer.min_lr),
+            "optimizer.min_lr is {}, expected a number from 0 to optimizer.lr",
+            optimizer.min_lr
+        );
+        ensure!(
             optimizer.weight_decay.is_finite() && optimizer.weight_decay >= 0.0,
             "optimizer.weight_decay is {}, expected a number from 0",
             optimizer.weight_decay
@@ -330,6 +360,7 @@ impl RunConfig {
             ("run.steps", run.steps),
             ("run.checkpoint_every", run.checkpoint_every),
             ("run.validate_every", run.validate_every),
+            ("run.validation_sequences", run.validation_sequences as u64),
             ("run.threads", run.threads as u64),
             ("run.accumulate", run.accumulate as u64),
             ("run.keep", run.keep as u64),
@@ -420,6 +451,20 @@ impl RunConfig {
     }
 }
 
+/// A setting, `section.key=value`, as a line of TOML. A value that is none of TOML's is text.
+fn toml_of(setting: &str) -> Result<String> {
+    let is_key =
+        |key: &&str| key.contains('.') && key.chars().all(|c| c.is_ascii_alphanumeric() || "._".contains(c));
+    let Some((key, value)) = setting.split_once('=').filter(|(key, _)| is_key(&key.trim())) else {
+        bail!("{setting:?} is no setting such as optimizer.lr=1e-3");
+    };
+    let line = format!("{key} = {value}");
+    Ok(match line.parse::<toml::Table>() {
+        Ok(_) => line,
+        Err(_) => format!("{key} = {}", toml::Value::from(value)),
+    })
+}
+
 /// Where the relative paths of a `file` at `place` lead.
 fn absolute_paths(file: &Config, place: &Path) -> Result<Config> {
     let folder = match place.parent() {
@@ -481,7 +526,42 @@ mod tests {
         let variables = variables
             .iter()
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        RunConfig::read_with(&path, Some(variables.collect()))
+        RunConfig::read_with(&path, &[], Some(variables.collect()))
+    }
+
+    #[test]
+    fn settings_replace_all_else() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/demo.toml");
+        let variables = || {
+            Some(
+                [("TRAINING__RUN__SEED".to_owned(), "5".to_owned())]
+                    .into_iter()
+                    .collect(),
+            )
+        };
+        let read = |settings: &[&str]| {
+            let settings: Vec<String> = settings.iter().map(|setting| (*setting).to_owned()).collect();
+            RunConfig::read_with(&path, &settings, variables())
+        };
+        assert_eq!(read(&[]).unwrap().run.seed, 5);
+        let run = read(&[
+            "run.seed=7",
+            "optimizer.betas=[0.8, 0.9]",
+            "graph.kind=absorbing",
+            "run.directory=runs/other=1",
+        ])
+        .unwrap();
+        assert_eq!((run.run.seed, run.optimizer.betas), (7, [0.8, 0.9]));
+        assert_eq!(run.run.directory, Path::new("runs/other=1"));
+        for (setting, says) in [
+            ("seed", "is no setting"),
+            ("seed=1", "is no setting"),
+            ("run.sed=1", "sed"),
+            ("run.steps=many", "run.steps"),
+        ] {
+            let error = format!("{:#}", read(&[setting]).unwrap_err());
+            assert!(error.contains(says), "{error}");
+        }
     }
 
     #[test]
@@ -514,7 +594,7 @@ mod tests {
         let lines = text.replace("[run]", "[run]\nmirror = \"s3://bucket/run\"");
         fs::write(&path, lines).unwrap();
         let variables = [("TRAINING__DATA__TOKENIZER".to_owned(), "here.json".to_owned())];
-        let run = RunConfig::read_with(&path, Some(variables.into_iter().collect())).unwrap();
+        let run = RunConfig::read_with(&path, &[], Some(variables.into_iter().collect())).unwrap();
         let place = root.parent().unwrap();
         assert_eq!(run.data.train, place.join(".corpus/demo/train.tokens"));
         assert_eq!(run.run.directory, place.join("runs/demo"));

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use cli::{evaluate, export, fit, import, prepare, publish, random, report, tokenizer};
+use cli::{evaluate, export, fit, import, prepare, publish, random, report, sample, tokenizer};
 
 /// Trains score-based discrete diffusion language models and exports them for the server.
 #[derive(Debug, Parser)]
@@ -22,6 +22,7 @@ enum Command {
     Prepare(prepare::Arguments),
     Fit(fit::Arguments),
     Report(report::Arguments),
+    Sample(sample::Arguments),
     Evaluate(evaluate::Arguments),
     Export(export::Arguments),
     Import(import::Arguments),
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         Command::Tokenizer(arguments) => tokenizer::run(arguments),
         Command::Prepare(arguments) => prepare::run(arguments),
         Command::Fit(arguments) => fit::run(&arguments),
+        Command::Sample(arguments) => sample::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Report(arguments) => report::run(arguments),
         Command::Export(arguments) => export::run(arguments),

@@ -49,6 +49,7 @@ fn agree(network: &Ddit, bundle: &Bundle, sequences: &[Vec<Token>]) {
     );
     let sampling = Sampling {
         objective: estimate.objective,
+        prompt: &[],
         length: 16,
         count: 3,
         steps: 8,

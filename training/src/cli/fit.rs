@@ -13,6 +13,8 @@ use training::fit::{End, FitOptions, Start, fit, record};
 use training::model::device::DeviceName;
 use training::report;
 
+use super::weights;
+
 /// Trains a network as a run's TOML file says.
 ///
 /// SIGINT (Ctrl-C) and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends
@@ -30,6 +32,13 @@ pub(crate) struct Arguments {
     /// Go on from the checkpoint after STEP steps; later ones are put aside as `abandoned-*`.
     #[arg(long, value_name = "STEP", conflicts_with_all = ["resume", "resume_if_any"])]
     resume_from: Option<u64>,
+    /// Begin with the averaged weights of another run (its file, directory or a checkpoint's folder) or of a published
+    /// checkpoint, rather than with random ones: fine-tuning. The network's shape and tokenizer must be theirs.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["resume", "resume_from"])]
+    init_from: Option<PathBuf>,
+    /// Replaces a setting of the run's file, such as `optimizer.lr=1e-3`; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Where to train: `cpu`, or `cuda:N`; several GPUs share every batch.
     #[arg(long, value_name = "DEVICE")]
     device: Vec<DeviceName>,
@@ -39,7 +48,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let config = RunConfig::read(&arguments.config)?;
+    let config = RunConfig::read_and_set(&arguments.config, &arguments.set)?;
     let directory = config.run.directory.clone();
     let options = FitOptions {
         start: match arguments.resume_from {
@@ -50,6 +59,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         },
         minutes: arguments.until_minutes,
         devices: arguments.device.clone(),
+        beginning: arguments
+            .init_from
+            .as_deref()
+            .map(weights::beginning)
+            .transpose()?,
+        folder: arguments
+            .config
+            .canonicalize()
+            .ok()
+            .and_then(|file| Some(file.parent()?.to_owned())),
         stop: stop_on_signals().context("cannot listen to signals")?,
     };
     let ended = fit(config, options);

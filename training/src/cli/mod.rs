@@ -11,5 +11,7 @@ mod quality;
 pub(crate) mod random;
 pub(crate) mod report;
 mod run;
+pub(crate) mod sample;
 mod target;
 pub(crate) mod tokenizer;
+mod weights;

@@ -298,6 +298,7 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) 
     let held_out = source.held_out(asked.documents.as_deref(), count)?;
     let mut sampling = Sampling {
         objective: source.objective(),
+        prompt: &[],
         length: source.length(),
         count,
         steps: steps.get(),

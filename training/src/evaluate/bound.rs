@@ -36,7 +36,14 @@ pub struct Bound {
     pub sequences: usize,
     /// Times drawn per sequence.
     pub draws: usize,
+    /// What each quarter of the times adds to it, from nearly clean text to nearly all noise: together with the prior
+    /// they are the whole.
+    #[serde(default)]
+    pub by_time: [f64; TIME_PARTS],
 }
+
+/// Parts of the times that are told apart.
+pub const TIME_PARTS: usize = 4;
 
 impl Bound {
     /// Bits per token.
@@ -155,9 +162,11 @@ impl Estimate {
         let losses = parallel::map(batches.len(), self.threads, evaluator, &|evaluator, index| {
             self.losses(evaluator, batches[index], index)
         })?;
+        let (losses, by_time): (Vec<Vec<f64>>, Vec<[f64; TIME_PARTS]>) = losses.into_iter().unzip();
         let losses = losses.into_iter().flatten();
         let per_token: Vec<f64> = losses.map(|loss| loss / length as f64).collect();
         let count = per_token.len() as f64;
+        let part = |part: usize| by_time.iter().map(|parts| parts[part]).sum::<f64>() / length as f64 / count;
         let mean = per_token.iter().sum::<f64>() / count;
         let residuals: Vec<f64> = per_token.iter().map(|loss| loss - mean).collect();
         let documents = self.documents(sequences);
@@ -179,6 +188,7 @@ impl Estimate {
             standard_error: (squares * clusters / (clusters - 1.0).max(1.0)).sqrt() / count,
             sequences: per_token.len(),
             draws: self.draws,
+            by_time: std::array::from_fn(part),
         })
     }
 
@@ -196,13 +206,13 @@ impl Estimate {
         begins.collect()
     }
 
-    /// The mean loss of each sequence of batch `index`.
+    /// The mean loss of each sequence of batch `index`, and what each part of the times adds to their sum.
     fn losses<E: Evaluator>(
         &self,
         evaluator: &mut E,
         batch: &[Vec<Token>],
         index: usize,
-    ) -> Result<Vec<f64>, E::Error> {
+    ) -> Result<(Vec<f64>, [f64; TIME_PARTS]), E::Error> {
         let mut random = generator(self.seed, Purpose::Evaluation, index as u64);
         let times: Vec<Vec<f64>> = batch
             .iter()
@@ -211,14 +221,18 @@ impl Estimate {
         let length = batch.first().map_or(1, Vec::len);
         let clean: Vec<Token> = batch.concat();
         let mut losses = vec![0.0; batch.len()];
+        let mut by_time = [0.0; TIME_PARTS];
         for draw in 0..self.draws {
             let times: Vec<f64> = times.iter().map(|times| times[draw]).collect();
             let noised = self.objective.noise(&clean, length, &times, &mut random);
-            for (loss, drawn) in losses.iter_mut().zip(evaluator.sequence_losses(&noised)?) {
+            let drawn = evaluator.sequence_losses(&noised)?;
+            for ((loss, drawn), time) in losses.iter_mut().zip(drawn).zip(&times) {
                 *loss += drawn / self.draws as f64;
+                let part = (time * TIME_PARTS as f64) as usize;
+                by_time[part.min(TIME_PARTS - 1)] += drawn / self.draws as f64;
             }
         }
-        Ok(losses)
+        Ok((losses, by_time))
     }
 }
 
@@ -345,6 +359,48 @@ mod tests {
             Ok([1.0, 1.0, 3.0, 3.0]
                 .map(|nats| nats * batch.length as f64)
                 .to_vec())
+        }
+    }
+
+    /// Loses as many nats as the rows of a sequence have in sum: all of the loss comes of late times where few rows do.
+    struct Masks;
+
+    impl Evaluator for Masks {
+        type Error = Infallible;
+
+        fn sequence_losses(&mut self, batch: &NoisedBatch) -> Result<Vec<f64>, Infallible> {
+            let mut losses = vec![0.0; batch.sequences()];
+            batch
+                .rows
+                .iter()
+                .for_each(|row| losses[row / batch.length] += 1.0);
+            Ok(losses)
+        }
+    }
+
+    #[test]
+    fn parts_of_the_times_add_up() {
+        let objective = Objective {
+            graph: Graph::new(GraphKind::Absorbing, 10),
+            schedule: Schedule::LogLinear { eps: 1e-3 },
+            offset: false,
+            parameterization: Parameterization::Score,
+        };
+        let estimate = Estimate {
+            objective,
+            draws: 8,
+            seed: 1,
+            threads: 2,
+            end_of_document: None,
+        };
+        let sequences = vec![vec![3; 50]; 40];
+        let Ok(bound) = estimate.bound(&|| Ok(Masks), &sequences);
+        let whole: f64 = bound.by_time.iter().sum();
+        assert!((whole + prior_nats(&objective) - bound.nats_per_token).abs() < 1e-12);
+        // At time t a share t of the tokens is masked: quarters of its integral, within five standard errors.
+        for (part, nats) in bound.by_time.into_iter().enumerate() {
+            let expected = (2 * part + 1) as f64 / 32.0;
+            assert!((nats - expected).abs() < 0.01, "{part}: {nats}, not {expected}");
         }
     }
 

@@ -46,10 +46,12 @@ pub enum SampleError<E: std::error::Error + 'static> {
 
 /// How to draw samples.
 #[derive(Debug, Clone, Copy)]
-pub struct Sampling {
+pub struct Sampling<'a> {
     /// What the network was trained to bring down.
     pub objective: Objective,
-    /// Tokens of a sample.
+    /// What every sample begins with; shorter than a sample.
+    pub prompt: &'a [Token],
+    /// Tokens of a sample, the prompt included.
     pub length: usize,
     /// Samples.
     pub count: usize,
@@ -73,6 +75,7 @@ pub fn draw(
 ) -> Result<Vec<Vec<Token>>, SampleError<Infallible>> {
     let sampling = Sampling {
         objective: *objective,
+        prompt: &[],
         length: network.config().length,
         count,
         steps: STEPS,
@@ -83,7 +86,7 @@ pub fn draw(
     sampling.draw(&|| Ok(network))
 }
 
-impl Sampling {
+impl Sampling<'_> {
     /// Draws the samples, with a network per thread. The same seed gives the same noise and choices
     /// whatever the network and the threads, so that samples of one run can be compared over its steps.
     pub fn draw<N: HeadRows>(
@@ -109,11 +112,13 @@ impl Sampling {
         let mut tokens: Vec<Token> = (0..self.length)
             .map(|position| graph.sample_limit(draws.prior(position)))
             .collect();
+        let given = self.prompt.len().min(self.length);
+        tokens[..given].copy_from_slice(&self.prompt[..given]);
         let mut moved = Vec::new();
         let mut scratch = Scratch::default();
         for step in 0..grid.evaluations() {
             let mask = graph.mask();
-            let wanted: Vec<usize> = (0..self.length)
+            let wanted: Vec<usize> = (given..self.length)
                 .filter(|&position| mask.is_none_or(|mask| tokens[position] == mask))
                 .collect();
             if wanted.is_empty() {

@@ -86,6 +86,11 @@ pub fn steps(run: &Path) -> Vec<u64> {
     steps
 }
 
+/// Whether `folder` is that of a checkpoint.
+pub fn is_checkpoint(folder: &Path) -> bool {
+    folder.join(STATE).is_file() && folder.join(AVERAGE).is_file()
+}
+
 /// The folder of a run's latest checkpoint.
 pub fn latest(run: &Path) -> Result<PathBuf> {
     let step = steps(run)

@@ -1,8 +1,9 @@
 //! A run: many steps ([`step`]), what they are held against, and everything that outlives the process.
 //!
-//! [`fit()`] is the loop. [`record`] writes down what happened, [`checkpoint`] what a run goes on from, [`mirror`] a copy of
+//! [`fit()`] is the loop; [`Beginning`] has weights of others to begin with. [`record`] writes down what happened, [`checkpoint`] what a run goes on from, [`mirror`] a copy of
 //! both elsewhere; [`divergence`] says when to stop.
 
+mod beginning;
 pub mod checkpoint;
 pub mod divergence;
 pub mod mirror;
@@ -11,4 +12,5 @@ pub mod step;
 mod terminal;
 mod train;
 
+pub use beginning::{Beginning, BeginningError};
 pub use train::{End, FitOptions, Start, fit};

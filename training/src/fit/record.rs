@@ -17,12 +17,14 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunConfig;
+use crate::evaluate::bound::TIME_PARTS;
 use crate::fit::checkpoint::sha256;
 
 /// Settings, every default written out.
@@ -81,6 +83,10 @@ pub struct ValidationRecord {
     pub bound: f64,
     /// Its standard error.
     pub standard_error: f64,
+    /// What each quarter of the times adds to it, from nearly clean text to nearly all noise; 0 where that was not
+    /// recorded.
+    #[serde(default)]
+    pub by_time: [f64; TIME_PARTS],
 }
 
 impl Line {
@@ -136,20 +142,57 @@ pub struct Session {
     pub machine: String,
     /// Processors that the run could use.
     pub cpus: usize,
+    /// What was asked for.
+    #[serde(default)]
+    pub command: Vec<String>,
+    /// The commit of the repository that the run's file lies in, with `-dirty` behind it where files were changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
 }
 
 impl Session {
-    /// One that starts now.
-    pub fn now(from_step: u64) -> Self {
+    /// One that starts now, of a run whose file lies in `folder`, where it has one.
+    pub fn now(from_step: u64, folder: Option<&Path>) -> Self {
         Self {
             started: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
             from_step,
             training: env!("CARGO_PKG_VERSION").to_owned(),
             burn: burn_version().unwrap_or_default(),
-            machine: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            machine: machine(),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            command: std::env::args_os()
+                .map(|argument| argument.to_string_lossy().into_owned())
+                .collect(),
+            commit: folder.and_then(commit),
         }
     }
+}
+
+/// Operating system, architecture and, where Linux tells it, the processor.
+fn machine() -> String {
+    let [system, architecture] = [std::env::consts::OS, std::env::consts::ARCH];
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = cpus.lines().find_map(|line| line.strip_prefix("model name"));
+    match name.and_then(|name| Some(name.split_once(':')?.1.trim())) {
+        Some(name) => format!("{system} {architecture}, {name}"),
+        None => format!("{system} {architecture}"),
+    }
+}
+
+/// The commit that git has checked out around `folder`; none without git or a repository.
+fn commit(folder: &Path) -> Option<String> {
+    let describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"];
+    let output = Command::new("git")
+        .arg("-C")
+        .arg(folder)
+        .args(describe)
+        .stdin(Stdio::null())
+        .output()
+        .ok()?;
+    let commit = String::from_utf8(output.stdout)
+        .ok()
+        .filter(|_| output.status.success())?;
+    Some(commit.trim().to_owned())
 }
 
 /// Burn's version is pinned in the manifest and told nowhere else.

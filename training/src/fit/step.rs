@@ -20,6 +20,7 @@ use crate::config::RunConfig;
 use crate::loss::masking::{self, MaskCount, Masking, mask_counts};
 use crate::loss::{NoisedBatch, Objective};
 use crate::model::device::Devices;
+use crate::model::state_dict::StateDict;
 use crate::model::{Ddit, NetworkConfig, NetworkError};
 use crate::optim::ema::Ema;
 use crate::optim::optimizer::{clip, sum};
@@ -100,6 +101,13 @@ impl Trainer {
             devices,
             step: 0,
         })
+    }
+
+    /// Takes these weights in place of fresh ones, in a run that has not begun.
+    pub(super) fn begin_with(&mut self, weights: &StateDict) -> Result<(), NetworkError> {
+        self.network = self.network.load_state_dict(weights)?;
+        self.ema = Ema::new(self.config.optimizer.ema_decay, &self.network);
+        Ok(())
     }
 
     /// Steps done.
@@ -278,7 +286,6 @@ mod tests {
     use crate::evaluate::bound::bound;
     use crate::model::inference_device;
     use crate::model::precision::Precision;
-    use crate::model::state_dict::StateDict;
 
     fn config(seed: u64, dropout: f64, threads: usize, accumulate: usize) -> RunConfig {
         let text = format!(

@@ -6,6 +6,7 @@
 //! the run. A request to stop is answered after the step at hand, with a checkpoint.
 
 use std::fs;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -16,6 +17,7 @@ use burn::module::Module;
 use denoised::diffusion::Token;
 use tokenizers::Tokenizer;
 
+use super::beginning::Beginning;
 use super::terminal::Progress;
 use crate::config::{RunConfig, RunSection};
 use crate::data::TokenFile;
@@ -30,8 +32,6 @@ use crate::fit::step::{Gradient, Trainer};
 use crate::model::device::{DeviceName, Devices};
 use crate::say::say;
 
-/// Held-out sequences that guide a run; `training evaluate` takes all.
-const VALIDATION_SEQUENCES: usize = 128;
 const VALIDATION_DRAWS: usize = 2;
 /// Sequences per `samples/STEP.txt`.
 const SAMPLES: usize = 4;
@@ -50,6 +50,10 @@ pub struct FitOptions {
     pub minutes: Option<f64>,
     /// What shares every batch; none is the CPU.
     pub devices: Vec<DeviceName>,
+    /// What a fresh run begins with, in place of random weights.
+    pub beginning: Option<Beginning>,
+    /// The folder of the run's file, for its provenance.
+    pub folder: Option<PathBuf>,
     /// Set to stop after the step at hand.
     pub stop: Arc<AtomicBool>,
 }
@@ -127,7 +131,7 @@ impl Run {
         let validation = TokenFile::open(&config.data.validation)?;
         let tokenizer = matching_tokenizer(&config, &train, &validation)?;
         let shape = config.network_config(train.vocab_size());
-        let held_out = validation.spread(shape.length, VALIDATION_SEQUENCES);
+        let held_out = validation.spread(shape.length, config.run.validation_sequences);
         let epochs = Batches::new(train.clone(), shape.length, config.run.seed)?;
 
         let settings = config.run.clone();
@@ -179,7 +183,10 @@ impl Run {
         };
         let (trainer, mut state) = match &folder {
             None => {
-                let trainer = Trainer::new(config.clone(), &shape, devices)?;
+                let mut trainer = Trainer::new(config.clone(), &shape, devices)?;
+                if let Some(beginning) = &options.beginning {
+                    beginning.give(&mut trainer, &shape, train.tokenizer_sha256())?;
+                }
                 let name = uuid::Uuid::new_v4().to_string();
                 let state = State::of(&trainer, &name, train.tokenizer_sha256(), 0.0);
                 (trainer, state)
@@ -213,7 +220,7 @@ impl Run {
             ..data
         };
         let train_sha256 = provenance.train.sha256.clone();
-        let earlier = recorder.provenance(provenance, Session::now(step))?;
+        let earlier = recorder.provenance(provenance, Session::now(step, options.folder.as_deref()))?;
 
         let now = Instant::now();
         let share = share(&settings, &state, step, state.seconds);
@@ -407,6 +414,7 @@ impl Run {
             seconds: self.seconds(),
             bound: bound.nats_per_token,
             standard_error: bound.standard_error,
+            by_time: bound.by_time,
         }))
     }
 

@@ -69,7 +69,7 @@ impl OptimizerSection {
             Decay::LinearEnd => ((1.0 - progress) / LAST_PART).clamp(0.0, 1.0),
             Decay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress.clamp(0.0, 1.0)).cos()),
         };
-        self.lr * warmup * decay
+        warmup * (self.lr * decay).max(self.min_lr)
     }
 }
 
@@ -328,6 +328,12 @@ mod tests {
         assert!((settings.learning_rate(0, 0.0) - 0.5).abs() < 1e-12);
         assert!((settings.learning_rate(100, 0.5) - 1.0).abs() < 1e-12);
         assert!(settings.learning_rate(100, 1.0).abs() < 1e-12);
+        let floor = OptimizerSection {
+            min_lr: 0.2,
+            ..settings
+        };
+        assert!((floor.learning_rate(100, 1.0) - 0.2).abs() < 1e-12);
+        assert!((floor.learning_rate(0, 1.0) - 0.05).abs() < 1e-12);
         let settings = OptimizerSection {
             decay: Decay::LinearEnd,
             ..settings

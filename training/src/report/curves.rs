@@ -6,6 +6,7 @@
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
+use crate::evaluate::bound::TIME_PARTS;
 use crate::fit::record::{Line, StepRecord, ValidationRecord};
 
 /// Points of a curve; more are averaged in groups.
@@ -43,10 +44,12 @@ enum Quantity {
     Step(fn(&StepRecord) -> f64, Option<fn(&StepRecord) -> f64>),
     /// One number a validation, and its standard error.
     Validation(fn(&ValidationRecord) -> f64, fn(&ValidationRecord) -> f64),
+    /// One number for each part of the times.
+    ByTime(fn(&ValidationRecord) -> [f64; TIME_PARTS]),
 }
 
 /// All drawings, in the order of a page.
-pub const PANELS: [Panel; 5] = [
+pub const PANELS: [Panel; 6] = [
     Panel {
         title: "Training loss",
         file: Some("loss.svg"),
@@ -58,6 +61,12 @@ pub const PANELS: [Panel; 5] = [
         file: Some("bound.svg"),
         unit: "nats/token",
         of: Quantity::Validation(|line| line.bound, |line| line.standard_error),
+    },
+    Panel {
+        title: "What the quarters of time add to the bound",
+        file: None,
+        unit: "nats/token",
+        of: Quantity::ByTime(|line| line.by_time),
     },
     Panel {
         title: "Gradient norm before clipping",
@@ -79,9 +88,9 @@ pub const PANELS: [Panel; 5] = [
     },
 ];
 
-/// A quantity over steps, at most [`POINTS`] of it.
+/// A quantity over steps, or whatever grows with them, at most [`POINTS`] of it.
 #[derive(Debug, Clone)]
-struct Series {
+pub(super) struct Series {
     /// Values per point.
     group: u64,
     points: Vec<Point>,
@@ -104,10 +113,10 @@ impl Default for Series {
 }
 
 impl Series {
-    fn push(&mut self, step: u64, value: f64) {
+    pub(super) fn push(&mut self, x: f64, value: f64) {
         let one = Point {
             count: 1,
-            steps: step as f64,
+            steps: x,
             values: value,
         };
         if let Some(last) = self.points.last_mut()
@@ -151,11 +160,12 @@ impl Point {
 #[derive(Debug, Clone, Default)]
 pub struct Curves([Curve; PANELS.len()]);
 
-/// A number and what goes with it: the same before it was smoothed, or its standard error.
+/// A number and what goes with it: the same before it was smoothed, its standard error, or its parts.
 #[derive(Debug, Clone, Default)]
 struct Curve {
     main: Series,
     beside: Series,
+    parts: [Series; TIME_PARTS],
 }
 
 impl Curves {
@@ -164,16 +174,26 @@ impl Curves {
         for (Panel { of, .. }, curve) in PANELS.iter().zip(&mut self.0) {
             match (line, of) {
                 (Line::Step(step), Quantity::Step(main, beside)) => {
-                    curve.main.push(step.step, main(step));
+                    curve.main.push(step.step as f64, main(step));
                     if let Some(beside) = beside {
-                        curve.beside.push(step.step, beside(step));
+                        curve.beside.push(step.step as f64, beside(step));
                     }
                 }
                 (Line::Validation(validation), Quantity::Validation(main, error)) => {
-                    curve.main.push(validation.step, main(validation));
-                    curve.beside.push(validation.step, error(validation));
+                    curve.main.push(validation.step as f64, main(validation));
+                    curve.beside.push(validation.step as f64, error(validation));
                 }
-                (Line::Step(_), Quantity::Validation(..)) | (Line::Validation(_), Quantity::Step(..)) => {}
+                (Line::Validation(validation), Quantity::ByTime(parts)) => {
+                    let parts = parts(validation);
+                    // Earlier versions did not record them.
+                    if parts.iter().any(|part| *part != 0.0) {
+                        for (series, part) in curve.parts.iter_mut().zip(parts) {
+                            series.push(validation.step as f64, part);
+                        }
+                    }
+                }
+                (Line::Step(_), Quantity::Validation(..) | Quantity::ByTime(_))
+                | (Line::Validation(_), Quantity::Step(..)) => {}
             }
         }
     }
@@ -190,32 +210,177 @@ impl Curves {
 impl Curve {
     /// One drawing as SVG; none where there are no points yet.
     fn draw(&self, panel: &Panel) -> Result<Option<String>> {
+        let mut drawing = Drawing {
+            title: panel.title,
+            x: "step",
+            y: panel.unit,
+            lines: Vec::new(),
+            bars: Vec::new(),
+        };
         let main: Vec<(f64, f64)> = self.main.points().collect();
-        let (mut raw, mut bars) = (Vec::new(), Vec::new());
         match panel.of {
-            Quantity::Step(..) => raw = self.beside.points().collect(),
+            Quantity::Step(_, None) => drawing.add("", MAIN, main),
+            Quantity::Step(_, Some(_)) => {
+                drawing.add("each step", RAW, self.beside.points().collect());
+                drawing.add("smoothed", MAIN, main);
+            }
             Quantity::Validation(..) => {
                 let both = main.iter().zip(self.beside.points());
-                bars = both
+                drawing.bars = both
                     .map(|(&(step, bound), (_, error))| (step, [bound - 1.96 * error, bound + 1.96 * error]))
                     .collect();
+                drawing.add("", MAIN, main);
+            }
+            Quantity::ByTime(_) => {
+                for (part, series) in self.parts.iter().enumerate() {
+                    let [from, to] = [part, part + 1].map(|end| end as f64 / TIME_PARTS as f64);
+                    drawing.add(
+                        &format!("t {from} to {to}"),
+                        color(part),
+                        series.points().collect(),
+                    );
+                }
             }
         }
-        let (Some(&(first, _)), Some(&(last, _))) = (main.first(), main.last()) else {
+        drawing.svg()
+    }
+}
+
+/// Lines over one axis.
+#[derive(Debug)]
+pub(super) struct Drawing<'a> {
+    /// What a reader is told it is.
+    pub(super) title: &'a str,
+    /// What runs from left to right.
+    pub(super) x: &'a str,
+    /// The unit of the values.
+    pub(super) y: &'a str,
+    lines: Vec<DrawnLine>,
+    /// Intervals of single points.
+    bars: Vec<(f64, [f64; 2])>,
+}
+
+#[derive(Debug)]
+struct DrawnLine {
+    /// Empty where there is but one.
+    label: String,
+    color: RGBColor,
+    points: Vec<(f64, f64)>,
+}
+
+/// The colour of line `index` of several.
+fn color(index: usize) -> RGBColor {
+    const COLORS: [RGBColor; 6] = [
+        MAIN,
+        RGBColor(0xC8, 0x5A, 0x11),
+        RGBColor(0x2E, 0x8B, 0x57),
+        RGBColor(0x8E, 0x5B, 0xB5),
+        RGBColor(0xB0, 0x8A, 0x1E),
+        RGBColor(0xC2, 0x3B, 0x5E),
+    ];
+    COLORS[index % COLORS.len()]
+}
+
+impl<'a> Drawing<'a> {
+    /// Of lines that are named, one for each run or part.
+    pub(super) fn of_lines(title: &'a str, x: &'a str, y: &'a str, lines: Vec<(String, Series)>) -> Self {
+        let lines = lines
+            .into_iter()
+            .enumerate()
+            .map(|(index, (label, series))| DrawnLine {
+                label,
+                color: color(index),
+                points: series.points().collect(),
+            });
+        Self {
+            title,
+            x,
+            y,
+            lines: lines.collect(),
+            bars: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, label: &str, color: RGBColor, points: Vec<(f64, f64)>) {
+        self.lines.push(DrawnLine {
+            label: label.to_owned(),
+            color,
+            points,
+        });
+    }
+
+    /// As SVG; none where there are no points.
+    pub(super) fn svg(&self) -> Result<Option<String>> {
+        let points = || self.lines.iter().flat_map(|line| &line.points);
+        let [first, last] = points().fold([f64::INFINITY, f64::NEG_INFINITY], |[first, last], (x, _)| {
+            [first.min(*x), last.max(*x)]
+        });
+        if first > last {
             return Ok(None);
-        };
-        let ends = bars.iter().flat_map(|(_, ends)| *ends);
-        let [low, high] = extent(main.iter().chain(&raw).map(|(_, value)| *value).chain(ends));
+        }
+        let ends = self.bars.iter().flat_map(|(_, ends)| *ends);
+        let [low, high] = extent(points().map(|(_, value)| *value).chain(ends));
         let mut svg = String::new();
-        plot(
-            &mut svg,
-            panel,
-            [first, last.max(first + 1.0)],
-            [low, high],
-            &Drawn { main, raw, bars },
-        )
-        .map_err(|error| anyhow!("cannot draw {}: {error}", panel.title))?;
-        Ok(Some(styled(&svg, panel.title)))
+        self.plot(&mut svg, [first, last.max(first + 1.0)], [low, high])
+            .map_err(|error| anyhow!("cannot draw {}: {error}", self.title))?;
+        Ok(Some(styled(&svg, self.title)))
+    }
+
+    fn plot(
+        &self,
+        svg: &mut String,
+        [first, last]: [f64; 2],
+        [low, high]: [f64; 2],
+    ) -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
+        let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+        let mut chart = ChartBuilder::on(&area)
+            .margin(10)
+            .margin_right(18)
+            .x_label_area_size(38)
+            .y_label_area_size(64)
+            .build_cartesian_2d(first..last, low..high)?;
+        chart
+            .configure_mesh()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(BLACK.mix(0.12))
+            .axis_style(BLACK.mix(0.5))
+            .label_style(("sans-serif", 13))
+            .x_labels(8)
+            .y_labels(6)
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .y_label_formatter(&|value| label(*value, high - low))
+            .x_desc(self.x)
+            .y_desc(self.y)
+            .draw()?;
+        let inside = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
+            points.iter().map(|&(x, y)| (x, y.clamp(low, high))).collect()
+        };
+        for &(step, ends) in &self.bars {
+            let ends = ends.map(|end| (step, end.clamp(low, high)));
+            chart.draw_series([PathElement::new(ends, MAIN.stroke_width(1))])?;
+        }
+        for DrawnLine { label, color, points } in &self.lines {
+            let color = *color;
+            let width = if color == RAW { 1 } else { 2 };
+            let line = chart.draw_series(LineSeries::new(inside(points), color.stroke_width(width)))?;
+            if !label.is_empty() {
+                line.label(label)
+                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(width)));
+            }
+            // A curve of few points shows which it has.
+            if points.len() <= 60 && !self.bars.is_empty() {
+                let dots = inside(points).into_iter();
+                chart.draw_series(dots.map(|point| Circle::new(point, 3, color.filled())))?;
+            }
+        }
+        if self.lines.iter().any(|line| !line.label.is_empty()) {
+            chart
+                .configure_series_labels()
+                .position(SeriesLabelPosition::UpperRight)
+                .label_font(("sans-serif", 13))
+                .draw()?;
+        }
+        area.present()
     }
 }
 
@@ -231,73 +396,6 @@ fn extent(values: impl Iterator<Item = f64>) -> [f64; 2] {
     let [low, high] = [at(0.005), at(0.995)];
     let margin = (0.06 * (high - low)).max(1e-3 * high.abs()).max(1e-12);
     [low - margin, high + margin]
-}
-
-struct Drawn {
-    main: Vec<(f64, f64)>,
-    raw: Vec<(f64, f64)>,
-    bars: Vec<(f64, [f64; 2])>,
-}
-
-fn plot(
-    svg: &mut String,
-    panel: &Panel,
-    [first, last]: [f64; 2],
-    [low, high]: [f64; 2],
-    drawn: &Drawn,
-) -> Result<(), DrawingAreaErrorKind<std::io::Error>> {
-    let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-    let mut chart = ChartBuilder::on(&area)
-        .margin(10)
-        .margin_right(18)
-        .x_label_area_size(38)
-        .y_label_area_size(64)
-        .build_cartesian_2d(first..last, low..high)?;
-    chart
-        .configure_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(BLACK.mix(0.12))
-        .axis_style(BLACK.mix(0.5))
-        .label_style(("sans-serif", 13))
-        .x_labels(8)
-        .y_labels(6)
-        .x_label_formatter(&|step| format!("{step:.0}"))
-        .y_label_formatter(&|value| label(*value, high - low))
-        .x_desc("step")
-        .y_desc(panel.unit)
-        .draw()?;
-    let inside = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
-        points.iter().map(|&(x, y)| (x, y.clamp(low, high))).collect()
-    };
-    if !drawn.raw.is_empty() {
-        chart
-            .draw_series(LineSeries::new(inside(&drawn.raw), &RAW))?
-            .label("each step")
-            .legend(|(x, y)| PathElement::new([(x, y), (x + 16, y)], RAW));
-    }
-    for &(step, ends) in &drawn.bars {
-        let ends = ends.map(|end| (step, end.clamp(low, high)));
-        chart.draw_series([PathElement::new(ends, MAIN.stroke_width(1))])?;
-    }
-    let line = chart.draw_series(LineSeries::new(inside(&drawn.main), MAIN.stroke_width(2)))?;
-    if !drawn.raw.is_empty() {
-        line.label("smoothed")
-            .legend(|(x, y)| PathElement::new([(x, y), (x + 16, y)], MAIN.stroke_width(2)));
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
-            .label_font(("sans-serif", 13))
-            .draw()?;
-    }
-    // A curve of few points shows which it has.
-    if drawn.main.len() <= 60 && !drawn.bars.is_empty() {
-        chart.draw_series(
-            inside(&drawn.main)
-                .into_iter()
-                .map(|point| Circle::new(point, 3, MAIN.filled())),
-        )?;
-    }
-    area.present()
 }
 
 /// As many digits as tell the labels of a range apart.
@@ -347,7 +445,7 @@ mod tests {
         let mut series = Series::default();
         let count = 50_000;
         for step in 1..=count {
-            series.push(step, step as f64);
+            series.push(step as f64, step as f64);
         }
         assert!(series.points.len() <= POINTS, "{}", series.points.len());
         assert!(series.points.len() > POINTS / 2 - 1);
@@ -368,6 +466,7 @@ mod tests {
             seconds: 1.0,
             bound: 5.0,
             standard_error: 0.1,
+            by_time: [2.0, 1.5, 1.0, 0.5],
         }));
         assert_eq!(curves.drawings().count(), PANELS.len());
         for drawing in curves.drawings() {

@@ -4,6 +4,7 @@
 //! Everything on it is escaped by its template, but for the drawings, which [`curves`]
 //! makes of numbers alone.
 
+mod comparison;
 pub mod curves;
 
 use std::fs::{self, File};
@@ -18,6 +19,7 @@ use crate::fit::record::{
     self, CONFIG, DataFile, Line, Provenance, SAMPLES, StepRecord, ValidationRecord, read_provenance,
     sample_name, sample_steps,
 };
+pub use comparison::compare;
 use curves::{Curves, Panel};
 
 /// The page's name in a run's directory.
@@ -70,45 +72,55 @@ pub fn render(directory: &Path) -> Result<String> {
     .with_context(|| format!("{} is no directory of a run", directory.display()))?;
     let path = directory.join(CONFIG);
     let config = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let name = directory.canonicalize().ok();
-    let name = name
-        .as_deref()
-        .and_then(Path::file_name)
-        .unwrap_or(directory.as_os_str())
-        .to_string_lossy();
+    let title = format!("Training run {}", name_of(directory));
     let panels = panels(&curves)?;
     let samples = samples(directory)?;
     let provenance = read_provenance(directory);
-    let page = html! {
+    let body = html! {
+        (facts(step, validation, provenance.as_ref()))
+        h2 { "Curves" }
+        (panels)
+        h2 { "Samples over time" }
+        (samples)
+        h2 { "Configuration" }
+        pre { (printable(&config)) }
+        h2 { "Provenance" }
+        @match &provenance {
+            Some(provenance) => (origin(provenance)),
+            None => p { "Not recorded." },
+        }
+    };
+    Ok(page(&title, &body).into_string())
+}
+
+/// What a run is called: the name of its directory.
+fn name_of(directory: &Path) -> String {
+    let whole = directory.canonicalize().ok();
+    let name = whole.as_deref().and_then(Path::file_name);
+    name.unwrap_or(directory.as_os_str())
+        .to_string_lossy()
+        .into_owned()
+}
+
+fn page(title: &str, body: &Markup) -> Markup {
+    html! {
         (DOCTYPE)
         html lang="en" {
             head {
                 meta charset="utf-8";
                 meta name="viewport" content="width=device-width, initial-scale=1";
-                title { "Training run " (name) }
+                title { (title) }
                 style { (PreEscaped(STYLE)) }
             }
             body {
                 main {
-                    h1 { "Training run " (name) }
+                    h1 { (title) }
                     p { "As of " (humantime::format_rfc3339_seconds(SystemTime::now())) }
-                    (facts(step, validation, provenance.as_ref()))
-                    h2 { "Curves" }
-                    (panels)
-                    h2 { "Samples over time" }
-                    (samples)
-                    h2 { "Configuration" }
-                    pre { (printable(&config)) }
-                    h2 { "Provenance" }
-                    @match &provenance {
-                        Some(provenance) => (origin(provenance)),
-                        None => p { "Not recorded." },
-                    }
+                    (body)
                 }
             }
         }
-    };
-    Ok(page.into_string())
+    }
 }
 
 /// Draws the curves that have files of their own into the run's directory.
@@ -216,7 +228,7 @@ fn origin(provenance: &Provenance) -> Markup {
         }
         div.table {
             table {
-                tr { th { "Started" } th { "From step" } th { "training" } th { "Burn" } th { "Machine" } th { "CPUs" } }
+                tr { th { "Started" } th { "From step" } th { "training" } th { "Burn" } th { "Machine" } th { "CPUs" } th { "Command" } th { "Commit" } }
                 @for session in &provenance.sessions {
                     tr {
                         td { (printable(&session.started)) }
@@ -225,6 +237,8 @@ fn origin(provenance: &Provenance) -> Markup {
                         td { (printable(&session.burn)) }
                         td { (printable(&session.machine)) }
                         td { (session.cpus) }
+                        td { (printable(&session.command.join(" "))) }
+                        td { (printable(session.commit.as_deref().unwrap_or_default())) }
                     }
                 }
             }
@@ -284,7 +298,7 @@ mod tests {
             r#"{"kind":"step","step":10,"tokens":1280,"seconds":2.0,"loss":5.1,"smoothed_loss":5.2,"#,
             r#""gradient_norm":1.0,"learning_rate":0.001,"tokens_per_second":640.0}"#,
             "\n",
-            r#"{"kind":"validation","step":10,"tokens":1280,"seconds":2.1,"bound":5.0,"standard_error":0.1}"#,
+            r#"{"kind":"validation","step":10,"tokens":1280,"seconds":2.1,"bound":5.0,"standard_error":0.1,"by_time":[2,1,1,1]}"#,
             "\n{\"kind\":\"step\",\"st",
         );
         fs::write(run.join("metrics.jsonl"), lines).unwrap();
