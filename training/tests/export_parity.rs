@@ -187,10 +187,12 @@ fn half_precision_matrices_stay_close() {
 
 #[test]
 fn eight_bits_stay_close() {
-    for seed in 0..12 {
-        let difference = largest_difference_of_export(seed, Storage::Int8);
-        assert!(difference < 0.3, "seed {seed}: off by {difference}");
-    }
+    let mut differences: Vec<f32> = (0..12)
+        .map(|seed| largest_difference_of_export(seed, Storage::Int8))
+        .collect();
+    differences.sort_by(f32::total_cmp);
+    // Largest of all log-scores; some of these networks amplify what goes in.
+    assert!(differences[6] < 0.08 && differences[11] < 0.3, "{differences:?}");
 }
 
 /// A sequence's scores do not depend on what else is in the batch, although steps follow the data.

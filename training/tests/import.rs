@@ -118,6 +118,52 @@ fn a_published_uniform_model_is_served_as_it_was() {
     served_numbers_are_the_references("sedd-tiny-uniform");
 }
 
+/// What the authors' networks give, by a forward pass that shares nothing with ours.
+#[test]
+fn relatives_of_sedd_are_served_as_they_were() {
+    for name in ["families/radd", "families/mdlm", "families/mdlm-conditioned"] {
+        let folder = fixtures().join(name);
+        let checkpoint = import::read(&folder, Choice::Averaged).unwrap();
+        assert_eq!(checkpoint.graph, GraphKind::Absorbing, "{name}");
+        let (manifest, mut network) = served(&checkpoint);
+        let raw = fs::read(folder.join("io.safetensors")).unwrap();
+        let (tokens, sigma) = (ids(&raw, "tokens"), floats(&raw, "sigma"));
+        let expected = floats(&raw, "log_probability");
+        let (length, mask) = (tokens.len() / sigma.len(), manifest.vocab_size - 1);
+        let positions: Vec<i64> = (0..tokens.len() as i64)
+            .filter(|at| tokens[*at as usize] == mask as i64)
+            .collect();
+        let batch = Batch {
+            tokens: &tokens,
+            length,
+            sigma: &sigma,
+            positions: &positions,
+        };
+        network
+            .log_score(&batch, &mut |rows| {
+                for (index, &position) in positions.iter().enumerate() {
+                    let theirs = &expected[position as usize * mask..][..mask];
+                    let row = rows.row(index);
+                    for (ours, theirs) in row.iter().zip(theirs) {
+                        assert!((ours - theirs).abs() < 1e-5, "{name}: {ours} is not {theirs}");
+                    }
+                }
+            })
+            .unwrap();
+        assert!(positions.len() >= 12);
+    }
+}
+
+#[test]
+fn kinds_of_transformers_that_are_not_known_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("config.json"), r#"{"model_type": "bert"}"#).unwrap();
+    let error = import::read(folder.path(), Choice::Averaged)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("model_type is \"bert\""), "{error}");
+}
+
 /// A copy of a fixture that a test may damage.
 fn copy(name: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();

@@ -10,9 +10,9 @@ use training::import::{self, Choice};
 
 use super::target;
 
-/// Turns a checkpoint of the reference implementation into a bundle.
+/// Turns a checkpoint of SEDD, RADD or MDLM into a bundle.
 ///
-/// Reads what `save_pretrained` wrote (config.json with model.safetensors or pytorch_model.bin) and
+/// Reads what `save_pretrained` wrote (config.json with model.safetensors or pytorch_model.bin) and, of SEDD and RADD,
 /// the folder of a training run (.hydra/config.yaml with checkpoints-meta/checkpoint.pth).
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {

@@ -209,6 +209,84 @@ mod tests {
     use crate::model::{NetworkConfig, inference_device};
     use denoised::diffusion::{Graph, GraphKind, Schedule};
 
+    /// Sure of one token at every position, another at each; of two first tokens it is not.
+    struct Sure;
+
+    impl HeadRows for Sure {
+        type Error = Infallible;
+
+        fn head_rows(
+            &mut self,
+            tokens: &[Token],
+            _: f64,
+            wanted: &[usize],
+            read: &mut dyn FnMut(usize, &[f32]),
+        ) -> Result<(), Infallible> {
+            for (index, &position) in wanted.iter().enumerate() {
+                let mut row = [-40.0_f32; 7];
+                match (position, tokens[0]) {
+                    (0, _) => {
+                        row[0] = 0.25_f32.ln();
+                        row[1] = 0.75_f32.ln();
+                    }
+                    // What follows depends on the first where that is known.
+                    (_, 1) => row[(position * 5 + 1) % 6] = 0.0,
+                    (_, _) => row[(position * 5) % 6] = 0.0,
+                }
+                read(index, &row);
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn positions_get_what_their_own_rows_say() {
+        let sampling = Sampling {
+            objective: Objective {
+                graph: Graph::new(GraphKind::Absorbing, 7),
+                schedule: Schedule::LogLinear { eps: 1e-3 },
+                offset: false,
+                parameterization: Parameterization::Mean,
+            },
+            prompt: &[],
+            length: 9,
+            count: 400,
+            steps: 16,
+            choice: TokenChoice::default(),
+            seed: 1,
+            threads: 2,
+        };
+        let texts = sampling.draw(&|| Ok(Sure)).unwrap();
+        let expected =
+            |add: usize| -> Vec<Token> { (1..9).map(|at| ((at * 5 + add) % 6) as Token).collect() };
+        let firsts = texts.iter().filter(|text| text[0] == 1).count();
+        // Of 400 with chance 3/4, within five standard deviations.
+        assert!((257..=343).contains(&firsts), "{firsts}");
+        for text in &texts {
+            for (at, token) in text.iter().enumerate().skip(1) {
+                let may_be = [expected(0)[at - 1], expected(1)[at - 1]];
+                assert!(may_be.contains(token), "{text:?}");
+            }
+        }
+        // After a prompt there is one way to go on.
+        for first in [0, 1] {
+            let prompt = [first];
+            let texts = Sampling {
+                prompt: &prompt,
+                count: 3,
+                ..sampling
+            }
+            .draw(&|| Ok(Sure))
+            .unwrap();
+            for text in texts {
+                assert_eq!(
+                    (text[0], &text[1..]),
+                    (first, expected(first as usize).as_slice())
+                );
+            }
+        }
+    }
+
     #[test]
     fn samples_are_whole_and_do_not_depend_on_threads() {
         for (kind, parameterization) in [
@@ -229,7 +307,12 @@ mod tests {
                 time_conditioned: true,
                 tie_embeddings: false,
             };
-            let network = config.init(1, 1.0, &inference_device()).unwrap();
+            // Fresh weights have a head of zeros: every row would be the same.
+            let mut weights = config.initial_weights(1, 1.0);
+            let head = weights.get("output_layer.linear.weight").unwrap().clone();
+            let entries = (0..head.data.len()).map(|index| ((index * 37 % 101) as f32 - 50.0) / 10.0);
+            weights.insert("output_layer.linear.weight", head.shape, entries.collect());
+            let network = Ddit::from_weights(&config, weights, &inference_device()).unwrap();
             let objective = Objective {
                 graph: Graph::new(kind, 7),
                 schedule: Schedule::LogLinear { eps: 1e-3 },

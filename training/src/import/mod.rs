@@ -1,16 +1,18 @@
-//! Published and foreign checkpoints of the reference implementation, as weights of our network.
+//! Published and foreign checkpoints, as weights of our network: of SEDD, of RADD, whose code goes back to SEDD's, and of
+//! MDLM, whose network is the same under names that begin with `backbone.`.
 //!
 //! Two layouts are read, told apart by their files:
 //!
 //! ```text
 //! config.json, model.safetensors | pytorch_model.bin      as on the Hugging Face hub
-//! .hydra/config.yaml, checkpoints-meta/checkpoint.pth     a run of the authors' training code
+//! .hydra/config.yaml, checkpoints-meta/checkpoint.pth     a run of the training code of SEDD or RADD
 //! ```
 //!
 //! A run holds weights twice, as they were trained and averaged; the averaged ones are meant to be used
 //! ([`Choice::Averaged`]). Every tensor's name and shape is checked against what the configuration asks for.
 
 mod configuration;
+mod radd;
 mod weights;
 
 use std::fs::File;
@@ -19,6 +21,8 @@ use std::path::{Path, PathBuf};
 use denoised::bundle::sha256_of;
 use denoised::diffusion::{GraphKind, Schedule};
 use thiserror::Error;
+
+use configuration::Family;
 
 use crate::model::state_dict::{Misfits, StateDict};
 use crate::model::{NetworkConfig, NetworkError};
@@ -122,12 +126,15 @@ pub fn read(directory: &Path, choice: Choice) -> Result<Checkpoint, ImportError>
         });
     };
     let configuration = configuration::read(&path)?;
-    let network = configuration.network(&path)?;
-    let parameters = network.parameters();
-    let (file, weights) = match layout {
-        Layout::Published => weights::published(directory)?,
-        Layout::Run => weights::of_run(directory, choice, &parameters)?,
+    let source = weights::Source::open(directory, layout)?;
+    let last = source.read()?;
+    let family = configuration.family(radd::is_one(&last));
+    let network = configuration.network(family, &path)?;
+    let parameters = match family {
+        Family::Radd => radd::parameters(&network),
+        Family::Sedd | Family::Mdlm => network.parameters(),
     };
+    let (file, weights) = source.chosen(choice, last, &parameters)?;
     let misfits = weights.misfits(&parameters);
     if !misfits.0.is_empty() {
         return Err(ImportError::Misfits {
@@ -136,6 +143,10 @@ pub fn read(directory: &Path, choice: Choice) -> Result<Checkpoint, ImportError>
             misfits,
         });
     }
+    let weights = match family {
+        Family::Radd => radd::converted(weights, &network),
+        Family::Sedd | Family::Mdlm => weights,
+    };
     Ok(Checkpoint {
         name: configuration.name(),
         graph: configuration.graph(),
@@ -156,6 +167,7 @@ pub fn sha256(path: &Path) -> Result<String, ImportError> {
         })
 }
 
+#[derive(Clone, Copy)]
 enum Layout {
     Published,
     Run,

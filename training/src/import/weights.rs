@@ -6,59 +6,79 @@ use half::{bf16, f16};
 use pytorch_reader::{DType, PytorchReader};
 use safetensors::{Dtype, SafeTensors};
 
-use super::{Choice, ImportError};
+use super::{Choice, ImportError, Layout};
 use crate::model::state_dict::{HostTensor, StateDict};
 
-/// What wrappers of PyTorch put before names.
-const WRAPPERS: [&str; 2] = ["module.", "_orig_mod."];
+/// What wrappers of PyTorch, and MDLM's of transformers, put before names.
+const WRAPPERS: [&str; 3] = ["module.", "_orig_mod.", "backbone."];
 /// The rotary frequencies, a buffer that follows from the head width.
 const ROTARY_BUFFER: &str = "rotary_emb.inv_freq";
 
-/// The weights beside a `config.json`, and their file.
-pub(super) fn published(directory: &Path) -> Result<(PathBuf, StateDict), ImportError> {
-    let path = directory.join("model.safetensors");
-    if path.is_file() {
-        let weights = safetensors(&path)?;
-        return Ok((path, weights));
-    }
-    let path = directory.join("pytorch_model.bin");
-    if path.is_file() {
-        let file = PytorchFile::open(&path)?;
-        let weights = file.under("")?;
-        return Ok((path, weights));
-    }
-    Err(ImportError::Layout {
-        path: directory.to_owned(),
-    })
+/// A file of weights.
+pub(super) enum Source {
+    /// That beside a `config.json`.
+    Safetensors(PathBuf),
+    /// The same, or of a run of the authors' training code.
+    Pytorch(PytorchFile, Layout),
 }
 
-/// The weights of a run of the authors' training code, and their file.
-pub(super) fn of_run(
-    directory: &Path,
-    choice: Choice,
-    parameters: &[(String, Vec<usize>)],
-) -> Result<(PathBuf, StateDict), ImportError> {
-    let path = newest_checkpoint(directory)?;
-    let file = PytorchFile::open(&path)?;
-    let weights = match choice {
-        Choice::Last => file.under("model.")?,
-        Choice::Averaged => {
-            // A list in the order in which the network registers its parameters.
-            let mut shadows = file.under("ema.shadow_params.")?;
-            let mut named = StateDict::default();
-            for (index, (name, _)) in parameters.iter().enumerate() {
-                if let Some(tensor) = shadows.0.remove(&index.to_string()) {
-                    named.0.insert(name.clone(), tensor);
-                }
-            }
-            let left = shadows.0.into_iter();
-            named
-                .0
-                .extend(left.map(|(index, tensor)| (format!("ema.shadow_params[{index}]"), tensor)));
-            named
+impl Source {
+    pub(super) fn open(directory: &Path, layout: Layout) -> Result<Self, ImportError> {
+        if let Layout::Run = layout {
+            return Ok(Self::Pytorch(
+                PytorchFile::open(&newest_checkpoint(directory)?)?,
+                layout,
+            ));
         }
-    };
-    Ok((path, weights))
+        let path = directory.join("model.safetensors");
+        if path.is_file() {
+            return Ok(Self::Safetensors(path));
+        }
+        let path = directory.join("pytorch_model.bin");
+        if path.is_file() {
+            return Ok(Self::Pytorch(PytorchFile::open(&path)?, layout));
+        }
+        Err(ImportError::Layout {
+            path: directory.to_owned(),
+        })
+    }
+
+    /// The weights; of a run the last ones.
+    pub(super) fn read(&self) -> Result<StateDict, ImportError> {
+        match self {
+            Self::Safetensors(path) => safetensors(path),
+            Self::Pytorch(file, Layout::Published) => file.under(""),
+            Self::Pytorch(file, Layout::Run) => file.under("model."),
+        }
+    }
+
+    /// The weights of `choice`, where `last` is what was [read](Self::read), and their file.
+    pub(super) fn chosen(
+        self,
+        choice: Choice,
+        last: StateDict,
+        parameters: &[(String, Vec<usize>)],
+    ) -> Result<(PathBuf, StateDict), ImportError> {
+        match (self, choice) {
+            (Self::Safetensors(path), _) => Ok((path, last)),
+            (Self::Pytorch(file, Layout::Published), _)
+            | (Self::Pytorch(file, Layout::Run), Choice::Last) => Ok((file.path, last)),
+            (Self::Pytorch(file, Layout::Run), Choice::Averaged) => {
+                // A list in the order in which the network registers its parameters.
+                let mut shadows = file.under("ema.shadow_params.")?;
+                let mut named = StateDict::default();
+                for (index, (name, _)) in parameters.iter().enumerate() {
+                    if let Some(tensor) = shadows.0.remove(&index.to_string()) {
+                        named.0.insert(name.clone(), tensor);
+                    }
+                }
+                let left = shadows.0.into_iter();
+                let unnamed = left.map(|(index, tensor)| (format!("ema.shadow_params[{index}]"), tensor));
+                named.0.extend(unnamed);
+                Ok((file.path, named))
+            }
+        }
+    }
 }
 
 /// `checkpoints-meta/checkpoint.pth`, or else the numbered snapshot with the highest number.
@@ -107,7 +127,7 @@ fn safetensors(path: &Path) -> Result<StateDict, ImportError> {
 }
 
 /// A file of `torch.save`, whose tensors are read when asked for.
-struct PytorchFile {
+pub(super) struct PytorchFile {
     path: PathBuf,
     reader: PytorchReader,
 }

@@ -209,3 +209,49 @@ pub fn token_tensor(tokens: &[Token], length: usize, device: &Device) -> Tensor<
     let batch = ids.len() / length;
     Tensor::from_data(TensorData::new(ids, [batch, length]), device)
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use denoised::diffusion::Parameterization;
+    use rand_chacha::rand_core::SeedableRng;
+
+    use super::*;
+    use crate::model::inference_device;
+
+    #[test]
+    fn entries_are_dropped_at_the_configured_rate_and_the_rest_scaled() {
+        let config = |dropout| NetworkConfig {
+            states: 5,
+            length: 4,
+            hidden_size: 8,
+            cond_dim: 4,
+            blocks: 1,
+            heads: 2,
+            dropout,
+            scale_by_sigma: false,
+            parameterization: Parameterization::Score,
+            time_conditioned: true,
+            tie_embeddings: false,
+        };
+        for rate in [0.1, 0.3, 0.8] {
+            let network = config(rate).init(1, 0.0, &inference_device()).unwrap();
+            let ones = Tensor::<2>::ones([500, 40], &inference_device());
+            let generator = &mut ChaCha8Rng::seed_from_u64(2);
+            let left: Vec<f32> = network
+                .drop(ones.clone(), Some(generator))
+                .into_data()
+                .iter()
+                .collect();
+            let dropped = left.iter().filter(|x| **x == 0.0).count() as f64 / left.len() as f64;
+            // Five standard deviations.
+            let tolerance = 5.0 * (rate * (1.0 - rate) / left.len() as f64).sqrt();
+            assert!((dropped - rate).abs() < tolerance, "{dropped}, not {rate}");
+            let scaled = (1.0 / (1.0 - rate)) as f32;
+            assert!(left.iter().all(|x| *x == 0.0 || (x - scaled).abs() < 1e-6));
+            // Outside of training nothing is.
+            let whole: Vec<f32> = network.drop(ones, None).into_data().iter().collect();
+            assert!(whole.iter().all(|x| *x == 1.0));
+        }
+    }
+}
