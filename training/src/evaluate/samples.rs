@@ -297,15 +297,9 @@ mod tests {
             let config = NetworkConfig {
                 states: 7,
                 length: 12,
-                hidden_size: 8,
-                cond_dim: 4,
-                blocks: 1,
-                heads: 2,
-                dropout: 0.0,
                 scale_by_sigma: kind == GraphKind::Absorbing && parameterization == Parameterization::Score,
                 parameterization,
-                time_conditioned: true,
-                tie_embeddings: false,
+                ..NetworkConfig::tiny()
             };
             // Fresh weights have a head of zeros: every row would be the same.
             let mut weights = config.initial_weights(1, 1.0);

@@ -396,16 +396,9 @@ mod tests {
     fn sequences_without_a_mask_are_left_out_and_change_nothing() {
         let config = NetworkConfig {
             states: STATES,
-            length: 4,
-            hidden_size: 16,
-            cond_dim: 8,
-            blocks: 1,
-            heads: 2,
-            dropout: 0.0,
             scale_by_sigma: false,
             parameterization: Parameterization::Mean,
-            time_conditioned: true,
-            tie_embeddings: false,
+            ..NetworkConfig::tiny()
         };
         let network = config.init(3, 0.5, &inference_device()).unwrap();
         let objective = Objective {

@@ -213,7 +213,6 @@ pub fn token_tensor(tokens: &[Token], length: usize, device: &Device) -> Tensor<
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
-    use denoised::diffusion::Parameterization;
     use rand_chacha::rand_core::SeedableRng;
 
     use super::*;
@@ -222,17 +221,9 @@ mod tests {
     #[test]
     fn entries_are_dropped_at_the_configured_rate_and_the_rest_scaled() {
         let config = |dropout| NetworkConfig {
-            states: 5,
-            length: 4,
-            hidden_size: 8,
-            cond_dim: 4,
-            blocks: 1,
-            heads: 2,
             dropout,
             scale_by_sigma: false,
-            parameterization: Parameterization::Score,
-            time_conditioned: true,
-            tie_embeddings: false,
+            ..NetworkConfig::tiny()
         };
         for rate in [0.1, 0.3, 0.8] {
             let network = config(rate).init(1, 0.0, &inference_device()).unwrap();

@@ -112,6 +112,26 @@ impl NetworkConfig {
     }
 }
 
+#[cfg(test)]
+impl NetworkConfig {
+    /// The smallest shape that tests of other things than shapes need: five states, four positions.
+    pub(crate) fn tiny() -> Self {
+        Self {
+            states: 5,
+            length: 4,
+            hidden_size: 8,
+            cond_dim: 4,
+            blocks: 1,
+            heads: 2,
+            dropout: 0.0,
+            scale_by_sigma: true,
+            parameterization: Parameterization::Score,
+            time_conditioned: true,
+            tie_embeddings: false,
+        }
+    }
+}
+
 /// Completes the log-scores of one sequence, `[length, states]` row by row: adds the offset of its
 /// total noise (taken in f64, where `e^sigma - 1` near 0 keeps its digits) and zeroes each current
 /// token's entry.

@@ -87,19 +87,7 @@ mod tests {
 
     #[test]
     fn averages_forget_the_first_weights_quickly_and_the_last_slowly() {
-        let config = NetworkConfig {
-            states: 5,
-            length: 4,
-            hidden_size: 8,
-            cond_dim: 4,
-            blocks: 1,
-            heads: 2,
-            dropout: 0.0,
-            scale_by_sigma: true,
-            parameterization: denoised::diffusion::Parameterization::Score,
-            time_conditioned: true,
-            tie_embeddings: false,
-        };
+        let config = NetworkConfig::tiny();
         let first = config.init(1, 0.0, &training_device()).unwrap();
         let bias = |network: &Ddit| network.state_dict().get("sigma_map.mlp.0.bias").unwrap().data[0];
         let start = bias(&first);

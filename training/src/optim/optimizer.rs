@@ -200,19 +200,7 @@ mod tests {
     }
 
     fn shape() -> NetworkConfig {
-        NetworkConfig {
-            states: 5,
-            length: 4,
-            hidden_size: 8,
-            cond_dim: 4,
-            blocks: 1,
-            heads: 2,
-            dropout: 0.0,
-            scale_by_sigma: true,
-            parameterization: denoised::diffusion::Parameterization::Score,
-            time_conditioned: true,
-            tie_embeddings: false,
-        }
+        NetworkConfig::tiny()
     }
 
     #[test]
