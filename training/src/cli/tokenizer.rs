@@ -10,14 +10,17 @@ use training::data::{Corpus, Partial};
 
 use super::corpus::CorpusArguments;
 
-/// Learns a byte-level BPE tokenizer from the documents to train on.
+/// Learns a byte-level BPE tokenizer from the documents to train on, or takes their characters.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     corpus: CorpusArguments,
     /// Tokens to learn, the end of a document included; at least 257.
-    #[arg(long, value_name = "N")]
-    vocab_size: usize,
+    #[arg(long, value_name = "N", required_unless_present = "characters")]
+    vocab_size: Option<usize>,
+    /// One token for each character instead, as of text8.
+    #[arg(long, conflicts_with = "vocab_size")]
+    characters: bool,
     /// Learn from so many bytes at most, drawn evenly from all over the documents; they are held in memory.
     #[arg(long, value_name = "N", default_value_t = 256 << 20)]
     sample_bytes: u64,
@@ -30,6 +33,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let Arguments {
         corpus,
         vocab_size,
+        characters: _,
         sample_bytes,
         out,
     } = arguments;
@@ -37,7 +41,10 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     if let Some(folder) = out.parent() {
         std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
-    let tokenizer = tokenizer::train(&sample, vocab_size)?;
+    let tokenizer = match vocab_size {
+        Some(vocab_size) => tokenizer::train(&sample, vocab_size)?,
+        None => tokenizer::of_characters(&sample)?,
+    };
     let json = tokenizer
         .to_string(true)
         .map_err(|e| anyhow!("{}: {e}", out.display()))?;

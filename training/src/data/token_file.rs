@@ -28,6 +28,8 @@ use memmap2::Mmap;
 use thiserror::Error;
 use tokenizers::Tokenizer;
 
+use super::tokenizer::bytes_of;
+
 const MAGIC: &[u8; 8] = b"dnstok03";
 /// What the magics of all versions begin with.
 const FAMILY: &[u8] = b"dnstok";
@@ -333,9 +335,7 @@ impl TokenFile {
             let text = tokenizer
                 .id_to_token(token)
                 .ok_or_else(|| anyhow!("the tokenizer has no token {token}"))?;
-            // Each character of a byte-level token stands for one byte. Decoded text would not do: where
-            // the cut goes through a character, it has a replacement of another length.
-            bytes += text.chars().count() as u64;
+            bytes += bytes_of(tokenizer, &text) as u64;
         }
         Ok(self.bytes().saturating_sub(bytes))
     }

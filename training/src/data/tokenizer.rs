@@ -1,6 +1,10 @@
-//! Trains a byte-level BPE tokenizer (lossless on any UTF-8) in the Hugging Face format.
+//! Makes tokenizers in the Hugging Face format: byte-level BPE (lossless on any UTF-8), or one token for each character.
+
+use std::collections::BTreeSet;
 
 use anyhow::anyhow;
+use serde_json::{Value, json};
+use tokenizers::decoders::DecoderWrapper;
 use tokenizers::decoders::byte_level::ByteLevel as ByteLevelDecoder;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::normalizers::NormalizerWrapper;
@@ -50,6 +54,46 @@ pub fn train(documents: &[String], vocab_size: usize) -> anyhow::Result<Tokenize
     Tokenizer::from_bytes(json.as_bytes()).map_err(|e| anyhow!("tokenizer: {e}"))
 }
 
+/// What a character becomes that [`of_characters`] has not seen.
+const UNKNOWN: &str = "<unk>";
+
+/// One token for each character of `documents`, after the end of a document and a token for all other characters: for
+/// text8 and its like, whose bits per byte are then bits per character.
+pub fn of_characters(documents: &[String]) -> anyhow::Result<Tokenizer> {
+    let characters: BTreeSet<char> = documents.iter().flat_map(|document| document.chars()).collect();
+    let characters = characters.into_iter().map(String::from);
+    let vocabulary = [END_OF_DOCUMENT.to_owned(), UNKNOWN.to_owned()]
+        .into_iter()
+        .chain(characters);
+    let vocabulary: serde_json::Map<String, Value> = vocabulary.zip((0_u32..).map(Value::from)).collect();
+    let json = json!({
+        "version": "1.0",
+        "added_tokens": [{
+            "id": 0,
+            "content": END_OF_DOCUMENT,
+            "single_word": false,
+            "lstrip": false,
+            "rstrip": false,
+            "normalized": false,
+            "special": true,
+        }],
+        "decoder": { "type": "Fuse" },
+        // Without merges, what is left is characters.
+        "model": { "type": "BPE", "unk_token": UNKNOWN, "fuse_unk": false, "vocab": vocabulary, "merges": [] },
+    });
+    Tokenizer::from_bytes(json.to_string()).map_err(|e| anyhow!("tokenizer: {e}"))
+}
+
+/// Bytes of text that a token stands for, which `tokenizer` writes as `text`.
+pub fn bytes_of(tokenizer: &Tokenizer, text: &str) -> usize {
+    match tokenizer.get_decoder() {
+        // Each character of a byte-level token stands for one byte. Decoded text would not do: where a cut goes
+        // through a character, it has a replacement of another length.
+        Some(DecoderWrapper::ByteLevel(_)) => text.chars().count(),
+        _ => text.len(),
+    }
+}
+
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
@@ -69,6 +113,22 @@ mod tests {
         let tokenizer = small();
         assert_eq!(tokenizer.token_to_id(END_OF_DOCUMENT), Some(0));
         assert!(tokenizer.encode("the cat", false).unwrap().len() < 7);
+    }
+
+    #[test]
+    fn characters_are_tokens_and_others_are_unknown() {
+        let tokenizer = of_characters(&["caf\u{e9} ".to_owned(), "at\n".to_owned()]).unwrap();
+        assert_eq!(tokenizer.get_vocab_size(true), 2 + 7);
+        assert_eq!(tokenizer.token_to_id(END_OF_DOCUMENT), Some(0));
+        let ids = |text: &str| tokenizer.encode(text, false).unwrap().get_ids().to_vec();
+        let text = "a caf\u{e9}\n at";
+        assert_eq!(ids(text).len(), text.chars().count());
+        assert_eq!(tokenizer.decode(&ids(text), false).unwrap(), text);
+        assert_eq!(ids("xa"), [1, tokenizer.token_to_id("a").unwrap()]);
+        assert_eq!(bytes_of(&tokenizer, "\u{e9}"), 2);
+        assert_eq!(bytes_of(&small(), "\u{120}the"), 4);
+        let read = Tokenizer::from_bytes(tokenizer.to_string(true).unwrap()).unwrap();
+        assert_eq!(read.encode(text, false).unwrap().get_ids(), ids(text));
     }
 
     #[test]
