@@ -12,6 +12,8 @@ use crate::fit::record::{Line, StepRecord, ValidationRecord};
 /// Points of a curve; more are averaged in groups.
 const POINTS: usize = 600;
 const SIZE: (u32, u32) = (720, 300);
+/// What runs from left to right in the drawings of one run.
+const STEP: &str = "step";
 const RAW: RGBColor = RGBColor(0x9C, 0xBF, 0xE0);
 const MAIN: RGBColor = RGBColor(0x1F, 0x6F, 0xB2);
 /// Black is ink, the others are above; what they are in either theme.
@@ -212,7 +214,7 @@ impl Curve {
     fn draw(&self, panel: &Panel) -> Result<Option<String>> {
         let mut drawing = Drawing {
             title: panel.title,
-            x: "step",
+            x: STEP,
             y: panel.unit,
             lines: Vec::new(),
             bars: Vec::new(),
@@ -321,7 +323,8 @@ impl<'a> Drawing<'a> {
         let ends = self.bars.iter().flat_map(|(_, ends)| *ends);
         let [low, high] = extent(points().map(|(_, value)| *value).chain(ends));
         let mut svg = String::new();
-        self.plot(&mut svg, [first, last.max(first + 1.0)], [low, high])
+        let last = if last > first { last } else { first + 1.0 };
+        self.plot(&mut svg, [first, last], [low, high])
             .map_err(|error| anyhow!("cannot draw {}: {error}", self.title))?;
         Ok(Some(styled(&svg, self.title)))
     }
@@ -347,7 +350,15 @@ impl<'a> Drawing<'a> {
             .label_style(("sans-serif", 13))
             .x_labels(8)
             .y_labels(6)
-            .x_label_formatter(&|x| format!("{x:.0}"))
+            .x_label_formatter(&|x| {
+                // Steps are whole.
+                let range = if self.x == STEP {
+                    f64::INFINITY
+                } else {
+                    last - first
+                };
+                label(*x, range)
+            })
             .y_label_formatter(&|value| label(*value, high - low))
             .x_desc(self.x)
             .y_desc(self.y)
