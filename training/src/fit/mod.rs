@@ -1,7 +1,7 @@
 //! A run: many steps ([`step`]), what they are held against, and everything that outlives the process.
 //!
-//! [`fit()`] is the loop; [`Beginning`] has weights of others to begin with. [`record`] writes down what happened, [`checkpoint`] what a run goes on from, [`mirror`] a copy of
-//! both elsewhere; [`divergence`] says when to stop.
+//! [`fit()`] is the loop; [`Beginning`] has weights of others to begin with. [`record`] writes down what happened,
+//! [`checkpoint`] what a run goes on from, [`mirror`] a copy of both elsewhere; [`divergence`] says when to stop.
 
 mod beginning;
 pub mod checkpoint;

@@ -24,7 +24,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunConfig;
-use crate::evaluate::bound::TIME_PARTS;
+pub use crate::evaluate::bound::TIME_PARTS;
 use crate::fit::checkpoint::sha256;
 
 /// Settings, every default written out.

@@ -6,8 +6,7 @@
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-use crate::evaluate::bound::TIME_PARTS;
-use crate::fit::record::{Line, StepRecord, ValidationRecord};
+use crate::fit::record::{Line, StepRecord, TIME_PARTS, ValidationRecord};
 
 /// Points of a curve; more are averaged in groups.
 const POINTS: usize = 600;
