@@ -19,7 +19,7 @@ use super::run::Run;
 /// Bounds the negative log-likelihood of text, of a run's held-out text unless other is given.
 ///
 /// All numbers are upper bounds: the time integral of the score entropy, by Monte Carlo, plus what the
-/// prior costs. The error is the standard error over sequences.
+/// prior costs. The error is the standard error over documents where their ends are known, else over sequences.
 ///
 /// With --samples, what the network writes is measured instead: how predictable a judge finds it, and how
 /// varied it is. Predictable text of low entropy is collapsed, not good: read both beside held-out text's.

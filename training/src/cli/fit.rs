@@ -72,11 +72,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         stop: stop_on_signals().context("cannot listen to signals")?,
     };
     let ended = fit(config, options);
-    // Also of a run that has failed: they may show why. One that has recorded nothing has none.
-    if directory.join(record::METRICS).exists() {
-        report::draw(&directory)?;
-    }
+    // Curves also of a run that has failed: they may show why. One that has recorded nothing has none.
+    let drawn = if directory.join(record::METRICS).exists() {
+        report::draw(&directory)
+    } else {
+        Ok(())
+    };
+    // Why a run has failed comes before why there is no drawing of it.
     let (state, end) = ended?;
+    drawn?;
     let (step, minutes) = (state.step, state.seconds / 60.0);
     match end {
         End::Complete => println!("{step} steps in {minutes:.1} minutes"),

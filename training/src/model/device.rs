@@ -3,7 +3,7 @@
 //! Data-parallel training needs no more than a list of devices: a step's batch is split over them, each
 //! computes the gradients of its part on its copy of the weights, and the first one sums them and takes
 //! the step: gradients and weights go from device to device, once a step each way. Burn 0.22 has collective operations
-//! (`burn::tensor::distributed`), which would keep a copy of the weights on each; they are for GPUs, and not used yet.
+//! (`burn::tensor::distributed`), which are not used yet.
 
 use burn::tensor::Device;
 use thiserror::Error;
