@@ -10,8 +10,7 @@ use denoised::bundle::BundleFile;
 use denoised::diffusion::Parameterization;
 
 use super::graph::{Axis, Builder, Value, float, int, ints, string};
-use super::schema::tensor_proto::DataType;
-use super::schema::{AttributeProto, GraphProto};
+use super::schema::{AttributeProto, DataType, GraphProto};
 use super::{ExportError, Storage};
 use crate::model::kernels::RotaryAttention;
 use crate::model::state_dict::{HostTensor, StateDict, StateDictError};

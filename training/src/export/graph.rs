@@ -10,11 +10,9 @@ use denoised::bundle::BundleFile;
 
 use half::f16;
 
-use super::schema::tensor_proto::DataType;
-use super::schema::tensor_shape_proto::{Dimension, dimension};
 use super::schema::{
-    AttributeProto, GraphProto, NodeProto, StringStringEntryProto, TensorProto, TensorShapeProto, TypeProto,
-    ValueInfoProto, attribute_proto, tensor_proto, type_proto,
+    AttributeProto, AttributeType, DataLocation, DataType, Dimension, GraphProto, Length, NodeProto,
+    StringStringEntryProto, TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto,
 };
 use super::{ExportError, Storage};
 
@@ -288,7 +286,7 @@ impl<'a> Builder<'a> {
         let bytes = shape.iter().product::<usize>() * BYTES;
         match &mut self.external {
             Some(file) if bytes >= SMALLEST_EXTERNAL => {
-                tensor.data_location = Some(tensor_proto::DataLocation::External as i32);
+                tensor.data_location = Some(DataLocation::External as i32);
                 match write_aligned(file, entries) {
                     Ok(offset) => tensor.external_data = place(file.name(), offset, bytes),
                     Err(error) => drop(self.failure.get_or_insert(error)),
@@ -359,31 +357,25 @@ fn value_info(name: &str, element: DataType, shape: &[Axis]) -> ValueInfoProto {
         .iter()
         .map(|axis| {
             let value = match *axis {
-                Axis::Fixed(length) => dimension::Value::DimValue(length as i64),
-                Axis::Dynamic(name) => dimension::Value::DimParam(name.to_owned()),
+                Axis::Fixed(length) => Length::DimValue(length as i64),
+                Axis::Dynamic(name) => Length::DimParam(name.to_owned()),
             };
-            Dimension {
-                value: Some(value),
-                ..Dimension::default()
-            }
+            Dimension { value: Some(value) }
         })
         .collect();
-    let tensor = type_proto::Tensor {
+    let tensor = TensorTypeProto {
         elem_type: Some(element as i32),
         shape: Some(TensorShapeProto { dim }),
     };
-    let r#type = TypeProto {
-        value: Some(type_proto::Value::TensorType(tensor)),
-        ..TypeProto::default()
-    };
     ValueInfoProto {
         name: Some(name.to_owned()),
-        r#type: Some(r#type),
-        ..ValueInfoProto::default()
+        r#type: Some(TypeProto {
+            tensor_type: Some(tensor),
+        }),
     }
 }
 
-fn attribute(name: &str, kind: attribute_proto::AttributeType) -> AttributeProto {
+fn attribute(name: &str, kind: AttributeType) -> AttributeProto {
     AttributeProto {
         name: Some(name.to_owned()),
         r#type: Some(kind as i32),
@@ -395,7 +387,7 @@ fn attribute(name: &str, kind: attribute_proto::AttributeType) -> AttributeProto
 pub(super) fn int(name: &str, value: i64) -> AttributeProto {
     AttributeProto {
         i: Some(value),
-        ..attribute(name, attribute_proto::AttributeType::Int)
+        ..attribute(name, AttributeType::Int)
     }
 }
 
@@ -403,7 +395,7 @@ pub(super) fn int(name: &str, value: i64) -> AttributeProto {
 pub(super) fn ints(name: &str, values: &[i64]) -> AttributeProto {
     AttributeProto {
         ints: values.to_vec(),
-        ..attribute(name, attribute_proto::AttributeType::Ints)
+        ..attribute(name, AttributeType::Ints)
     }
 }
 
@@ -411,7 +403,7 @@ pub(super) fn ints(name: &str, values: &[i64]) -> AttributeProto {
 pub(super) fn float(name: &str, value: f32) -> AttributeProto {
     AttributeProto {
         f: Some(value),
-        ..attribute(name, attribute_proto::AttributeType::Float)
+        ..attribute(name, AttributeType::Float)
     }
 }
 
@@ -419,6 +411,6 @@ pub(super) fn float(name: &str, value: f32) -> AttributeProto {
 pub(super) fn string(name: &str, value: &str) -> AttributeProto {
     AttributeProto {
         s: Some(value.as_bytes().to_vec()),
-        ..attribute(name, attribute_proto::AttributeType::String)
+        ..attribute(name, AttributeType::String)
     }
 }

@@ -1,12 +1,13 @@
 //! From weights to what the server runs: an ONNX graph, and the bundle around it.
 //!
-//! `ddit` writes the network with `graph`, which writes the format of `onnx.proto`. The graph leaves
+//! `ddit` writes the network with `graph`, which writes the messages of `schema`. The graph leaves
 //! the sigma offset and the zero at the current token to its reader, which adds them in f64. What a
 //! storage of fewer bits costs is measured by [`difference`] before anybody sees the bundle.
 
 mod ddit;
 pub mod difference;
 mod graph;
+mod schema;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,6 +23,7 @@ use denoised::network::NetworkError as RuntimeError;
 use denoised::network::onnx;
 use difference::{Difference, Probe};
 use prost::Message;
+use schema::{ModelProto, OperatorSetIdProto};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
@@ -30,18 +32,6 @@ use tokenizers::Tokenizer;
 use crate::data::tokenizer::END_OF_DOCUMENT;
 use crate::model::state_dict::{StateDict, StateDictError};
 use crate::model::{NetworkConfig, NetworkError};
-
-/// The schema of ONNX files, compiled.
-#[allow(
-    missing_docs,
-    unreachable_pub,
-    clippy::all,
-    clippy::pedantic,
-    reason = "generated"
-)]
-pub(crate) mod schema {
-    include!(concat!(env!("OUT_DIR"), "/onnx.rs"));
-}
 
 /// Version of the operators in use: the first with `Gelu`.
 const OPERATORS: i64 = 20;
@@ -137,17 +127,16 @@ fn encoded(
     config.validate()?;
     check(config, weights)?;
     let operators = [("", OPERATORS), (graph::CONTRIBUTED, CONTRIBUTED_OPERATORS)];
-    let operators = operators.map(|(domain, version)| schema::OperatorSetIdProto {
+    let operators = operators.map(|(domain, version)| OperatorSetIdProto {
         domain: Some(domain.to_owned()),
         version: Some(version),
     });
-    let model = schema::ModelProto {
+    let model = ModelProto {
         ir_version: Some(FILE_FORMAT),
         opset_import: operators.to_vec(),
         producer_name: Some(env!("CARGO_PKG_NAME").to_owned()),
         producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
         graph: Some(ddit::graph(config, weights, storage, external)?),
-        ..schema::ModelProto::default()
     };
     match model.encoded_len() {
         0..=MAX_BYTES => Ok(model.encode_to_vec()),
