@@ -1,11 +1,13 @@
 //! The exported network says what the trained one says.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
 
 use burn::Tensor;
 use burn::tensor::TensorData;
+use clap::ValueEnum;
 use denoised::bundle::{Bundle, Defaults};
 use denoised::diffusion::Parameterization;
 use denoised::diffusion::{GraphKind, Schedule, Token, sigma_offset};
@@ -342,6 +344,40 @@ fn the_same_weights_give_the_same_file() {
     let (config, weights) = random_network(3);
     let model = || export::onnx_model(&config, &weights, Storage::F16).unwrap();
     assert_eq!(model(), model());
+}
+
+/// Whether the messages are those of the format, and the operators are used as they may be: ONNX Runtime is lenient.
+#[test]
+fn the_makers_of_the_format_find_no_fault() {
+    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/python/bin/python");
+    let python = env::var_os("TEST_PYTHON").unwrap_or_else(|| fetched.into());
+    let has_onnx = Command::new(&python).args(["-c", "import onnx"]).output();
+    if !has_onnx.is_ok_and(|output| output.status.success()) {
+        eprintln!(
+            "SKIPPED: no Python with onnx (make test-tools, or TEST_PYTHON): no exported graph was checked by it"
+        );
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let models = Storage::value_variants().iter().map(|&storage| {
+        let (config, weights) = random_network(3);
+        let path = folder.path().join(format!("{storage}.onnx"));
+        fs::write(&path, export::onnx_model(&config, &weights, storage).unwrap()).unwrap();
+        path
+    });
+    let output = Command::new(&python)
+        .args([
+            "-c",
+            "import onnx, sys; [onnx.checker.check_model(onnx.load(path), full_check=True) for path in sys.argv[1:]]",
+        ])
+        .args(models)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 fn read(path: &Path) -> StateDict {
