@@ -1,7 +1,4 @@
 //! The straight line of a training run on a small text: tokenizer, token files, fit, resume, evaluate, export.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
-
-mod common;
 
 use std::fs;
 
@@ -22,7 +19,7 @@ use training::fit::step::objective;
 use training::fit::{FitOptions, Start, fit};
 use training::model::Ddit;
 
-use common::{config, prepared};
+use crate::common::{config, prepared};
 
 fn resumed() -> FitOptions {
     FitOptions {

@@ -1,5 +1,4 @@
 //! `training evaluate`, on the demo model's bundle, and the server's bound beside it.
-#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

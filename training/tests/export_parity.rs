@@ -1,5 +1,4 @@
 //! The exported network says what the trained one says.
-#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,13 +1,10 @@
 //! Runs that begin with the weights of another, and what a checkpoint writes.
-#![allow(clippy::unwrap_used, reason = "tests")]
-
-mod common;
 
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use common::{config, config_file, prepared};
+use crate::common::{config, config_file, prepared};
 use training::fit::record::{Line, read_provenance};
 
 fn training(arguments: &[&str]) -> Output {

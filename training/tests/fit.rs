@@ -1,8 +1,5 @@
 //! Runs that are stopped, killed, starved of disk space or led astray: nothing that was learned is lost,
 //! and what went wrong is said. These drive the program itself.
-#![allow(clippy::unwrap_used, reason = "tests")]
-
-mod common;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -11,7 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{config, config_file, prepared};
+use crate::common::{config, config_file, prepared};
 use training::fit::checkpoint::{self, Which};
 use training::fit::mirror::Mirror;
 use training::fit::record::{Line, read_provenance};

@@ -1,6 +1,5 @@
 //! Checkpoints of the reference implementation, in every layout it writes, become bundles that say what
 //! it says.
-#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

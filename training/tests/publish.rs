@@ -1,5 +1,4 @@
 //! Publishing adds versions to a repository, whole, each to its own number.
-#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,5 +1,4 @@
 //! What stratified times are worth on a network that was trained.
-#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::Path;
 

@@ -1,5 +1,4 @@
 //! The walk of `training/README.md`, every command as it is written there, in a shell.
-#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::fs;
 use std::os::unix::fs::symlink;

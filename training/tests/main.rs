@@ -1,0 +1,13 @@
+//! What somebody who trains sees: one file a promise. One program of all, for each would be linked with Burn anew.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+mod chain;
+mod common;
+mod evaluate;
+mod export_parity;
+mod fine_tuning;
+mod fit;
+mod import;
+mod publish;
+mod times;
+mod walkthrough;
