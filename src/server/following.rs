@@ -164,13 +164,19 @@ impl Service {
         let (newest, mut changes) = (Arc::clone(newest), self.engine.changes());
         let default = self.models.now().default_model();
         // Nobody waits for the end of what this waits for.
-        let engine = Arc::downgrade(&self.engine);
+        let server_engine = Arc::downgrade(&self.engine);
         tokio::spawn(async move {
             loop {
-                let Some(engine) = engine.upgrade().filter(|_| !newest.is_retired()) else {
+                let Some(engine) = server_engine.upgrade().filter(|_| !newest.is_retired()) else {
                     return;
                 };
                 if engine.was_ready(&newest) {
+                    drop(engine);
+                    // One that was chosen before, and not admitted yet, would be loaded again and stay.
+                    tokio::time::sleep(LAST_CHOICE).await;
+                    let Some(engine) = server_engine.upgrade().filter(|_| !newest.is_retired()) else {
+                        return;
+                    };
                     let is_kept = |version: &Arc<ServedModel>| {
                         Arc::ptr_eq(version, &newest)
                             || default
