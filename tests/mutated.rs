@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use denoised::client::Bearer;
 use denoised::proto::DESCRIPTORS;
 use denoised::proto::v1::diffusion_service_client::DiffusionServiceClient;
 use denoised::proto::v1::likelihood::Likelihood as Kind;
@@ -24,12 +25,14 @@ use prost::Message;
 use prost_types::FileDescriptorSet;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::binary::{Serving, denoised};
 use crate::errors::Raw;
 use crate::support::{Answer, gap, generate, infill, prompt};
+use crate::tokens::{Showing, token};
 
 /// How many requests are sent; `DENOISED_MUTATIONS=1000000` for more.
 fn mutations() -> u64 {
@@ -271,7 +274,7 @@ fn template() -> InfillRequest {
 }
 
 /// Method and message of requests that are right.
-async fn right_ones(channel: &Channel) -> Vec<(&'static str, Vec<u8>)> {
+async fn right_ones(channel: &Showing) -> Vec<(&'static str, Vec<u8>)> {
     let mut client = DiffusionServiceClient::new(channel.clone());
     let Answer { accepted, frames, .. } = infill(&mut client, template()).await.unwrap();
     let resumed = InfillRequest {
@@ -383,7 +386,7 @@ async fn right_ones(channel: &Channel) -> Vec<(&'static str, Vec<u8>)> {
 }
 
 /// Sends `message` to `method`, and reads a little of the answer. Streams are left then.
-async fn call(channel: &Channel, method: &'static str, message: Vec<u8>) -> Result<(), Status> {
+async fn call(channel: &Showing, method: &'static str, message: Vec<u8>) -> Result<(), Status> {
     let mut grpc = tonic::client::Grpc::new(channel.clone());
     grpc.ready()
         .await
@@ -399,8 +402,8 @@ async fn call(channel: &Channel, method: &'static str, message: Vec<u8>) -> Resu
     Ok(())
 }
 
-/// A connection from an address of its own: another caller.
-async fn connect(url: &str, host: u8) -> Channel {
+/// A connection from an address of its own: another caller, also where neither has a token.
+async fn connect(url: &str, host: u8, bearer: Bearer) -> Showing {
     let address = IpAddr::V4(Ipv4Addr::new(127, 0, 0, host));
     let endpoint = Channel::from_shared(url.to_owned()).unwrap();
     let endpoint = endpoint.local_address(Some(address));
@@ -409,12 +412,12 @@ async fn connect(url: &str, host: u8) -> Channel {
     } else {
         endpoint
     };
-    endpoint.connect().await.unwrap()
+    InterceptedService::new(endpoint.connect().await.unwrap(), bearer)
 }
 
 /// Times of calls, one after the other until `is_over`, each of which gets `tokens`.
 async fn times(
-    client: &mut DiffusionServiceClient<Channel>,
+    client: &mut DiffusionServiceClient<Showing>,
     request: impl Fn() -> GenerateRequest,
     is_over: impl Fn(usize) -> bool,
     tokens: &[Vec<u32>],
@@ -438,7 +441,28 @@ fn median(times: &[Duration]) -> Option<Duration> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_are_almost_right_are_answered_and_harm_nobody() {
-    answers_and_harms_nobody(denoised(), "http", mutations()).await;
+    answers_and_harms_nobody(
+        denoised(),
+        "http",
+        mutations(),
+        Bearer::default(),
+        Bearer::default(),
+    )
+    .await;
+}
+
+/// Where a caller is known as one whose work comes first: four turns for each of the other's.
+#[tokio::test(flavor = "multi_thread")]
+async fn least_of_all_a_caller_of_weight() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens.toml");
+    let [honest, hostile] = ["weight = 4", "admin = true"].map(|rights| {
+        let name = rights.split(' ').next().unwrap();
+        Bearer::new(&token(&file, name, rights)).unwrap()
+    });
+    let mut command = denoised();
+    command.env("DENOISED__SERVER__TOKENS", &file);
+    answers_and_harms_nobody(command, "http", mutations() / 3, honest, hostile).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -450,17 +474,24 @@ async fn nor_do_they_over_tls() {
             crate::tls::fixture("first.pem"),
         )
         .env("DENOISED__SERVER__TLS_KEY", crate::tls::fixture("first.key"));
-    answers_and_harms_nobody(command, "https", mutations() / 3).await;
+    let nobody = Bearer::default();
+    answers_and_harms_nobody(command, "https", mutations() / 3, nobody.clone(), nobody).await;
 }
 
-async fn answers_and_harms_nobody(mut command: std::process::Command, scheme: &str, mutations: u64) {
+async fn answers_and_harms_nobody(
+    mut command: std::process::Command,
+    scheme: &str,
+    mutations: u64,
+    honest: Bearer,
+    hostile: Bearer,
+) {
     command.env("DENOISED__SERVER__MODEL_CONTROL", "callers");
     // What would take long is refused: all that is accepted has to be answered soon.
     command.env("DENOISED__ENGINE__MAX_QUEUE_SECONDS", "10");
     command.env("DENOISED__LOG__FILTER", "warn");
     let server = Serving::start_with(&mut command);
     let url = format!("{scheme}://{}", server.address);
-    let right = right_ones(&connect(&url, 2).await).await;
+    let right = right_ones(&connect(&url, 2, hostile.clone()).await).await;
     let described = FileDescriptorSet::decode(DESCRIPTORS).unwrap();
     for file in &described.file {
         for (service, method) in file
@@ -479,7 +510,7 @@ async fn answers_and_harms_nobody(mut command: std::process::Command, scheme: &s
         sampling: Some(sampling(Sampler::Tweedie(Tweedie::default()))),
         ..GenerateRequest::default()
     };
-    let channel = connect(&url, 3).await;
+    let channel = connect(&url, 3, honest).await;
     let mut honest = DiffusionServiceClient::new(channel);
     let undisturbed = generate(&mut honest, asked()).await.unwrap().tokens();
     let alone = times(&mut honest, asked, |done| done == 50, &undisturbed).await;
@@ -490,7 +521,7 @@ async fn answers_and_harms_nobody(mut command: std::process::Command, scheme: &s
         times(&mut honest, asked, is_over, &undisturbed).await
     });
 
-    let hostile = connect(&url, 4).await;
+    let hostile = connect(&url, 4, hostile).await;
     let answers = futures_util::stream::iter(0..mutations)
         .map(|index| {
             let mut random = SmallRng::seed_from_u64(index);

@@ -22,6 +22,8 @@ use denoised::server::Server;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tonic::Status;
+use tonic::client::GrpcService;
+use tonic::codegen::{Body, Bytes, StdError};
 use tonic::transport::Channel;
 
 pub struct TestServer {
@@ -165,10 +167,15 @@ impl Answer {
     }
 }
 
-pub async fn generate(
-    client: &mut DiffusionServiceClient<Channel>,
+pub async fn generate<T>(
+    client: &mut DiffusionServiceClient<T>,
     request: GenerateRequest,
-) -> Result<Answer, Status> {
+) -> Result<Answer, Status>
+where
+    T: GrpcService<tonic::body::Body>,
+    T::Error: Into<StdError>,
+    T::ResponseBody: Body<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
+{
     let mut stream = client.generate(request).await?.into_inner();
     let mut answer = Answer::default();
     while let Some(message) = stream.message().await? {
@@ -190,10 +197,15 @@ pub fn gap(positions: u32) -> Part {
     })
 }
 
-pub async fn infill(
-    client: &mut DiffusionServiceClient<Channel>,
+pub async fn infill<T>(
+    client: &mut DiffusionServiceClient<T>,
     request: InfillRequest,
-) -> Result<Answer, Status> {
+) -> Result<Answer, Status>
+where
+    T: GrpcService<tonic::body::Body>,
+    T::Error: Into<StdError>,
+    T::ResponseBody: Body<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
+{
     let mut stream = client.infill(request).await?.into_inner();
     let mut answer = Answer::default();
     while let Some(message) = stream.message().await? {

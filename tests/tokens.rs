@@ -30,7 +30,7 @@ use crate::plain_http::{ask, get};
 use crate::support::{TestServer, closed_form, closed_form_manifest, config};
 
 /// A token that `denoised token new` makes; its hash is in `file` then, and `rights` behind it.
-fn token(file: &Path, name: &str, rights: &str) -> String {
+pub(crate) fn token(file: &Path, name: &str, rights: &str) -> String {
     let output = denoised()
         .args(["token", "new", name, "--file"])
         .arg(file)
@@ -43,7 +43,7 @@ fn token(file: &Path, name: &str, rights: &str) -> String {
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
-type Showing = InterceptedService<Channel, Bearer>;
+pub(crate) type Showing = InterceptedService<Channel, Bearer>;
 
 fn showing(channel: &Channel, token: &str) -> Showing {
     InterceptedService::new(channel.clone(), Bearer::new(token).unwrap())

@@ -16,7 +16,9 @@
 //! (Passes that both orders would have begun alike count for neither.)
 //!
 //! A pass is headed by whose turn it is and filled, in the same order, with others that can share it. Whoever
-//! rides along is charged as well, so nobody gains by it, and no room of a pass is left empty.
+//! rides along is charged as well, so nobody gains by it, and no room of a pass is left empty. But where there are, or
+//! lately were, several callers, a pass grows only as long as that makes evaluations cheaper: beyond, one caller's
+//! passes would be long for nothing, and it is the others who wait for their end.
 //!
 //! Pure data, no clock and no lock. Every operation is logarithmic in what waits, but for re-listing a caller in a
 //! lane that it has advanced in since, which happens at most once for each time that it was charged.
@@ -95,6 +97,8 @@ pub(in crate::engine) struct Weight {
 pub(in crate::engine) struct Pass {
     /// Items; one always fits.
     pub(in crate::engine) items: usize,
+    /// Items beyond which sharing saves next to nothing, while others wait for the pass to end.
+    pub(in crate::engine) worthwhile: usize,
     /// Bytes that the network gives for all of them; the first item always fits.
     pub(in crate::engine) output_bytes: usize,
     /// Predicted time of an evaluation of one item.
@@ -110,6 +114,10 @@ struct VirtualClock {
     /// What that pass costs. It is shared when the next one begins, for whoever comes until then waits for it as well.
     pending: VirtualTime,
 }
+
+/// For how long a caller who was alone since counts as one of several: virtual time, which goes on as time does as long
+/// as there is work.
+const LATELY: VirtualTime = 1_000_000_000;
 
 impl VirtualClock {
     /// A pass begins with something of virtual time `time`, while those who are there have weights of `present` in all.
@@ -203,6 +211,8 @@ pub(in crate::engine) struct FairOrder<C, L, T> {
     ahead: BTreeSet<(VirtualTime, CallerNumber)>,
     /// Of callers.
     clock: VirtualClock,
+    /// When there were several callers the last time.
+    several_at: Option<VirtualTime>,
     passes: u64,
     /// Weights of the callers that have members.
     present: u64,
@@ -224,6 +234,7 @@ where
             backlogged: BTreeSet::new(),
             ahead: BTreeSet::new(),
             clock: VirtualClock::default(),
+            several_at: None,
             passes: 0,
             present: 0,
             arrivals: 0,
@@ -355,6 +366,7 @@ where
         self.passes += 1;
         self.clock.pass_begins(self.passes, time, self.present);
         self.forget_who_is_not_ahead();
+        let several = self.were_several_lately();
         let Some(caller) = self.callers.get_mut(&number) else {
             return Vec::new();
         };
@@ -375,7 +387,12 @@ where
             return Vec::new();
         };
         let pass = measure(&lane);
-        let room = pass.items.clamp(1, waiting.div_ceil(sleepers + 1).max(1));
+        let most = if several {
+            pass.items.min(pass.worthwhile)
+        } else {
+            pass.items
+        };
+        let room = most.clamp(1, waiting.div_ceil(sleepers + 1).max(1));
         let (mut batch, mut bytes_left, mut time_of_pass) = (Vec::new(), pass.output_bytes, 0u64);
         let mut next = Some(key);
         while let Some(key) = next {
@@ -552,6 +569,15 @@ where
             callers.insert((caller.time, number));
             here.listed = caller.time;
         }
+    }
+
+    /// Whether somebody else than the one caller that there is waits for the pass, or may be back before it ends.
+    fn were_several_lately(&mut self) -> bool {
+        if self.callers.len() - self.ahead.len() > 1 {
+            self.several_at = Some(self.clock.now);
+        }
+        self.several_at
+            .is_some_and(|at| self.clock.now.saturating_sub(at) < LATELY)
     }
 
     /// Forgets callers that are gone and have had no more than their share.

@@ -100,6 +100,7 @@ impl Queue {
             let measure = |lane: &Lane| Pass {
                 items: limits.tokens / lane.length.max(1),
                 output_bytes: limits.output_bytes,
+                worthwhile: costs.worthwhile(lane.model, lane.length),
                 // A guess would weigh on flows long after costs are known.
                 cost: costs.known(lane.model, lane.length).unwrap_or(1),
             };

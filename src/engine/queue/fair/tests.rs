@@ -90,6 +90,7 @@ fn take(order: &mut Order, room: usize) -> Vec<(u64, u32)> {
 fn pass(items: usize) -> impl Fn(&Lane) -> Pass {
     move |(_, cost)| Pass {
         items,
+        worthwhile: usize::MAX,
         output_bytes: 0,
         cost: *cost,
     }
@@ -109,6 +110,31 @@ fn callers_take_turns_whatever_they_queue() {
     add(&mut order, 2, "modest", 1, 3, 10);
     let taken: Vec<u64> = (0..6).map(|_| take(&mut order, 1)[0].0).collect();
     assert_eq!(taken, [1, 2, 1, 2, 1, 2]);
+}
+
+#[test]
+fn passes_grow_for_nothing_only_where_nobody_else_waits_for_their_end() {
+    let mut order = Order::new();
+    let sizes = |order: &mut Order, passes: usize| -> Vec<usize> {
+        let pass = |(_, cost): &Lane| Pass {
+            worthwhile: 2,
+            ..pass(8)(&(0, *cost))
+        };
+        (0..passes).map(|_| order.take(0, pass, light).len()).collect()
+    };
+    let cost = LATELY / 64;
+    add(&mut order, 1, "greedy", 0, 200, cost);
+    assert_eq!(sizes(&mut order, 2), [8, 8], "alone");
+    add(&mut order, 2, "modest", 1, 3, cost);
+    assert_eq!(
+        sizes(&mut order, 3),
+        [2, 1, 2],
+        "two of one, one that is left of the other"
+    );
+    (0..3).for_each(|_| order.leave(key(2)));
+    // One that asks again and again meets short passes at once, and long ones only after a while.
+    assert_eq!(sizes(&mut order, 16), [2; 16]);
+    assert!(sizes(&mut order, 20).ends_with(&[8, 8]));
 }
 
 #[test]
@@ -325,6 +351,7 @@ fn a_pass_gives_no_more_bytes_than_it_may_but_for_one_item() {
     let pass = |output_bytes| {
         move |_: &Lane| Pass {
             items: 8,
+            worthwhile: usize::MAX,
             output_bytes,
             cost: 10,
         }
