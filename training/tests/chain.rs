@@ -1,6 +1,8 @@
 //! The straight line of a training run on a small text: tokenizer, token files, fit, resume, evaluate, export.
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 use denoised::bundle::Bundle;
 use denoised::diffusion::Parameterization;
@@ -19,7 +21,7 @@ use training::fit::step::objective;
 use training::fit::{FitOptions, Start, fit};
 use training::model::Ddit;
 
-use crate::common::{config, prepared};
+use crate::common::{config, denoised, prepared};
 
 fn resumed() -> FitOptions {
     FitOptions {
@@ -28,8 +30,36 @@ fn resumed() -> FitOptions {
     }
 }
 
-/// A network and its bundle in ONNX Runtime give the same bound and the same samples, for the same noise.
-fn agree(network: &Ddit, bundle: &Bundle, sequences: &[Vec<Token>]) {
+/// What a server of the models in `repository` writes.
+fn written(program: &Path, repository: &Path, model: &str, sampling: &Sampling<'_>) -> Vec<Vec<Token>> {
+    let output = Command::new(program)
+        .args(["generate", "--json", "--model", model, "--repository"])
+        .arg(repository)
+        .args(["--length", &sampling.length.to_string()])
+        .args(["--num-samples", &sampling.count.to_string()])
+        .args(["--steps", &sampling.steps.to_string()])
+        .args(["--seed", &sampling.seed.to_string()])
+        .output()
+        .unwrap();
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success(),
+        "{told}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let mut texts = vec![Vec::new(); sampling.count];
+    for line in told.lines() {
+        let event: serde_json::Value = serde_json::from_str(line).unwrap();
+        if let Some(result) = event.get("result") {
+            let canvas = result.get("canvas").map_or(0, |canvas| canvas.as_u64().unwrap());
+            texts[canvas as usize] = serde_json::from_value(result["tokens"].clone()).unwrap();
+        }
+    }
+    texts
+}
+
+/// A network, its bundle in ONNX Runtime and a server of it give the same bound and the same samples, for the same noise.
+fn agree(network: &Ddit, repository: &Path, bundle: &Bundle, sequences: &[Vec<Token>]) {
     let estimate = Estimate {
         objective: Served::objective(bundle.manifest()),
         draws: 4,
@@ -56,6 +86,10 @@ fn agree(network: &Ddit, bundle: &Bundle, sequences: &[Vec<Token>]) {
     };
     let drawn = sampling.draw(&|| Served::load(bundle)).unwrap();
     assert_eq!(drawn, sampling.draw(&|| Ok(network)).unwrap());
+    if let Some(program) = denoised() {
+        let model = &bundle.manifest().name;
+        assert_eq!(drawn, written(&program, repository, model, &sampling));
+    }
     assert!(Variety::of(&drawn).unwrap().token_entropy_nats.mean > 1.0);
 }
 
@@ -126,7 +160,7 @@ fn from_text_to_a_bundle_that_runs() {
         bundle.tokenizer().unwrap().unwrap().decode(&[5]).unwrap().len(),
         1
     );
-    agree(&network, &bundle, &sequences);
+    agree(&network, &root.join("models"), &bundle, &sequences);
     let mut served = OnnxNetwork::load(&bundle, &OnnxOptions::default()).unwrap();
     let mask = i64::from(bundle.manifest().mask_token.unwrap());
     let batch = Batch {
@@ -229,7 +263,7 @@ fn a_network_of_probabilities_goes_the_whole_way() {
     loss *= config.schedule.rate(t) / sigma.exp_m1();
     assert!((loss / expected - 1.0).abs() < 1e-4, "{loss} is not {expected}");
 
-    agree(&network, &bundle, &sequences);
+    agree(&network, &root.join("models"), &bundle, &sequences);
 }
 
 #[test]

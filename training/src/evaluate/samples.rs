@@ -5,10 +5,11 @@ use std::convert::Infallible;
 
 use burn::Tensor;
 use burn::tensor::{Int, TensorData};
-use denoised::diffusion::Parameterization;
 use denoised::diffusion::sampler::row::{self, RowError, Scratch};
-use denoised::diffusion::sampler::{TimeGrid, Tweedie};
-use denoised::diffusion::{Draws, Token, TokenChoice};
+use denoised::diffusion::sampler::{
+    Candidate, CanvasView, Commit, Evaluation, HittingTimes, Sampler, TimeGrid, normalized,
+};
+use denoised::diffusion::{Draws, Parameterization, Process, SamplerKind, Token, TokenChoice};
 use thiserror::Error;
 
 use crate::loss::Objective;
@@ -65,6 +66,31 @@ pub struct Sampling<'a> {
     pub threads: usize,
 }
 
+/// A sample on its way from noise to text.
+struct Canvas {
+    tokens: Vec<Token>,
+    clamped: Vec<bool>,
+    gaps: usize,
+    step: u32,
+    nfe: u32,
+    hitting_times: Option<HittingTimes>,
+    draws: Draws,
+}
+
+impl Canvas {
+    fn view(&self) -> CanvasView<'_> {
+        CanvasView {
+            tokens: &self.tokens,
+            clamped: &self.clamped,
+            gaps: self.gaps,
+            step: self.step,
+            nfe: self.nfe,
+            hitting_times: self.hitting_times.as_ref(),
+            draws: &self.draws,
+        }
+    }
+}
+
 /// `count` sequences of the length of `network`, a network in training.
 pub fn draw(
     network: &Ddit,
@@ -88,62 +114,129 @@ pub fn draw(
 
 impl Sampling<'_> {
     /// Draws the samples, with a network per thread. The same seed gives the same noise and choices
-    /// whatever the network and the threads, so that samples of one run can be compared over its steps.
+    /// whatever the network and the threads, so that samples of one run can be compared over its steps; a server of
+    /// the exported network gives the same texts for it.
     pub fn draw<N: HeadRows>(
         &self,
         network: &(impl Fn() -> Result<N, N::Error> + Sync),
     ) -> Result<Vec<Vec<Token>>, SampleError<N::Error>> {
+        let sampler = self.sampler();
         parallel::map(
             self.count,
             self.threads,
             &|| network().map_err(SampleError::Network),
-            &|network, index| self.sequence(network, index as u64),
+            &|network, index| self.sequence(sampler.as_ref(), network, index as u64),
         )
+    }
+
+    /// The server's sampler for these samples.
+    fn sampler(&self) -> Box<dyn Sampler> {
+        let Objective {
+            graph,
+            schedule,
+            parameterization,
+            ..
+        } = self.objective;
+        let (kind, process) = (SamplerKind::Tweedie, Process { graph, schedule });
+        let normalized = normalized(false, kind, &process, parameterization);
+        kind.build(process, TimeGrid::new(self.steps), normalized)
     }
 
     fn sequence<N: HeadRows>(
         &self,
+        sampler: &dyn Sampler,
         network: &mut N,
         index: u64,
     ) -> Result<Vec<Token>, SampleError<N::Error>> {
-        let (graph, schedule) = (&self.objective.graph, &self.objective.schedule);
-        let grid = TimeGrid::new(self.steps);
-        let mut draws = Draws::new(self.seed, index);
-        let mut tokens: Vec<Token> = (0..self.length)
-            .map(|position| graph.sample_limit(draws.prior(position)))
-            .collect();
-        let given = self.prompt.len().min(self.length);
-        tokens[..given].copy_from_slice(&self.prompt[..given]);
-        let mut moved = Vec::new();
+        let mut canvas = self.canvas(sampler, index);
         let mut scratch = Scratch::default();
-        for step in 0..grid.evaluations() {
-            let mask = graph.mask();
-            let wanted: Vec<usize> = (given..self.length)
-                .filter(|&position| mask.is_none_or(|mask| tokens[position] == mask))
-                .collect();
-            if wanted.is_empty() {
-                break;
+        loop {
+            while let Some(commit) = sampler.pass_over(&canvas.view()) {
+                self.apply(&commit, &mut canvas);
             }
-            let sigma = schedule.total_noise(grid.time(step));
-            let law = grid.law(&Tweedie, graph, schedule, step);
-            moved.clear();
-            network
-                .head_rows(&tokens, sigma, &wanted, &mut |row, scores| {
-                    let position = wanted[row];
-                    let offset = self.offset(sigma, scores, tokens[position]);
-                    let uniforms = draws.at(step, position);
-                    let token = tokens[position];
-                    let drawn = row::draw(&law, &self.choice, token, scores, offset, uniforms, &mut scratch);
-                    moved.push(drawn.map(|token| (position, token)));
-                })
-                .map_err(SampleError::Network)?;
-            for moved in moved.drain(..) {
-                if let (position, Some(token)) = moved? {
-                    tokens[position] = token;
-                }
+            if canvas.step >= sampler.steps(canvas.gaps) {
+                return Ok(canvas.tokens);
+            }
+            let evaluation = sampler.evaluation(&canvas.view());
+            let mut candidates = Vec::new();
+            let mut read = |row: usize, scores: &[f32]| {
+                let drawn = self.candidate(&canvas, &evaluation, row, scores, &mut scratch);
+                candidates.extend(drawn.transpose());
+            };
+            // Not every framework is at home with empty tensors.
+            if !evaluation.positions.is_empty() {
+                network
+                    .head_rows(&canvas.tokens, evaluation.sigma, &evaluation.positions, &mut read)
+                    .map_err(SampleError::Network)?;
+            }
+            let candidates = candidates.into_iter().collect::<Result<Vec<_>, _>>()?;
+            let commit = sampler.commit(&canvas.view(), &evaluation, candidates);
+            canvas.nfe += 1;
+            self.apply(&commit, &mut canvas);
+        }
+    }
+
+    /// Noise behind the prompt.
+    fn canvas(&self, sampler: &dyn Sampler, index: u64) -> Canvas {
+        let graph = &self.objective.graph;
+        let mut draws = Draws::new(self.seed, index);
+        let token = |position: usize| {
+            let given = self.prompt.get(position).copied();
+            given.unwrap_or_else(|| graph.sample_limit(draws.prior(position)))
+        };
+        let tokens: Vec<Token> = (0..self.length).map(token).collect();
+        let masked: Vec<bool> = tokens.iter().map(|token| Some(*token) == graph.mask()).collect();
+        Canvas {
+            tokens,
+            clamped: (0..self.length)
+                .map(|position| position < self.prompt.len())
+                .collect(),
+            gaps: self.length.saturating_sub(self.prompt.len()),
+            step: 0,
+            nfe: 0,
+            hitting_times: sampler.hitting_times(&masked, &mut draws),
+            draws,
+        }
+    }
+
+    /// What the row number `row` of an evaluation makes of its position; `None` where it stays as it is.
+    fn candidate(
+        &self,
+        canvas: &Canvas,
+        evaluation: &Evaluation,
+        row: usize,
+        scores: &[f32],
+        scratch: &mut Scratch,
+    ) -> Result<Option<Candidate>, RowError> {
+        let position = evaluation.positions[row];
+        let token = canvas.tokens[position];
+        let among = row::Choice {
+            choice: &self.choice,
+            allowed: None,
+        };
+        let offset = self.offset(evaluation.sigma, scores, token);
+        let uniforms = canvas.draws.clone().at(evaluation.draw, position);
+        let law = &evaluation.law;
+        let drawn = row::draw_by(law, among, token, scores, offset, None, uniforms, scratch)?;
+        Ok(drawn.map(|token| Candidate {
+            position,
+            token,
+            // Tweedie's steps go by neither.
+            uncertainty: 0.0,
+            log_probability: 0.0,
+        }))
+    }
+
+    fn apply(&self, commit: &Commit, canvas: &mut Canvas) {
+        for candidate in &commit.set {
+            canvas.tokens[candidate.position] = candidate.token;
+        }
+        if let Some(mask) = self.objective.graph.mask() {
+            for &position in &commit.masked {
+                canvas.tokens[position] = mask;
             }
         }
-        Ok(tokens)
+        canvas.step = commit.step;
     }
 
     /// What turns a row of the head into log-scores of the token at its position.

@@ -24,6 +24,16 @@ fn corpus(folder: &Path) -> Corpus {
     }
 }
 
+/// The server's program; says so and gives `None` where it is not built.
+pub(crate) fn denoised() -> Option<PathBuf> {
+    let program = Path::new(env!("CARGO_BIN_EXE_training")).with_file_name("denoised");
+    if program.is_file() {
+        return Some(program);
+    }
+    eprintln!("SKIPPED: what needs denoised, which is not built (cargo test --workspace)");
+    None
+}
+
 /// A tokenizer and token files made of a small text; the tokenizer's path and the held-out tokens.
 pub(crate) fn prepared(root: &Path) -> (PathBuf, TokenFile) {
     let corpus = corpus(root);
