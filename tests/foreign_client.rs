@@ -10,12 +10,14 @@ use serde_json::Value;
 
 use crate::binary::Serving;
 
+use crate::support::skipped;
+
 pub fn grpcurl() -> Option<PathBuf> {
     let fetched = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".tools/bin/grpcurl");
     if fetched.exists() {
         return Some(fetched);
     }
-    eprintln!("SKIPPED: grpcurl is not installed (make test-tools): the foreign client was not run");
+    skipped("grpcurl is not installed (make test-tools): the foreign client was not run");
     None
 }
 
@@ -147,7 +149,7 @@ fn clients_of_other_languages_are_made_from_the_protos_and_get_the_same_text() {
     if has_grpc(&python) {
         answers.push(printed(Command::new(&python), "client.py", &server));
     } else {
-        eprintln!("SKIPPED: grpcio-tools is not installed (make test-tools): no client of Python was made");
+        skipped("grpcio-tools is not installed (make test-tools): no client of Python was made");
     }
     let modules = tools.join("node/node_modules");
     if modules.join("@grpc/grpc-js").is_dir() {
@@ -155,14 +157,12 @@ fn clients_of_other_languages_are_made_from_the_protos_and_get_the_same_text() {
         node.env("NODE_PATH", &modules);
         answers.push(printed(node, "client.js", &server));
     } else {
-        eprintln!(
-            "SKIPPED: the packages of Node are not installed (make test-tools): no client of Node was made"
-        );
+        skipped("the packages of Node are not installed (make test-tools): no client of Node was made");
     }
     if std::env::var_os("DENOISED_TEST_GO").is_some() {
         answers.push(printed(Command::new("bash"), "client_go.sh", &server));
     } else {
-        eprintln!("SKIPPED: no client of Go was made (make test-go)");
+        skipped("no client of Go was made (make test-go)");
     }
     for answer in &answers {
         assert_eq!(

@@ -14,7 +14,7 @@ use denoised::proto::v1::{GenerateRequest, ModelReference, Sampling};
 use denoised::server::Server;
 use statrs::distribution::{ChiSquared, ContinuousCDF};
 
-use crate::support::{CLOSED_FORM_LENGTH, TestServer, closed_form_manifest, config, generate};
+use crate::support::{CLOSED_FORM_LENGTH, TestServer, closed_form_manifest, config, generate, skipped};
 
 const LAW: [f64; 5] = [0.4, 0.3, 0.15, 0.1, 0.05];
 
@@ -98,9 +98,7 @@ fn python_with_torch() -> Option<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_pytorch_example_writes_a_bundle_that_is_served() {
     let Some(python) = python_with_torch() else {
-        eprintln!(
-            "SKIPPED: no Python with torch, onnx and onnxscript (TEST_PYTHON): the export example was not run"
-        );
+        skipped("no Python with torch, onnx and onnxscript (TEST_PYTHON): the export example was not run");
         return;
     };
     let folder = tempfile::tempdir().unwrap();

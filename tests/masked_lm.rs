@@ -22,7 +22,7 @@ use statrs::distribution::{ChiSquared, ContinuousCDF};
 use tempfile::TempDir;
 
 use crate::support::{
-    CLOSED_FORM_LENGTH, TestServer, closed_form_manifest, config, gap, generate, infill, prompt,
+    CLOSED_FORM_LENGTH, TestServer, closed_form_manifest, config, gap, generate, infill, prompt, skipped,
 };
 
 const FIXTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/masked-lm");
@@ -244,9 +244,9 @@ fn rxnmapper(folder: &TempDir) -> Option<(String, PathBuf)> {
         output.is_ok_and(|output| output.status.success())
     };
     if !run(&["-c", "import torch, transformers, onnx, onnxscript, tokenizers"]) {
-        eprintln!(
-            "SKIPPED: no Python with torch, transformers, onnx, onnxscript and tokenizers (TEST_PYTHON): no published \
-             masked language model was exported"
+        skipped(
+            "no Python with torch, transformers, onnx, onnxscript and tokenizers (TEST_PYTHON): no published \
+             masked language model was exported",
         );
         return None;
     }
@@ -264,9 +264,9 @@ fn rxnmapper(folder: &TempDir) -> Option<(String, PathBuf)> {
         "import glob, zipfile; zipfile.ZipFile(*glob.glob('wheel/*.whl')).extractall('.')",
     ]);
     if !fetched {
-        eprintln!(
-            "SKIPPED: {RXNMAPPER} could not be fetched: no published masked language model was exported"
-        );
+        skipped(format_args!(
+            "{RXNMAPPER} could not be fetched: no published masked language model was exported"
+        ));
         return None;
     }
     let model = "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k";

@@ -9,7 +9,7 @@ use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
 use denoised::proto::v1::{GenerateRequest, ListModelsRequest, ModelReference, ModelState, Sampling};
 
-use crate::support::{TestServer, config, generate, publish_files};
+use crate::support::{TestServer, config, generate, publish_files, skipped};
 
 const TABLE: &[u8] = include_bytes!("fixtures/networks/table.onnx");
 /// Bytes of the table, by the fixture's making.
@@ -23,7 +23,7 @@ const ALONE: &str = "DENOISED_TEST_ALONE";
 /// Whether this is the process to measure; otherwise runs `test` of this file in one.
 fn is_alone(test: &str) -> bool {
     if !cfg!(target_os = "linux") {
-        eprintln!("SKIPPED: memory::{test}: there is no /proc");
+        skipped(format_args!("memory::{test}: there is no /proc"));
         return false;
     }
     if std::env::var_os(ALONE).is_some() {

@@ -19,7 +19,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use crate::binary::{Serving, denoised};
-use crate::support::{generate, publish};
+use crate::support::{generate, publish, skipped};
 
 const SOUND: &[u8] = include_bytes!("fixtures/networks/float32.onnx");
 /// Has no input `sigma`, though its manifest will say that it has.
@@ -41,7 +41,7 @@ impl Store {
             .args(["-c", "import moto.server, boto3"])
             .output();
         if !has_moto.is_ok_and(|output| output.status.success()) {
-            eprintln!("SKIPPED: moto is not installed (make test-tools): no repository in S3 was tried");
+            skipped("moto is not installed (make test-tools): no repository in S3 was tried");
             return None;
         }
         let mut child = Command::new(python)
@@ -87,10 +87,10 @@ impl Drop for Store {
 fn training() -> Option<PathBuf> {
     let beside = Path::new(env!("CARGO_BIN_EXE_denoised")).with_file_name("training");
     if !beside.exists() {
-        eprintln!(
-            "SKIPPED: {} is not built (cargo test --workspace): nothing was published",
+        skipped(format_args!(
+            "{} is not built (cargo test --workspace): nothing was published",
             beside.display()
-        );
+        ));
         return None;
     }
     Some(beside)
@@ -128,7 +128,7 @@ async fn first_answer(server: &Serving) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_published_to_a_bucket_is_served_and_no_request_fails() {
     if cfg!(not(feature = "object-store")) {
-        eprintln!("SKIPPED: built without the feature object-store: no repository in S3 was tried");
+        skipped("built without the feature object-store: no repository in S3 was tried");
         return;
     }
     let (Some(mut store), Some(training)) = (Store::start(), training()) else {

@@ -16,7 +16,7 @@ use tonic::transport::Channel;
 
 use crate::binary::Serving;
 use crate::plain_http::{ask, get};
-use crate::support::{TestServer, closed_form, config, generate};
+use crate::support::{TestServer, closed_form, config, generate, skipped};
 
 const PAGE: &str = include_str!("../deploy/OPERATIONS.md");
 const EXAMPLE: &str = include_str!("../deploy/denoised.example.toml");
@@ -283,7 +283,9 @@ fn fetched(name: &str) -> Option<PathBuf> {
         .join(".tools/bin")
         .join(name);
     if !program.exists() {
-        eprintln!("SKIPPED: {name} is not installed (make test-tools): it was not asked");
+        skipped(format_args!(
+            "{name} is not installed (make test-tools): it was not asked"
+        ));
         return None;
     }
     Some(program)

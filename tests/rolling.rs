@@ -15,7 +15,7 @@ use tonic::Code;
 
 use crate::binary::{Serving, denoised};
 use crate::plain_http::ask;
-use crate::support::prompt;
+use crate::support::{prompt, skipped};
 
 const SERVERS: usize = 3;
 
@@ -177,7 +177,7 @@ async fn plain(client: &mut DiffusionServiceClient<tonic::transport::Channel>, c
 #[tokio::test(flavor = "multi_thread")]
 async fn no_call_is_lost_while_servers_are_restarted_one_by_one() {
     let Some(envoy) = packaged("envoy/_bin/envoy") else {
-        eprintln!("SKIPPED: Envoy is not installed (make test-tools): no rolling restart was tried");
+        skipped("Envoy is not installed (make test-tools): no rolling restart was tried");
         return;
     };
     let folder = tempfile::tempdir().unwrap();

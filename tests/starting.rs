@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::binary::{Serving, denoised};
 use crate::plain_http::get;
-use crate::support::{publish, publish_files};
+use crate::support::{publish, publish_files, skipped};
 
 /// `denoised` with mounts of its own, which the shell makes by `mounting`; none, said loudly, where it may not.
 fn mounted(mounting: &str) -> Option<Command> {
@@ -19,9 +19,9 @@ fn mounted(mounting: &str) -> Option<Command> {
     };
     let may = within("true").stderr(Stdio::null()).status();
     if !may.is_ok_and(|status| status.success()) {
-        eprintln!(
-            "SKIPPED: nothing may be mounted here (unshare, user namespaces): {mounting} was not tried"
-        );
+        skipped(format_args!(
+            "nothing may be mounted here (unshare, user namespaces): {mounting} was not tried"
+        ));
         return None;
     }
     Some(within(env!("CARGO_BIN_EXE_denoised")))

@@ -12,12 +12,12 @@ use tonic::{Code, Request};
 
 use crate::binary::{Serving, denoised};
 use crate::rolling::{free_address, packaged};
-use crate::support::prompt;
+use crate::support::{prompt, skipped};
 
 fn rotel() -> Option<PathBuf> {
     let found = packaged("rotel/rotel-agent");
     if found.is_none() {
-        eprintln!("SKIPPED: rotel is not installed (make test-tools): no collector was told of spans");
+        skipped("rotel is not installed (make test-tools): no collector was told of spans");
     }
     found
 }

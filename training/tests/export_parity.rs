@@ -21,6 +21,8 @@ use training::export::{self, ExportError, Options, Storage, TrainedModel};
 use training::model::state_dict::StateDict;
 use training::model::{Ddit, NetworkConfig, inference_device, token_tensor};
 
+use crate::common::skipped;
+
 const LOG_LINEAR: Schedule = Schedule::LogLinear { eps: 1e-3 };
 
 fn model<'a>(config: &'a NetworkConfig, weights: &'a StateDict, graph: GraphKind) -> TrainedModel<'a> {
@@ -352,9 +354,7 @@ fn the_makers_of_the_format_find_no_fault() {
     let python = env::var_os("TEST_PYTHON").unwrap_or_else(|| fetched.into());
     let has_onnx = Command::new(&python).args(["-c", "import onnx"]).output();
     if !has_onnx.is_ok_and(|output| output.status.success()) {
-        eprintln!(
-            "SKIPPED: no Python with onnx (make test-tools, or TEST_PYTHON): no exported graph was checked by it"
-        );
+        skipped("no Python with onnx (make test-tools, or TEST_PYTHON): no exported graph was checked by it");
         return;
     }
     let folder = tempfile::tempdir().unwrap();

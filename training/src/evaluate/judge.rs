@@ -188,13 +188,10 @@ mod tests {
         }
     }
 
-    /// Needs the model: `make judge`, then `TEST_JUDGE=.tools/judge/SmolLM2-135M-Instruct.Q4_1.gguf`.
     #[test]
+    #[ignore = "needs the model: `make judge`, then TEST_JUDGE=.tools/judge/SmolLM2-135M-Instruct.Q4_1.gguf"]
     fn english_is_cheaper_than_shuffled_words_and_those_than_noise() {
-        let Some(path) = std::env::var_os("TEST_JUDGE") else {
-            eprintln!("SKIPPED: TEST_JUDGE names no GGUF file (make judge)");
-            return;
-        };
+        let path = std::env::var_os("TEST_JUDGE").unwrap();
         let mut judge = Judge::load(Path::new(&path)).unwrap();
         let mut bits = |text: &str| {
             let verdict = judge.read(text).unwrap();
