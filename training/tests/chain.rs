@@ -11,6 +11,7 @@ use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
+use tokenizers::Tokenizer;
 use training::config::RunConfig;
 use training::evaluate::bound::{Estimate, Served, bound};
 use training::evaluate::quality::Variety;
@@ -21,7 +22,7 @@ use training::fit::step::objective;
 use training::fit::{FitOptions, Start, fit};
 use training::model::Ddit;
 
-use crate::common::{config, denoised, prepared};
+use crate::common::{config, config_file, denoised, prepared, prepared_with};
 
 fn resumed() -> FitOptions {
     FitOptions {
@@ -151,6 +152,7 @@ fn from_text_to_a_bundle_that_runs() {
         graph: longer.graph.kind,
         schedule: longer.schedule,
         tokenizer: Some(&json),
+        end_of_document: None,
         provenance: serde_json::json!({"steps": 120}),
     };
     export::bundle(&bundle, model, Storage::F32).unwrap();
@@ -224,6 +226,7 @@ fn a_network_of_probabilities_goes_the_whole_way() {
         graph: config.graph.kind,
         schedule: config.schedule,
         tokenizer: None,
+        end_of_document: None,
         provenance: serde_json::json!({}),
     };
     let manifest = export::bundle(&bundle, model, Storage::F32).unwrap();
@@ -264,6 +267,36 @@ fn a_network_of_probabilities_goes_the_whole_way() {
     assert!((loss / expected - 1.0).abs() < 1e-4, "{loss} is not {expected}");
 
     agree(&network, &root.join("models"), &bundle, &sequences);
+}
+
+#[test]
+fn documents_end_with_the_token_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let error = prepared_with(root, "[SEP]").unwrap_err();
+    let says = format!("{error:#}");
+    assert!(
+        says.contains("its special tokens are <|endoftext|> </s>"),
+        "{says}"
+    );
+
+    let (tokenizer, validation) = prepared_with(root, "</s>").unwrap();
+    let tokenizer = Tokenizer::from_file(tokenizer).unwrap();
+    let end = tokenizer.token_to_id("</s>").unwrap();
+    assert_eq!(validation.end_of_document(), end);
+    let config = config_file(root, "run", 2);
+    fit(RunConfig::read(&config).unwrap(), FitOptions::default()).unwrap();
+    let bundle = root.join("models/run/1");
+    let exported = Command::new(env!("CARGO_BIN_EXE_training"))
+        .arg("export")
+        .arg(config)
+        .args(["--name", "run", "--out"])
+        .arg(&bundle)
+        .output()
+        .unwrap();
+    assert!(exported.status.success(), "{exported:?}");
+    let manifest = Bundle::open(&bundle).unwrap().manifest().clone();
+    assert_eq!(manifest.end_of_document, Some(end));
 }
 
 #[test]

@@ -58,6 +58,30 @@ fn samples_are_drawn_and_measured_beside_text() {
 }
 
 #[test]
+fn several_temperatures_give_a_line_each() {
+    let said = object(&evaluate(&[
+        "--samples",
+        "2",
+        "--steps",
+        "8",
+        "--temperature",
+        "0,1,1.5",
+        "--json",
+    ]));
+    let frontier = said["frontier"].as_array().unwrap();
+    let temperatures: Vec<f64> = frontier
+        .iter()
+        .map(|of| of["temperature"].as_f64().unwrap())
+        .collect();
+    assert_eq!(temperatures, [0.0, 1.0, 1.5]);
+    let entropy = |of: &Value| of["samples"]["token_entropy_nats"]["mean"].as_f64().unwrap();
+    assert!(
+        frontier.is_sorted_by(|cold, warm| entropy(cold) < entropy(warm)),
+        "{said}"
+    );
+}
+
+#[test]
 fn what_a_server_wrote_is_measured() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("written.jsonl");
@@ -100,6 +124,7 @@ fn imported(root: &Path, name: &str) -> Bundle {
         graph: checkpoint.graph,
         schedule: checkpoint.schedule,
         tokenizer: None,
+        end_of_document: None,
         provenance: json!({}),
     };
     export::bundle(&directory, model, Storage::F32).unwrap();

@@ -33,6 +33,7 @@ fn model<'a>(config: &'a NetworkConfig, weights: &'a StateDict, graph: GraphKind
         graph,
         schedule: LOG_LINEAR,
         tokenizer: None,
+        end_of_document: None,
         provenance: json!({"steps": 1}),
     }
 }

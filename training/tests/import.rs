@@ -53,6 +53,7 @@ fn served(checkpoint: &Checkpoint) -> (Manifest, OnnxNetwork) {
         graph: checkpoint.graph,
         schedule: checkpoint.schedule,
         tokenizer: None,
+        end_of_document: None,
         provenance: json!({}),
     };
     let manifest = export::bundle(&directory, model, Storage::F32).unwrap();

@@ -35,6 +35,7 @@ fn bundle(root: &Path) -> PathBuf {
         graph: GraphKind::Absorbing,
         schedule: Schedule::LogLinear { eps: 1e-3 },
         tokenizer: None,
+        end_of_document: None,
         provenance: json!({}),
     };
     let directory = root.join("exported");

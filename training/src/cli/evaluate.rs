@@ -9,7 +9,6 @@ use clap::Args;
 use denoised::bundle::{Bundle, TextTokenizer};
 use serde_json::json;
 use training::config::RunConfig;
-use training::data::tokenizer::END_OF_DOCUMENT;
 use training::evaluate::bound::{Bound, Estimate, Served, Text};
 use training::fit::checkpoint::Which;
 
@@ -100,7 +99,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
                 draws: arguments.draws,
                 seed: arguments.seed,
                 threads,
-                end_of_document: run.tokenizer()?.token_to_id(END_OF_DOCUMENT),
+                end_of_document: run.end_of_document()?,
             };
             let Ok(bound) = estimate.bound(&|| Ok(&run.network), &text.sequences);
             (bound, text.bytes_per_token)
@@ -198,7 +197,7 @@ impl Run {
     pub(super) fn encode(&self, documents: &[String]) -> Result<Text> {
         let path = &self.config.data.tokenizer;
         let tokenizer = self.tokenizer()?;
-        let end = tokenizer.token_to_id(END_OF_DOCUMENT);
+        let end = self.end_of_document()?;
         Text::encode(documents, self.network.config().length, end, |text| {
             let encoding = tokenizer
                 .encode_fast(text, false)

@@ -81,6 +81,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         graph: run.state.config.graph.kind,
         schedule: run.state.config.schedule,
         tokenizer: Some(&tokenizer_json),
+        end_of_document: run.end_of_document()?,
         provenance,
     };
     let manifest = export::bundle_with(&out, model, &options)?;

@@ -64,6 +64,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         graph: checkpoint.graph,
         schedule: checkpoint.schedule,
         tokenizer: tokenizer.as_deref(),
+        end_of_document: None,
         provenance: json!({
             "imported_by": format!("denoised training {}", env!("CARGO_PKG_VERSION")),
             "model": checkpoint.name,

@@ -9,6 +9,7 @@ pub(crate) mod prepare;
 pub(crate) mod publish;
 mod quality;
 pub(crate) mod random;
+mod readers;
 pub(crate) mod report;
 mod run;
 pub(crate) mod sample;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
+use training::data::tokenizer::END_OF_DOCUMENT;
 use training::data::{self, Statistics};
 
 use super::corpus::CorpusArguments;
@@ -16,6 +17,9 @@ pub(crate) struct Arguments {
     /// tokenizer.json.
     #[arg(long, value_name = "FILE")]
     tokenizer: PathBuf,
+    /// The token of the tokenizer that ends documents: </s>, [SEP] or whatever it has for that.
+    #[arg(long, value_name = "TOKEN", default_value = END_OF_DOCUMENT)]
+    end_token: String,
     /// Folder for the token files and the texts they encode.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -25,9 +29,10 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let Arguments {
         corpus,
         tokenizer,
+        end_token,
         out,
     } = arguments;
-    print(&data::prepare(&corpus.into(), &tokenizer, &out)?.statistics);
+    print(&data::prepare(&corpus.into(), &tokenizer, &end_token, &out)?.statistics);
     Ok(())
 }
 

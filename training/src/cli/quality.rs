@@ -13,23 +13,20 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use training::config::RunConfig;
 use training::evaluate::bound::Served;
-use training::evaluate::overlap::{Overlap, TrainingText};
-use training::evaluate::quality::{Measured, Variety, bits_per_byte, spread};
+use training::evaluate::quality::{Variety, spread};
 use training::evaluate::samples::Sampling;
 use training::fit::checkpoint::Which;
 use training::loss::Objective;
 
-#[cfg(feature = "judge")]
-use training::evaluate::judge::Judge;
-#[cfg(not(feature = "judge"))]
-use without::Judge;
-
 use super::evaluate::{encode, tokenizer_of};
+use super::readers::{Quality, Readers, Written};
 use super::run::Run;
 
 /// Samples at most, and steps of one: what is drawn and measured is held in memory.
 const MAX_SAMPLES: usize = 10_000;
 const MAX_STEPS: u32 = 100_000;
+/// Temperatures at most, each of which takes as long as one.
+const MAX_TEMPERATURES: usize = 20;
 
 /// How samples are drawn and who reads them.
 #[derive(Debug, Args)]
@@ -43,9 +40,16 @@ pub(crate) struct SampleArguments {
     /// Steps of a sample.
     #[arg(long, value_name = "S", default_value = "64", requires = "samples")]
     steps: NonZeroU32,
-    /// Temperature of samples; 0 takes the likeliest token.
-    #[arg(long, value_name = "T", default_value_t = 1.0, requires = "samples")]
-    temperature: f64,
+    /// Temperature of samples; 0 takes the likeliest token. Several, with commas between, give a line each: how fluency
+    /// is bought with variety.
+    #[arg(
+        long,
+        value_name = "T",
+        default_value = "1",
+        value_delimiter = ',',
+        requires = "samples"
+    )]
+    temperature: Vec<f64>,
     /// Keep the likeliest tokens until they hold this share of the probability.
     #[arg(long, value_name = "P", requires = "samples")]
     top_p: Option<f64>,
@@ -62,25 +66,6 @@ pub(crate) struct SampleArguments {
     training_text: Vec<PathBuf>,
 }
 
-/// Who reads what was written.
-struct Readers {
-    judge: Option<Judge>,
-    training: Option<TrainingText>,
-}
-
-impl Readers {
-    /// Before the samples, which take longer than finding out that nobody can read them.
-    fn of(arguments: &SampleArguments) -> Result<Self> {
-        let judge = arguments.judge.as_deref().map(Judge::load).transpose()?;
-        let mut training = (!arguments.training_text.is_empty()).then(TrainingText::default);
-        for path in &arguments.training_text {
-            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-            training.iter_mut().for_each(|training| training.add(&text));
-        }
-        Ok(Self { judge, training })
-    }
-}
-
 /// What is asked beside how samples are drawn.
 pub(super) struct Asked<'a> {
     pub(super) config: Option<&'a Path>,
@@ -91,98 +76,6 @@ pub(super) struct Asked<'a> {
     pub(super) seed: u64,
     pub(super) threads: usize,
     pub(super) json: bool,
-}
-
-/// Sequences with the text that they stand for.
-struct Written {
-    sequences: Vec<Vec<Token>>,
-    texts: Vec<String>,
-}
-
-impl Written {
-    fn decode(sequences: Vec<Vec<Token>>, decode: impl Fn(&[Token]) -> Result<String>) -> Result<Self> {
-        let texts = sequences
-            .iter()
-            .map(|tokens| decode(tokens))
-            .collect::<Result<_>>()?;
-        Ok(Self { sequences, texts })
-    }
-}
-
-/// Numbers of one set of sequences.
-struct Quality {
-    variety: Variety,
-    judged: Option<Measured>,
-    overlap: Option<Overlap>,
-}
-
-impl Quality {
-    fn of(written: &Written, readers: &mut Readers) -> Result<Option<Self>> {
-        let Some(variety) = Variety::of(&written.sequences) else {
-            return Ok(None);
-        };
-        let judged = match &mut readers.judge {
-            Some(judge) => {
-                let verdicts: Vec<_> = written
-                    .texts
-                    .iter()
-                    .map(|text| judge.read(text))
-                    .collect::<Result<_>>()?;
-                bits_per_byte(&verdicts)
-            }
-            None => None,
-        };
-        let texts = || written.texts.iter().map(String::as_str);
-        let overlap = readers
-            .training
-            .as_ref()
-            .map(|training| training.overlap(texts()));
-        Ok(Some(Self {
-            variety,
-            judged,
-            overlap,
-        }))
-    }
-
-    fn json(&self) -> Result<Value> {
-        let mut object = serde_json::to_value(&self.variety)?;
-        if let Some(judged) = self.judged {
-            object["judge_bits_per_byte"] = serde_json::to_value(judged)?;
-        }
-        if let Some(overlap) = self.overlap {
-            object["overlap"] = serde_json::to_value(overlap)?;
-        }
-        Ok(object)
-    }
-
-    fn line(&self, of: &str) -> String {
-        let judged = self
-            .judged
-            .map(|judged| format!("judge {judged} bits per byte, "))
-            .unwrap_or_default();
-        let share =
-            |share: Option<f64>| share.map_or("-".to_owned(), |share| format!("{:.2} %", 100.0 * share));
-        let overlap = self
-            .overlap
-            .map(
-                |Overlap {
-                     known_words,
-                     quoted_runs,
-                 }| {
-                    format!(
-                        "{} of words known, {} of runs quoted, ",
-                        share(known_words),
-                        share(quoted_runs)
-                    )
-                },
-            )
-            .unwrap_or_default();
-        let Self { variety, .. } = self;
-        format!(
-            "{of}: {judged}{overlap}{variety} ({} sequences)",
-            variety.sequences
-        )
-    }
 }
 
 /// A line of `denoised generate --json`; other lines have no result.
@@ -223,7 +116,7 @@ pub(super) fn written(
     bundle: &Path,
     asked: Asked<'_>,
 ) -> Result<()> {
-    let mut readers = Readers::of(arguments)?;
+    let mut readers = Readers::of(arguments.judge.as_deref(), &arguments.training_text)?;
     let results = finished(file)?;
     let count = results.len();
     let evaluations = results.iter().map(|result| result.nfe).sum::<u64>() as f64 / count as f64;
@@ -259,11 +152,15 @@ fn print(samples: &Quality, held_out: Option<&Quality>, settings: Value, json: b
         return Ok(());
     }
     println!("{}", samples.line("samples"));
+    print_held_out(held_out);
+    Ok(())
+}
+
+fn print_held_out(held_out: Option<&Quality>) {
     match held_out {
         Some(held_out) => println!("{}", held_out.line("held-out text")),
         None => println!("held-out text: none to compare with (--text)"),
     }
-    Ok(())
 }
 
 pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) -> Result<()> {
@@ -271,25 +168,28 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) 
         (1..=MAX_SAMPLES).contains(&count),
         "--samples is {count}, must be 1 to {MAX_SAMPLES}"
     );
-    let SampleArguments {
-        steps,
-        temperature,
-        top_p,
-        ..
-    } = *arguments;
+    let SampleArguments { steps, top_p, .. } = *arguments;
+    let mut temperatures = arguments.temperature.clone();
+    ensure!(
+        (1..=MAX_TEMPERATURES).contains(&temperatures.len()),
+        "--temperature names {} temperatures, must be 1 to {MAX_TEMPERATURES}",
+        temperatures.len()
+    );
     ensure!(
         steps.get() <= MAX_STEPS,
         "--steps is {steps}, must be at most {MAX_STEPS}"
     );
-    ensure!(
-        temperature.is_finite() && temperature >= 0.0,
-        "--temperature is {temperature}, must be finite and not negative"
-    );
+    for temperature in &temperatures {
+        ensure!(
+            temperature.is_finite() && *temperature >= 0.0,
+            "--temperature is {temperature}, must be finite and not negative"
+        );
+    }
     ensure!(
         top_p.is_none_or(|p| p > 0.0 && p <= 1.0),
         "--top-p must be above 0 and at most 1"
     );
-    let mut readers = Readers::of(arguments)?;
+    let mut readers = Readers::of(arguments.judge.as_deref(), &arguments.training_text)?;
     let source = match (asked.config, asked.bundle) {
         (Some(config), _) => Source::of_run(Run::open(&RunConfig::read(config)?, asked.checkpoint)?)?,
         (None, Some(bundle)) => Source::of_bundle(bundle)?,
@@ -303,9 +203,8 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) 
         count,
         steps: steps.get(),
         choice: TokenChoice {
-            temperature,
-            top_k: None,
             top_p,
+            ..TokenChoice::default()
         },
         seed: asked.seed,
         threads: asked.threads,
@@ -321,24 +220,49 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) 
             }
             Ok(samples.token_entropy_nats.mean)
         };
-        sampling.choice.temperature = matching(wanted.token_entropy_nats.mean, entropy)?;
+        temperatures = vec![matching(wanted.token_entropy_nats.mean, entropy)?];
     }
-    let samples = source.decode(source.draw(&sampling)?)?;
-    let samples = Quality::of(&samples, &mut readers)?.context("there are no samples")?;
     let held_out = match held_out {
         Some(written) => Quality::of(&written, &mut readers)?,
         None => None,
     };
+    let mut measure = |temperature: f64| -> Result<Quality> {
+        sampling.choice.temperature = temperature;
+        let samples = source.decode(source.draw(&sampling)?)?;
+        Quality::of(&samples, &mut readers)?.context("there are no samples")
+    };
+    let [temperature] = temperatures[..] else {
+        let mut frontier = Vec::new();
+        for temperature in temperatures {
+            let samples = measure(temperature)?;
+            if asked.json {
+                frontier.push(json!({"temperature": temperature, "samples": samples.json()?}));
+            } else {
+                println!("{}", samples.line(&format!("temperature {temperature}")));
+            }
+        }
+        if asked.json {
+            let held_out = held_out.as_ref().map(Quality::json).transpose()?;
+            let settings = json!({
+                "steps": steps, "top_p": top_p, "seed": asked.seed, "frontier": frontier, "held_out": held_out,
+            });
+            println!("{}", serde_json::to_string(&settings)?);
+        } else {
+            print_held_out(held_out.as_ref());
+        }
+        return Ok(());
+    };
+    let samples = measure(temperature)?;
     let defaults = Defaults {
         sampler: Some(SamplerKind::Tweedie),
-        steps: Some(sampling.steps),
-        temperature: Some(sampling.choice.temperature),
+        steps: Some(steps.get()),
+        temperature: Some(temperature),
         top_p,
         length: None,
     };
     let settings = json!({
-        "steps": sampling.steps, "temperature": sampling.choice.temperature, "top_p": top_p,
-        "seed": sampling.seed, "defaults": defaults,
+        "steps": steps, "temperature": temperature, "top_p": top_p,
+        "seed": asked.seed, "defaults": defaults,
     });
     print(&samples, held_out.as_ref(), settings, asked.json)?;
     if arguments.match_entropy && !asked.json {
@@ -446,28 +370,6 @@ impl Source {
     }
 }
 
-/// What stands where the judge is when it is not compiled in.
-#[cfg(not(feature = "judge"))]
-mod without {
-    use std::path::Path;
-
-    use anyhow::{Result, bail};
-    use training::evaluate::quality::Verdict;
-
-    /// There is none.
-    pub(super) enum Judge {}
-
-    impl Judge {
-        pub(super) fn load(_: &Path) -> Result<Self> {
-            bail!("--judge needs the feature `judge`: cargo build --release -p training --features judge")
-        }
-
-        pub(super) fn read(&mut self, _: &str) -> Result<Verdict> {
-            match *self {}
-        }
-    }
-}
-
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
@@ -487,15 +389,5 @@ mod tests {
         // Samples of a network that only repeats itself have no temperature that helps.
         let error = matching(4.0, |_| Ok(2.0)).unwrap_err().to_string();
         assert!(error.contains("50.0 % off"), "{error}");
-    }
-
-    #[cfg(not(feature = "judge"))]
-    #[test]
-    fn without_the_feature_one_line_says_which_to_build_with() {
-        let error = Judge::load(Path::new("judge.gguf")).err().unwrap().to_string();
-        assert!(
-            error.contains("--features judge") && !error.contains('\n'),
-            "{error}"
-        );
     }
 }

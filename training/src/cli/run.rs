@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use denoised::diffusion::Token;
 use serde_json::json;
 use tokenizers::Tokenizer;
 use training::config::RunConfig;
@@ -61,6 +62,14 @@ impl Run {
         );
         let tokenizer = Tokenizer::from_bytes(&json).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         Ok((tokenizer, json))
+    }
+
+    /// The token that ends its documents, if any does.
+    pub(super) fn end_of_document(&self) -> Result<Option<Token>> {
+        match self.state.end_of_document {
+            Some(end) => Ok(Some(end)),
+            None => Ok(self.tokenizer()?.token_to_id(END_OF_DOCUMENT)),
+        }
     }
 
     /// The held-out text.
@@ -138,7 +147,7 @@ impl Run {
             draws: 32,
             seed: run.seed,
             threads: run.threads,
-            end_of_document: self.tokenizer()?.token_to_id(END_OF_DOCUMENT),
+            end_of_document: self.end_of_document()?,
         };
         let Ok(bound) = estimate.bound(&|| Ok(&self.network), &text.sequences);
         let [bits, error] = bound.bits_per_byte(text.bytes_per_token);

@@ -3,17 +3,16 @@
 //! A byte-level BPE tokenizer (GPT-2's, and those trained here) encodes every word by itself. Text has few
 //! different words, so that most of them are found in a cache. Other tokenizers get documents as a whole.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use denoised::diffusion::Token;
 use regex::Regex;
-use tokenizers::{ModelWrapper, PreTokenizerWrapper, Tokenizer};
+use tokenizers::{AddedToken, ModelWrapper, PreTokenizerWrapper, Tokenizer};
 
 use super::words::{pattern, words};
-use crate::data::tokenizer::END_OF_DOCUMENT;
 
 /// Most words in the cache, and most bytes of each: some 50 MB at the worst.
 const CACHED_WORDS: usize = 1 << 18;
@@ -42,14 +41,14 @@ struct Words {
 }
 
 impl Encoder {
-    /// The tokenizer.json at `path`.
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    /// The tokenizer.json at `path`, whose token `end` ends documents.
+    pub(super) fn open(path: &Path, end: &str) -> Result<Self> {
         let json = fs::read(path).with_context(|| path.display().to_string())?;
         let tokenizer = Tokenizer::from_bytes(&json).map_err(|e| anyhow!("{}: {e}", path.display()))?;
-        Self::new(tokenizer, denoised::bundle::sha256(&json)).with_context(|| path.display().to_string())
+        Self::new(tokenizer, end, denoised::bundle::sha256(&json)).with_context(|| path.display().to_string())
     }
 
-    fn new(mut tokenizer: Tokenizer, sha256: String) -> Result<Self> {
+    fn new(mut tokenizer: Tokenizer, end: &str, sha256: String) -> Result<Self> {
         // Both are for batches of sentences; of a document nothing may be lost.
         tokenizer
             .with_truncation(None)
@@ -58,8 +57,8 @@ impl Encoder {
         // A document that speaks of the end-of-document token does not end there.
         tokenizer.set_encode_special_tokens(true);
         let end_of_document = tokenizer
-            .token_to_id(END_OF_DOCUMENT)
-            .ok_or_else(|| anyhow!("the tokenizer has no token {END_OF_DOCUMENT}"))?;
+            .token_to_id(end)
+            .ok_or_else(|| anyhow!("{}", no_such_end(&tokenizer, end)))?;
         let unknown = match tokenizer.get_model() {
             ModelWrapper::BPE(model) => model.unk_token.as_deref(),
             ModelWrapper::WordPiece(model) => Some(model.unk_token.as_str()),
@@ -112,6 +111,19 @@ impl Encoder {
     }
 }
 
+/// Says that documents cannot end with `end`, and with what they can.
+fn no_such_end(tokenizer: &Tokenizer, end: &str) -> String {
+    let added: BTreeMap<Token, AddedToken> = tokenizer.get_added_tokens_decoder().into_iter().collect();
+    let special = added.into_values().filter(|token| token.special);
+    let special: Vec<String> = special.map(|token| token.content).take(20).collect();
+    let is_there = if special.is_empty() {
+        "it has no special tokens, but any token will do that text does not need".to_owned()
+    } else {
+        format!("its special tokens are {}", special.join(" "))
+    };
+    format!("the tokenizer has no token {end:?} to end documents with (--end-token): {is_there}")
+}
+
 fn extend(tokens: &mut Vec<Token>, tokenizer: &Tokenizer, text: &str) -> Result<()> {
     let encoding = tokenizer
         .encode_fast(text, false)
@@ -147,6 +159,7 @@ fn parts(text: &str, size: usize) -> impl Iterator<Item = &str> {
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
+    use crate::data::tokenizer::END_OF_DOCUMENT;
     use proptest::prelude::*;
     use std::sync::LazyLock;
     use tokenizers::models::bpe::BPE;
@@ -165,7 +178,7 @@ mod tests {
     }
 
     fn by_word(tokenizer: &Tokenizer) -> bool {
-        Encoder::new(tokenizer.clone(), String::new())
+        Encoder::new(tokenizer.clone(), END_OF_DOCUMENT, String::new())
             .unwrap()
             .words
             .is_some()
@@ -173,7 +186,7 @@ mod tests {
 
     #[test]
     fn ends_of_documents_within_text_are_text() {
-        let mut encoder = Encoder::new(SMALL.clone(), String::new()).unwrap();
+        let mut encoder = Encoder::new(SMALL.clone(), END_OF_DOCUMENT, String::new()).unwrap();
         let text = "it ends <|endoftext|> not";
         let tokens = encode(&mut encoder, text);
         assert!(!tokens.contains(&encoder.end_of_document));
@@ -212,7 +225,7 @@ mod tests {
             strategy: tokenizers::PaddingStrategy::Fixed(100),
             ..Default::default()
         }));
-        let mut encoder = Encoder::new(tokenizer, String::new()).unwrap();
+        let mut encoder = Encoder::new(tokenizer, END_OF_DOCUMENT, String::new()).unwrap();
         assert_eq!(
             encode(&mut encoder, "the cat"),
             SMALL.encode("the cat", false).unwrap().get_ids()
@@ -221,7 +234,7 @@ mod tests {
 
     #[test]
     fn words_beyond_all_measure_are_cut_and_nothing_is_lost() {
-        let mut encoder = Encoder::new(SMALL.clone(), String::new()).unwrap();
+        let mut encoder = Encoder::new(SMALL.clone(), END_OF_DOCUMENT, String::new()).unwrap();
         let text = "\u{e9}".repeat(LONGEST_WORD);
         assert_eq!(SMALL.decode(&encode(&mut encoder, &text), false).unwrap(), text);
     }
@@ -236,7 +249,7 @@ mod tests {
             .unk_token("<unk>".to_owned())
             .build()
             .unwrap();
-        let mut encoder = Encoder::new(Tokenizer::new(model), String::new()).unwrap();
+        let mut encoder = Encoder::new(Tokenizer::new(model), END_OF_DOCUMENT, String::new()).unwrap();
         assert_eq!(encoder.unknown, Some(0));
         assert_eq!(encode(&mut encoder, "ab"), [2, 0]);
     }
@@ -246,7 +259,7 @@ mod tests {
         fn tokens_are_those_of_tokenizers(
             texts in prop::collection::vec("([ \n\u{3000}]{0,3}(the|cat|'s|hat|mats|\u{e9}|[0-9]{1,5}|\\PC)){0,12}[ \n]{0,2}", 1..6)
         ) {
-            let mut encoder = Encoder::new(SMALL.clone(), String::new()).unwrap();
+            let mut encoder = Encoder::new(SMALL.clone(), END_OF_DOCUMENT, String::new()).unwrap();
             // Twice: from the tokenizer, then from the cache.
             for text in texts.iter().chain(&texts) {
                 let expected = SMALL.encode(text.as_str(), false).unwrap();

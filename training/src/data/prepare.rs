@@ -140,9 +140,11 @@ fn preparation(corpus: &Corpus, encoder: &Encoder, train: &Output, validation: &
 /// Writes `train.tokens`, `validation.tokens` and the texts that they encode (`train.txt`,
 /// `validation.txt`) into `out`. Where that fails, what was there before stays; where the process ends between one
 /// file and the next, the token files do not fit each other and are refused.
-pub fn prepare(corpus: &Corpus, tokenizer: &Path, out: &Path) -> Result<Prepared> {
+///
+/// Every document is followed by the token `end` of the tokenizer.
+pub fn prepare(corpus: &Corpus, tokenizer: &Path, end: &str, out: &Path) -> Result<Prepared> {
     let start = Instant::now();
-    let mut encoder = Encoder::open(tokenizer)?;
+    let mut encoder = Encoder::open(tokenizer, end)?;
     let mut documents = corpus.documents()?;
     fs::create_dir_all(out).with_context(|| out.display().to_string())?;
     // The next time, the texts that are written there would be read as well, held-out ones among them.
@@ -194,6 +196,7 @@ pub fn prepare(corpus: &Corpus, tokenizer: &Path, out: &Path) -> Result<Prepared
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
+    use crate::data::tokenizer::END_OF_DOCUMENT;
     use std::path::PathBuf;
     use tokenizers::Tokenizer;
 
@@ -261,7 +264,7 @@ mod tests {
             train,
             validation,
             statistics,
-        } = prepare(&corpus, &path, &out).unwrap();
+        } = prepare(&corpus, &path, END_OF_DOCUMENT, &out).unwrap();
         let tokenizer = Tokenizer::from_file(&path).unwrap();
 
         // Every document whole, on one side, and in order.
@@ -308,8 +311,9 @@ mod tests {
     fn halves_of_two_preparations_are_told() {
         let folder = tempfile::tempdir().unwrap();
         let (corpus, path) = corpus(folder.path());
-        let prepared =
-            |name: &str, corpus: &Corpus| prepare(corpus, &path, &folder.path().join(name)).unwrap();
+        let prepared = |name: &str, corpus: &Corpus| {
+            prepare(corpus, &path, END_OF_DOCUMENT, &folder.path().join(name)).unwrap()
+        };
         let one = prepared("one", &corpus);
         let same = prepared("same", &corpus);
         same.validation.check_preparation(&one.train).unwrap();
@@ -334,7 +338,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (corpus, path) = corpus(folder.path());
         let out = folder.path().join("out");
-        let file = prepare(&corpus, &path, &out).unwrap().validation;
+        let file = prepare(&corpus, &path, END_OF_DOCUMENT, &out).unwrap().validation;
         let tokenizer = Tokenizer::from_file(&path).unwrap();
         let text = fs::read_to_string(out.join("validation.txt")).unwrap();
         for cut in 0..=file.tokens() {
@@ -350,9 +354,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (corpus, path) = corpus(folder.path());
         let out = folder.path().join("out");
-        let before = prepare(&corpus, &path, &out).unwrap();
+        let before = prepare(&corpus, &path, END_OF_DOCUMENT, &out).unwrap();
         let refused = |corpus: &Corpus, says: &str| {
-            let error = format!("{:#}", prepare(corpus, &path, &out).unwrap_err());
+            let error = format!("{:#}", prepare(corpus, &path, END_OF_DOCUMENT, &out).unwrap_err());
             assert!(error.contains(says), "{error}");
             assert_eq!(fs::read_dir(&out).unwrap().count(), 4, "partial files are left");
             let after = TokenFile::open(&out.join("train.tokens")).unwrap();

@@ -85,13 +85,18 @@ impl Judge {
             .tokenizer
             .encode_fast(text, false)
             .map_err(|error| anyhow!("cannot encode a text: {error}"))?;
-        let mut verdict = Verdict { nats: 0.0, bytes: 0 };
+        let mut verdict = Verdict {
+            nats: 0.0,
+            bytes: 0,
+            tokens: 0,
+        };
         let mut before = self.beginning;
         // A token at a time: the network gives the last row alone.
         for (position, &token) in encoding.get_ids().iter().take(self.context).enumerate() {
             let input = Tensor::new(&[[before]], &Device::Cpu)?;
             let logits = self.model.forward(&input, position)?.flatten_all()?.to_vec1()?;
             verdict.nats += nats(&logits, token)?;
+            verdict.tokens += 1;
             // Byte-level tokens are written with a character for each byte.
             verdict.bytes += self
                 .tokenizer
@@ -205,7 +210,14 @@ mod tests {
         assert_eq!(bits(ENGLISH), english, "nothing is remembered from text to text");
         // What a tokenizer for chats would swallow is text like any other, and so is what is not ASCII.
         bits("<|im_start|> 12345 naïve \u{fffd} 日本");
-        assert_eq!(judge.read("").unwrap(), Verdict { nats: 0.0, bytes: 0 });
+        assert_eq!(
+            judge.read("").unwrap(),
+            Verdict {
+                nats: 0.0,
+                bytes: 0,
+                tokens: 0
+            }
+        );
         judge.context = 3;
         assert!(
             judge.read(ENGLISH).unwrap().bytes < 20,

@@ -159,6 +159,8 @@ pub struct Verdict {
     pub nats: f64,
     /// Bytes that were read.
     pub bytes: usize,
+    /// The judge's tokens that they were.
+    pub tokens: usize,
 }
 
 /// Bits per byte over all texts, with the error over texts; `None` when nothing was read.
@@ -168,6 +170,14 @@ pub fn bits_per_byte(verdicts: &[Verdict]) -> Option<Measured> {
         .map(|verdict| (verdict.nats / LN_2, verdict.bytes as f64))
         .collect();
     Measured::ratio(&pairs)
+}
+
+/// Generative perplexity, as papers have it: of a token of the judge's, over all texts. `None` when nothing was read.
+/// [`bits_per_byte`] compares judges as well, this does not.
+pub fn perplexity(verdicts: &[Verdict]) -> Option<f64> {
+    let nats: f64 = verdicts.iter().map(|verdict| verdict.nats).sum();
+    let tokens: usize = verdicts.iter().map(|verdict| verdict.tokens).sum();
+    (tokens > 0).then(|| (nats / tokens as f64).exp())
 }
 
 /// `count` of `sequences`, or all when there are fewer, evenly from beginning to end.
@@ -245,6 +255,7 @@ mod tests {
         let verdict = |bits: f64, bytes| Verdict {
             nats: bits * LN_2,
             bytes,
+            tokens: bytes / 5,
         };
         let measured = bits_per_byte(&[verdict(10.0, 10), verdict(60.0, 30), verdict(0.0, 0)]).unwrap();
         assert!(near(measured.mean, 70.0 / 40.0));
@@ -252,6 +263,15 @@ mod tests {
         let expected = (56.25_f64 / 3.0).sqrt() / (40.0 / 3.0);
         assert!(near(measured.standard_error.unwrap(), expected));
         assert_eq!(bits_per_byte(&[verdict(0.0, 0)]), None);
+        // 70 bits over 2 and 6 tokens.
+        let perplexity = |verdicts: &[Verdict]| super::perplexity(verdicts);
+        assert!(near(
+            perplexity(&[verdict(10.0, 10), verdict(60.0, 30)])
+                .unwrap()
+                .log2(),
+            70.0 / 8.0
+        ));
+        assert_eq!(perplexity(&[verdict(0.0, 0)]), None);
     }
 
     #[test]

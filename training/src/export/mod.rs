@@ -184,6 +184,9 @@ pub struct TrainedModel<'a> {
     pub schedule: Schedule,
     /// `tokenizer.json`; without, it is served by token ids alone.
     pub tokenizer: Option<&'a [u8]>,
+    /// The token that ends documents; without, the one of this name that [`END_OF_DOCUMENT`] is, where the tokenizer
+    /// has it.
+    pub end_of_document: Option<Token>,
     /// What trained it, on what, and how well: for people.
     pub provenance: serde_json::Value,
 }
@@ -285,7 +288,7 @@ fn manifest(model: &TrainedModel<'_>) -> Result<Manifest, ExportError> {
     if let Some(json) = model.tokenizer {
         let tokenizer = |error| ExportError::Bundle(BundleError::Tokenizer(error));
         TextTokenizer::from_json(json, &manifest).map_err(tokenizer)?;
-        manifest.end_of_document = end_of_document(json);
+        manifest.end_of_document = model.end_of_document.or_else(|| end_of_document(json));
     }
     Ok(manifest)
 }

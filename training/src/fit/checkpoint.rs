@@ -17,6 +17,7 @@ use burn::Tensor;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::OptimizerRecord;
 use denoised::bundle::sha256_of;
+use denoised::diffusion::Token;
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunConfig;
@@ -57,6 +58,9 @@ pub struct State {
     pub config: RunConfig,
     /// sha256 of the tokenizer its tokens were made with.
     pub tokenizer_sha256: String,
+    /// The token that ends its documents; checkpoints of older versions do not say.
+    #[serde(default)]
+    pub end_of_document: Option<Token>,
     /// Wall-clock budget that the schedule was squeezed into, where there was one.
     #[serde(default)]
     pub minutes: Option<f64>,
@@ -433,6 +437,7 @@ impl State {
             network: *trainer.network.config(),
             config: trainer.config.clone(),
             tokenizer_sha256: tokenizer_sha256.to_owned(),
+            end_of_document: None,
             minutes: None,
             best: None,
             watch: DivergenceWatch::default(),

@@ -199,6 +199,13 @@ impl Run {
             directory.display(),
             config.data.train.display()
         );
+        let end = train.end_of_document();
+        ensure!(
+            *state.end_of_document.get_or_insert(end) == end,
+            "{} was trained with another token at the end of documents than {} has",
+            directory.display(),
+            config.data.train.display()
+        );
         let changed = state.config.changes(&config)?;
         state.config = config;
         state.minutes = options.minutes.or(state.minutes);
@@ -460,6 +467,7 @@ impl Run {
             minutes: self.state.minutes,
             best: better.or(self.state.best),
             watch: self.watch,
+            end_of_document: self.state.end_of_document,
             ..State::of(
                 &self.trainer,
                 &self.state.run,

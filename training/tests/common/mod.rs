@@ -4,7 +4,9 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use tokenizers::AddedToken;
 use training::config::RunConfig;
+use training::data::tokenizer::END_OF_DOCUMENT;
 use training::data::{Corpus, TokenFile, prepare};
 
 fn corpus(folder: &Path) -> Corpus {
@@ -45,14 +47,23 @@ pub(crate) fn denoised() -> Option<PathBuf> {
 
 /// A tokenizer and token files made of a small text; the tokenizer's path and the held-out tokens.
 pub(crate) fn prepared(root: &Path) -> (PathBuf, TokenFile) {
+    prepared_with(root, END_OF_DOCUMENT).unwrap()
+}
+
+/// The same with another token that ends documents.
+pub(crate) fn prepared_with(root: &Path, end: &str) -> Result<(PathBuf, TokenFile), anyhow::Error> {
     let corpus = corpus(root);
-    let tokenizer = root.join("tokenizer.json");
-    training::data::tokenizer::train(&corpus.sample(1 << 20).unwrap(), 280)
-        .unwrap()
-        .save(&tokenizer, true)
-        .unwrap();
-    let prepared = prepare(&corpus, &tokenizer, &root.join("data")).unwrap();
-    (tokenizer, prepared.validation)
+    let path = root.join("tokenizer.json");
+    let mut tokenizer = training::data::tokenizer::train(&corpus.sample(1 << 20)?, 280)?;
+    // Others have such a token.
+    if end != END_OF_DOCUMENT {
+        tokenizer
+            .add_special_tokens([AddedToken::from("</s>", true)])
+            .unwrap();
+    }
+    tokenizer.save(&path, true).unwrap();
+    let prepared = prepare(&corpus, &path, end, &root.join("data"))?;
+    Ok((path, prepared.validation))
 }
 
 /// A run of `steps` steps in a directory of its own, on the token files in `folder`.
