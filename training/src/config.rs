@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use config::builder::DefaultState;
-use config::{Config, ConfigBuilder, ConfigError, Environment, File, FileFormat, Map};
+use config::{Config, ConfigBuilder, ConfigError, Environment, File, FileFormat, Map, ValueKind};
 use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
 use serde::{Deserialize, Serialize};
@@ -46,10 +46,23 @@ pub struct RunConfig {
 pub struct DataSection {
     /// Tokens to train on.
     pub train: PathBuf,
+    /// Other tokens to train on, of the same tokenizer, and how much of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mixture: Vec<MixturePart>,
     /// Held-out tokens.
     pub validation: PathBuf,
     /// The tokenizer, for export.
     pub tokenizer: PathBuf,
+}
+
+/// A token file that is mixed in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MixturePart {
+    /// The file.
+    pub tokens: PathBuf,
+    /// Share of the sequences that comes of it; what all shares leave comes of `train`.
+    pub share: f64,
 }
 
 /// The noise process.
@@ -318,6 +331,11 @@ impl RunConfig {
         if let Err(reason) = self.schedule.check() {
             bail!("schedule: {reason}");
         }
+        let shares: f64 = self.data.mixture.iter().map(|part| part.share).sum();
+        ensure!(
+            self.data.mixture.iter().all(|part| part.share > 0.0) && shares < 1.0,
+            "data.mixture has shares of {shares} in all, expected each above 0 and all together below 1"
+        );
         let optimizer = &self.optimizer;
         for (name, value) in [
             ("optimizer.lr", optimizer.lr),
@@ -491,6 +509,18 @@ fn absolute_paths(file: &Config, place: &Path) -> Result<Config> {
                 paths = paths.set_override(key, path)?;
             }
         }
+    }
+    if let Ok(mut parts) = file.get_array("data.mixture") {
+        for part in &mut parts {
+            if let ValueKind::Table(part) = &mut part.kind
+                && let Some(tokens) = part.get_mut("tokens")
+                && let ValueKind::String(path) = &mut tokens.kind
+                && let Some(whole) = within(&folder, Path::new(path)).to_str()
+            {
+                whole.clone_into(path);
+            }
+        }
+        paths = paths.set_override("data.mixture", parts)?;
     }
     Ok(paths.build()?)
 }

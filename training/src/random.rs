@@ -14,6 +14,8 @@ pub(crate) enum Purpose {
     Order = 3,
     /// Times and noise of an evaluation.
     Evaluation = 4,
+    /// Which token file a sequence comes of.
+    Mixture = 5,
 }
 
 /// A generator that no other (seed, purpose, index) shares.

@@ -12,12 +12,16 @@ use denoised::network::{Batch, ScoreNetwork};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use tokenizers::Tokenizer;
-use training::config::RunConfig;
+use training::config::{MixturePart, RunConfig};
+use training::data::mixture::Mixture;
+use training::data::tokenizer::END_OF_DOCUMENT;
+use training::data::{Corpus, TokenFile, prepare};
 use training::evaluate::bound::{Estimate, Served, bound};
 use training::evaluate::quality::Variety;
 use training::evaluate::samples::Sampling;
 use training::export::{self, Storage, TrainedModel};
 use training::fit::checkpoint;
+use training::fit::record;
 use training::fit::step::objective;
 use training::fit::{FitOptions, Start, fit};
 use training::model::Ddit;
@@ -267,6 +271,63 @@ fn a_network_of_probabilities_goes_the_whole_way() {
     assert!((loss / expected - 1.0).abs() < 1e-4, "{loss} is not {expected}");
 
     agree(&network, &root.join("models"), &bundle, &sequences);
+}
+
+/// Of what is mixed in, as much as was asked for is learned from; a run goes on where it was, and says what it was fed.
+#[test]
+fn token_files_are_mixed_by_their_shares() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    let (tokenizer, _) = prepared(root);
+    let of = |name: &str, tokenizer: &Path| {
+        let text = root.join(format!("{name}.txt"));
+        fs::write(&text, "ZZZZ QQQQ\n\n".repeat(300)).unwrap();
+        let corpus = Corpus {
+            input: vec![text],
+            separator: Some("\n\n".to_owned()),
+            ..Corpus::default()
+        };
+        prepare(&corpus, tokenizer, END_OF_DOCUMENT, &root.join(name)).map(|prepared| prepared.train)
+    };
+    let other = of("other", &tokenizer).unwrap();
+    let mark = other.range(0..1)[0];
+    let train = TokenFile::open(&root.join("data/train.tokens")).unwrap();
+    assert!(!train.range(0..train.tokens()).contains(&mark));
+    let mut mixture = Mixture::new(train, vec![(other, 0.25)], 16, 1).unwrap();
+    let sequences: Vec<_> = (0..8).flat_map(|step| mixture.batch(step, 128)).collect();
+    let mixed = sequences.iter().filter(|tokens| tokens.contains(&mark)).count();
+    assert_eq!((sequences.len(), mixed), (1024, 256));
+
+    let mixed = |run: &str, steps: u64| {
+        let mut config = config(root, run, steps);
+        config.data.mixture = vec![MixturePart {
+            tokens: root.join("other/train.tokens"),
+            share: 0.25,
+        }];
+        config
+    };
+    fit(mixed("whole", 20), FitOptions::default()).unwrap();
+    fit(mixed("parts", 10), FitOptions::default()).unwrap();
+    fit(mixed("parts", 20), resumed()).unwrap();
+    fit(config(root, "alone", 20), FitOptions::default()).unwrap();
+    let learned = |run: &str| {
+        let folder = checkpoint::latest(&root.join(run)).unwrap();
+        checkpoint::load_average(&folder).unwrap().0.state_dict()
+    };
+    assert_eq!(learned("whole"), learned("parts"));
+    assert_ne!(learned("whole"), learned("alone"));
+    let provenance = record::read_provenance(&root.join("whole")).unwrap();
+    assert_eq!(provenance.mixture.len(), 1);
+
+    // Tokens of another tokenizer are others' words.
+    let foreign = root.join("foreign.json");
+    training::data::tokenizer::train(&["other words".to_owned()], 270)
+        .unwrap()
+        .save(&foreign, true)
+        .unwrap();
+    of("other", &foreign).unwrap();
+    let error = fit(mixed("foreign", 2), FitOptions::default()).unwrap_err();
+    assert!(format!("{error:#}").contains("another tokenizer"), "{error:#}");
 }
 
 #[test]

@@ -118,7 +118,10 @@ impl Run {
             &mut data.validation,
             &mut data.tokenizer,
             &mut run.directory,
-        ] {
+        ]
+        .into_iter()
+        .chain(data.mixture.iter_mut().map(|part| &mut part.tokens))
+        {
             *path = path.file_name().unwrap_or_default().into();
         }
         run.mirror = None;

@@ -72,13 +72,28 @@ fn paths_of_a_file_start_where_it_lies() {
     let path = root.join("configs/run.toml");
     fs::create_dir(root.join("configs")).unwrap();
     let text = include_str!("../../configs/demo.toml");
-    let lines = text.replace("[run]", "[run]\nmirror = \"s3://bucket/run\"");
+    let lines = text
+        .replace("[run]", "[run]\nmirror = \"s3://bucket/run\"")
+        .replace("[graph]", "[[data.mixture]]\ntokens = \"../a.tokens\"\nshare = 0.25\n[[data.mixture]]\ntokens = \"b.tokens\"\nshare = 0.5\n[graph]");
     fs::write(&path, lines).unwrap();
     let variables = [("TRAINING__DATA__TOKENIZER".to_owned(), "here.json".to_owned())];
     let run = RunConfig::read_with(&path, &[], Some(variables.into_iter().collect())).unwrap();
     let place = root.parent().unwrap();
     assert_eq!(run.data.train, place.join(".corpus/demo/train.tokens"));
     assert_eq!(run.run.directory, place.join("runs/demo"));
+    let mixed: Vec<_> = run
+        .data
+        .mixture
+        .iter()
+        .map(|part| (part.tokens.clone(), part.share))
+        .collect();
+    assert_eq!(
+        mixed,
+        [
+            (root.join("a.tokens"), 0.25),
+            (root.join("configs/b.tokens"), 0.5)
+        ]
+    );
     assert_eq!(run.data.tokenizer, Path::new("here.json"));
     assert_eq!(run.run.mirror.as_deref(), Some("s3://bucket/run"));
     assert_eq!(within(Path::new("/a/b"), Path::new("/c/./d")), Path::new("/c/d"));

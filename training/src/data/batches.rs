@@ -33,15 +33,8 @@ impl Batches {
         })
     }
 
-    /// The sequences of step `step` with `batch` sequences per step.
-    pub fn batch(&mut self, step: u64, batch: usize) -> Vec<Vec<Token>> {
-        let first = step * batch as u64;
-        (first..first + batch as u64)
-            .map(|index| self.sequence(index))
-            .collect()
-    }
-
-    fn sequence(&mut self, index: u64) -> Vec<Token> {
+    /// Sequence number `index`, over all epochs.
+    pub(super) fn sequence(&mut self, index: u64) -> Vec<Token> {
         // One piece less than fits, so that every offset leaves as many.
         let pieces = (self.tokens.sequences(self.length) - 1) as u64;
         let (epoch, place) = (index / pieces, (index % pieces) as usize);

@@ -11,6 +11,7 @@
 pub mod batches;
 mod corpus;
 mod encoder;
+pub mod mixture;
 mod partial;
 mod prepare;
 mod progress;

@@ -104,6 +104,9 @@ impl Line {
 pub struct Provenance {
     /// The tokens to train on.
     pub train: DataFile,
+    /// Other tokens that are mixed in.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mixture: Vec<DataFile>,
     /// The held-out tokens.
     pub validation: DataFile,
     /// sha256 of `tokenizer.json`.

@@ -19,9 +19,9 @@ use tokenizers::Tokenizer;
 
 use super::beginning::Beginning;
 use super::terminal::Progress;
-use crate::config::{RunConfig, RunSection};
+use crate::config::{MixturePart, RunConfig, RunSection};
 use crate::data::TokenFile;
-use crate::data::batches::Batches;
+use crate::data::mixture::Mixture;
 use crate::evaluate::bound;
 use crate::evaluate::samples;
 use crate::fit::checkpoint::{self, State};
@@ -103,7 +103,7 @@ struct Run {
     settings: RunSection,
     trainer: Trainer,
     state: State,
-    epochs: Batches,
+    sequences: Mixture,
     held_out: Vec<Vec<Token>>,
     tokenizer: Tokenizer,
     mirror: Option<Mirror>,
@@ -132,7 +132,15 @@ impl Run {
         let tokenizer = matching_tokenizer(&config, &train, &validation)?;
         let shape = config.network_config(train.vocab_size());
         let held_out = validation.spread(shape.length, config.run.validation_sequences);
-        let epochs = Batches::new(train.clone(), shape.length, config.run.seed)?;
+        let mixed = mixed(&config, &train)?;
+        let mixture = mixed
+            .iter()
+            .zip(&config.data.mixture)
+            .map(|(file, part)| DataFile::of(&part.tokens, file.tokens(), file.bytes()))
+            .collect::<Result<_>>()?;
+        let shares = config.data.mixture.iter().map(|part| part.share);
+        let others = mixed.into_iter().zip(shares).collect();
+        let sequences = Mixture::new(train.clone(), others, shape.length, config.run.seed)?;
 
         let settings = config.run.clone();
         let devices = Devices::open(&options.devices, settings.threads)?;
@@ -177,6 +185,7 @@ impl Run {
         };
         let data = Provenance {
             train: DataFile::of(&config.data.train, train.tokens(), train.bytes())?,
+            mixture,
             validation: DataFile::of(&config.data.validation, validation.tokens(), validation.bytes())?,
             tokenizer_sha256: train.tokenizer_sha256().to_owned(),
             ..Provenance::default()
@@ -226,7 +235,7 @@ impl Run {
             parameters: parameters as u64,
             ..data
         };
-        let train_sha256 = provenance.train.sha256.clone();
+        let learned = learned_from(&provenance);
         let earlier = recorder.provenance(provenance, Session::now(step, options.folder.as_deref()))?;
 
         let now = Instant::now();
@@ -243,7 +252,7 @@ impl Run {
             settings,
             trainer,
             state,
-            epochs,
+            sequences,
             held_out,
             tokenizer,
             mirror,
@@ -267,7 +276,7 @@ impl Run {
             run.progress
                 .note(&format!("changed since the checkpoint: {change}"));
         }
-        if earlier.is_some_and(|earlier| earlier.train.sha256 != train_sha256) {
+        if earlier.is_some_and(|earlier| learned_from(&earlier) != learned) {
             run.progress
                 .note("changed since the checkpoint: the tokens to train on");
         }
@@ -342,7 +351,9 @@ impl Run {
     /// The loss and gradient of the next step, which must be finite.
     fn next_gradient(&mut self) -> Result<Gradient> {
         let started = Instant::now();
-        let batch = self.epochs.batch(self.trainer.step(), self.settings.batch_size);
+        let batch = self
+            .sequences
+            .batch(self.trainer.step(), self.settings.batch_size);
         let gradient = self.trainer.gradient(&batch);
         self.pace_of(started.elapsed());
         ensure!(
@@ -532,6 +543,28 @@ fn over(settings: &RunSection, state: &State) -> String {
 
 fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+/// Hashes of all tokens to train on.
+fn learned_from(provenance: &Provenance) -> Vec<String> {
+    let files = std::iter::once(&provenance.train).chain(&provenance.mixture);
+    files.map(|file| file.sha256.clone()).collect()
+}
+
+/// The token files that are mixed in, whose tokens must be those of `train`.
+fn mixed(config: &RunConfig, train: &TokenFile) -> Result<Vec<TokenFile>> {
+    let open = |part: &MixturePart| {
+        let file = TokenFile::open(&part.tokens)?;
+        let is_alike = |file: &TokenFile| (file.tokenizer_sha256().to_owned(), file.end_of_document());
+        ensure!(
+            is_alike(&file) == is_alike(train),
+            "data.mixture: {} was made with another tokenizer, or another end of documents, than {}",
+            part.tokens.display(),
+            config.data.train.display()
+        );
+        Ok(file)
+    };
+    config.data.mixture.iter().map(open).collect()
 }
 
 /// The run's tokenizer, which must be the one that made its token files.

@@ -222,6 +222,7 @@ fn origin(provenance: &Provenance) -> Markup {
         div.table {
             table {
                 (file("Training tokens", &provenance.train))
+                @for mixed in &provenance.mixture { (file("Mixed in", mixed)) }
                 (file("Held-out tokens", &provenance.validation))
                 tr { th { "Tokenizer's sha256" } td { (printable(&provenance.tokenizer_sha256)) } }
             }
