@@ -7,15 +7,15 @@
 use std::f64::consts::LN_10;
 
 use burn::Tensor;
-use burn::module::{Module, Param};
-use burn::nn::Linear;
+use burn::module::{Module, Param, ParamId};
+use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Int, TensorData, activation};
 use denoised::diffusion::Token;
 use rand_chacha::ChaCha8Rng;
 
 use super::kernels::{self, RotaryAttention};
 use super::precision::Precision;
-use super::shape::{NOISE_FEATURES, NetworkConfig};
+use super::shape::{MLP_RATIO, NOISE_FEATURES, NetworkConfig};
 use crate::random::unit_f32;
 
 /// One transformer block.
@@ -51,7 +51,47 @@ pub struct Ddit {
     pub(super) precision: Precision,
 }
 
+/// A vector or a matrix that has no values yet.
+fn parameter<const D: usize>(shape: [usize; D], device: &Device) -> Param<Tensor<D>> {
+    let zeros = move |device: &Device, _: bool| Tensor::zeros(shape, device);
+    Param::uninitialized(ParamId::new(), zeros, device.clone(), true, shape.into())
+}
+
+impl Block {
+    fn without_weights(config: &NetworkConfig, device: &Device) -> Self {
+        let width = config.hidden_size;
+        Self {
+            norm1: parameter([width], device),
+            attn_qkv: LinearConfig::new(width, 3 * width).with_bias(false).init(device),
+            attn_out: LinearConfig::new(width, width).with_bias(false).init(device),
+            norm2: parameter([width], device),
+            mlp_0: LinearConfig::new(width, MLP_RATIO * width).init(device),
+            mlp_2: LinearConfig::new(MLP_RATIO * width, width).init(device),
+            modulation: LinearConfig::new(config.cond_dim, 6 * width).init(device),
+        }
+    }
+}
+
 impl Ddit {
+    /// A network of this shape, whose parameters take no memory until they get their values.
+    pub(super) fn without_weights(config: &NetworkConfig, device: &Device) -> Self {
+        let (width, condition) = (config.hidden_size, config.cond_dim);
+        Self {
+            embedding: parameter([config.states, width], device),
+            sigma_0: LinearConfig::new(NOISE_FEATURES, condition).init(device),
+            sigma_2: LinearConfig::new(condition, condition).init(device),
+            blocks: (0..config.blocks)
+                .map(|_| Block::without_weights(config, device))
+                .collect(),
+            norm_final: parameter([width], device),
+            modulation_final: LinearConfig::new(condition, 2 * width).init(device),
+            output_weight: (!config.tie_embeddings).then(|| parameter([width, config.states], device)),
+            output_bias: parameter([config.states], device),
+            config: *config,
+            precision: Precision::default(),
+        }
+    }
+
     /// The shape of this network.
     pub fn config(&self) -> &NetworkConfig {
         &self.config

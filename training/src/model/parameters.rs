@@ -1,17 +1,19 @@
-//! The parameters of a network: their names and shapes, which are the reference's, their first values, and the fields
-//! that they are kept in. Whatever loads, saves or exports weights goes by what stands here.
+//! The parameters of a network: their names and layouts, which are the reference's, and their first values. Whatever
+//! loads, saves, checks or exports weights goes by one table, [`Ddit::table`].
+
+use std::collections::HashMap;
 
 use burn::Tensor;
-use burn::module::Param;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::nn::Linear;
 use burn::tensor::{Device, TensorData};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
-use super::ddit::{Block, Ddit};
-use super::precision::Precision;
-use super::shape::{MLP_RATIO, NOISE_FEATURES, NetworkConfig, NetworkError};
-use super::state_dict::{HostTensor, StateDict, StateDictError};
+use super::ddit::Ddit;
+use super::device::inference_device;
+use super::shape::{NetworkConfig, NetworkError};
+use super::state_dict::{StateDict, StateDictError};
 use crate::random::unit_f32;
 
 /// The head's matrix, `[states, width]`.
@@ -24,38 +26,11 @@ const ROTARY_BUFFER: &str = "rotary_emb.inv_freq";
 impl NetworkConfig {
     /// Name and shape of every parameter, as the reference lays them out.
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
-        let (width, condition) = (self.hidden_size, self.cond_dim);
-        let mut list: Vec<(String, Vec<usize>)> = Vec::new();
-        let mut add = |name: String, shape: &[usize]| list.push((name, shape.to_vec()));
-        add(EMBEDDING.into(), &[self.states, width]);
-        add("sigma_map.mlp.0.weight".into(), &[condition, NOISE_FEATURES]);
-        add("sigma_map.mlp.0.bias".into(), &[condition]);
-        add("sigma_map.mlp.2.weight".into(), &[condition, condition]);
-        add("sigma_map.mlp.2.bias".into(), &[condition]);
-        for block in 0..self.blocks {
-            let mut add = |name: &str, shape: &[usize]| add(format!("blocks.{block}.{name}"), shape);
-            add("norm1.weight", &[width]);
-            add("attn_qkv.weight", &[3 * width, width]);
-            add("attn_out.weight", &[width, width]);
-            add("norm2.weight", &[width]);
-            add("mlp.0.weight", &[MLP_RATIO * width, width]);
-            add("mlp.0.bias", &[MLP_RATIO * width]);
-            add("mlp.2.weight", &[width, MLP_RATIO * width]);
-            add("mlp.2.bias", &[width]);
-            add("adaLN_modulation.weight", &[6 * width, condition]);
-            add("adaLN_modulation.bias", &[6 * width]);
-        }
-        add("output_layer.norm_final.weight".into(), &[width]);
-        if !self.tie_embeddings {
-            add(OUTPUT_WEIGHT.into(), &[self.states, width]);
-        }
-        add("output_layer.linear.bias".into(), &[self.states]);
-        add(
-            "output_layer.adaLN_modulation.weight".into(),
-            &[2 * width, condition],
-        );
-        add("output_layer.adaLN_modulation.bias".into(), &[2 * width]);
-        list
+        let entries = Ddit::without_weights(self, &inference_device()).table();
+        entries
+            .into_iter()
+            .map(|entry| (entry.name, entry.shape))
+            .collect()
     }
 
     /// Weights to start training from: output zero, so that every score starts as uniform, and
@@ -100,88 +75,131 @@ impl NetworkConfig {
     }
 }
 
-/// Takes weights by reference names and hands out Burn's parameters.
+/// A parameter of a network.
+struct Entry {
+    /// Its name in the reference.
+    name: String,
+    /// Its shape there.
+    shape: Vec<usize>,
+    /// Whether Burn keeps its transpose: `[in, out]` where the reference keeps `[out, in]`.
+    transposed: bool,
+    id: ParamId,
+}
+
+/// The parameters of a network in the order in which they get their first values.
+#[derive(Default)]
+struct Table(Vec<Entry>);
+
+impl Table {
+    /// A parameter that is kept as in the reference.
+    fn add<const D: usize>(&mut self, name: impl Into<String>, param: &Param<Tensor<D>>) {
+        self.0.push(Entry {
+            name: name.into(),
+            shape: param.lazy_shape().to_vec(),
+            transposed: false,
+            id: param.id,
+        });
+    }
+
+    fn add_transposed(&mut self, name: impl Into<String>, param: &Param<Tensor<2>>) {
+        self.0.push(Entry {
+            name: name.into(),
+            shape: param.lazy_shape().iter().rev().copied().collect(),
+            transposed: true,
+            id: param.id,
+        });
+    }
+
+    fn linear(&mut self, name: &str, layer: &Linear) {
+        self.add_transposed(format!("{name}.weight"), &layer.weight);
+        if let Some(bias) = &layer.bias {
+            self.add(format!("{name}.bias"), bias);
+        }
+    }
+}
+
+impl Ddit {
+    /// What each parameter is called: field by field.
+    fn table(&self) -> Vec<Entry> {
+        let mut table = Table::default();
+        table.add(EMBEDDING, &self.embedding);
+        table.linear("sigma_map.mlp.0", &self.sigma_0);
+        table.linear("sigma_map.mlp.2", &self.sigma_2);
+        for (index, block) in self.blocks.iter().enumerate() {
+            let name = |part: &str| format!("blocks.{index}.{part}");
+            table.add(name("norm1.weight"), &block.norm1);
+            table.linear(&name("attn_qkv"), &block.attn_qkv);
+            table.linear(&name("attn_out"), &block.attn_out);
+            table.add(name("norm2.weight"), &block.norm2);
+            table.linear(&name("mlp.0"), &block.mlp_0);
+            table.linear(&name("mlp.2"), &block.mlp_2);
+            table.linear(&name("adaLN_modulation"), &block.modulation);
+        }
+        table.add("output_layer.norm_final.weight", &self.norm_final);
+        if let Some(weight) = &self.output_weight {
+            table.add_transposed(OUTPUT_WEIGHT, weight);
+        }
+        table.add("output_layer.linear.bias", &self.output_bias);
+        table.linear("output_layer.adaLN_modulation", &self.modulation_final);
+        table.0
+    }
+}
+
+/// Gives every parameter the weights of its name.
 struct Loader<'a> {
+    entries: HashMap<ParamId, Entry>,
     weights: StateDict,
     device: &'a Device,
+    misfit: Option<StateDictError>,
 }
 
-impl Loader<'_> {
-    fn data(&mut self, name: &str, shape: &[usize]) -> Result<HostTensor, StateDictError> {
-        self.weights.take(name, shape)
-    }
-
-    fn vector(&mut self, name: &str, length: usize) -> Result<Param<Tensor<1>>, StateDictError> {
-        let data = self.data(name, &[length])?;
-        Ok(Param::from_tensor(Tensor::from_data(
-            TensorData::new(data.data, [length]),
-            self.device,
-        )))
-    }
-
-    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>, StateDictError> {
-        let data = self.data(name, &shape)?;
-        Ok(Param::from_tensor(Tensor::from_data(
-            TensorData::new(data.data, shape),
-            self.device,
-        )))
-    }
-
-    /// Burn keeps `[in, out]` where the reference keeps `[out, in]`.
-    fn linear(
-        &mut self,
-        name: &str,
-        [inputs, outputs]: [usize; 2],
-        bias: bool,
-    ) -> Result<Linear, StateDictError> {
-        let bias = bias
-            .then(|| self.vector(&format!("{name}.bias"), outputs))
-            .transpose()?;
-        Ok(Linear {
-            weight: self.transposed(&format!("{name}.weight"), [inputs, outputs])?,
-            bias,
-        })
-    }
-
-    fn transposed(
-        &mut self,
-        name: &str,
-        [inputs, outputs]: [usize; 2],
-    ) -> Result<Param<Tensor<2>>, StateDictError> {
-        let weight = self.data(name, &[outputs, inputs])?.transposed();
-        Ok(Param::from_tensor(Tensor::from_data(
-            TensorData::new(weight.data, [inputs, outputs]),
-            self.device,
-        )))
+impl ModuleMapper for Loader<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(entry) = self.entries.get(&param.id) else {
+            return param;
+        };
+        match self.weights.take(&entry.name, &entry.shape) {
+            Ok(tensor) => {
+                let tensor = if entry.transposed {
+                    tensor.transposed()
+                } else {
+                    tensor
+                };
+                let data = TensorData::new(tensor.data, tensor.shape);
+                Param::from_tensor(Tensor::from_data(data, self.device))
+            }
+            Err(misfit) => {
+                self.misfit.get_or_insert(misfit);
+                param
+            }
+        }
     }
 }
 
-/// Collects Burn's tensors under reference names.
-#[derive(Default)]
-struct Saver(StateDict);
+/// Collects what there is of each parameter, under its name.
+struct Collector<'a, P> {
+    entries: HashMap<ParamId, Entry>,
+    pick: &'a mut P,
+    found: StateDict,
+}
 
-impl Saver {
-    fn insert<const D: usize>(&mut self, name: &str, tensor: &Tensor<D>) {
-        let shape = tensor.dims().to_vec();
-        let data = tensor.to_data().iter::<f32>().collect();
-        self.0.insert(name, shape, data);
+impl<P: Pick> ModuleVisitor for Collector<'_, P> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let (Some(entry), Some(tensor)) = (self.entries.remove(&param.id), self.pick.pick(param)) else {
+            return;
+        };
+        let tensor = if entry.transposed {
+            tensor.transpose()
+        } else {
+            tensor
+        };
+        let data = tensor.into_data().iter::<f32>().collect();
+        self.found.insert(entry.name, entry.shape, data);
     }
+}
 
-    fn tensor<const D: usize>(&mut self, name: &str, param: &Param<Tensor<D>>, pick: &mut impl Pick) {
-        if let Some(value) = pick.pick(param) {
-            self.insert(name, &value);
-        }
-    }
-
-    /// Burn keeps `[in, out]` where the reference keeps `[out, in]`.
-    fn linear(&mut self, name: &str, layer: &Linear, pick: &mut impl Pick) {
-        if let Some(weight) = pick.pick(&layer.weight) {
-            self.insert(&format!("{name}.weight"), &weight.transpose());
-        }
-        if let Some(bias) = &layer.bias {
-            self.tensor(&format!("{name}.bias"), bias, pick);
-        }
-    }
+fn by_id(entries: Vec<Entry>) -> HashMap<ParamId, Entry> {
+    entries.into_iter().map(|entry| (entry.id, entry)).collect()
 }
 
 /// Something that exists for each parameter: its value, or its gradient.
@@ -207,37 +225,18 @@ impl Ddit {
     ) -> Result<Self, NetworkError> {
         config.validate()?;
         weights.0.remove(ROTARY_BUFFER);
-        let mut loader = Loader { weights, device };
-        let (width, condition) = (config.hidden_size, config.cond_dim);
-        let network = Self {
-            embedding: loader.matrix(EMBEDDING, [config.states, width])?,
-            sigma_0: loader.linear("sigma_map.mlp.0", [NOISE_FEATURES, condition], true)?,
-            sigma_2: loader.linear("sigma_map.mlp.2", [condition, condition], true)?,
-            blocks: (0..config.blocks)
-                .map(|index| {
-                    let name = |part: &str| format!("blocks.{index}.{part}");
-                    Ok(Block {
-                        norm1: loader.vector(&name("norm1.weight"), width)?,
-                        attn_qkv: loader.linear(&name("attn_qkv"), [width, 3 * width], false)?,
-                        attn_out: loader.linear(&name("attn_out"), [width, width], false)?,
-                        norm2: loader.vector(&name("norm2.weight"), width)?,
-                        mlp_0: loader.linear(&name("mlp.0"), [width, MLP_RATIO * width], true)?,
-                        mlp_2: loader.linear(&name("mlp.2"), [MLP_RATIO * width, width], true)?,
-                        modulation: loader.linear(&name("adaLN_modulation"), [condition, 6 * width], true)?,
-                    })
-                })
-                .collect::<Result<_, StateDictError>>()?,
-            norm_final: loader.vector("output_layer.norm_final.weight", width)?,
-            modulation_final: loader.linear("output_layer.adaLN_modulation", [condition, 2 * width], true)?,
-            output_weight: (!config.tie_embeddings)
-                .then(|| loader.transposed(OUTPUT_WEIGHT, [width, config.states]))
-                .transpose()?,
-            output_bias: loader.vector("output_layer.linear.bias", config.states)?,
-            config: *config,
-            precision: Precision::default(),
+        let network = Self::without_weights(config, device);
+        let mut loader = Loader {
+            entries: by_id(network.table()),
+            weights,
+            device,
+            misfit: None,
         };
-        match loader.weights.0.into_keys().next() {
-            Some(name) => Err(StateDictError::Extra { name }.into()),
+        let network = network.map(&mut loader);
+        let Loader { weights, misfit, .. } = loader;
+        let extra = weights.0.into_keys().next();
+        match misfit.or_else(|| extra.map(|name| StateDictError::Extra { name })) {
+            Some(misfit) => Err(misfit.into()),
             None => Ok(network),
         }
     }
@@ -254,26 +253,12 @@ impl Ddit {
 
     /// What `pick` finds for each parameter, by reference name.
     pub(crate) fn collect(&self, pick: &mut impl Pick) -> StateDict {
-        let mut saver = Saver::default();
-        saver.tensor(EMBEDDING, &self.embedding, pick);
-        saver.linear("sigma_map.mlp.0", &self.sigma_0, pick);
-        saver.linear("sigma_map.mlp.2", &self.sigma_2, pick);
-        for (index, block) in self.blocks.iter().enumerate() {
-            let name = |part: &str| format!("blocks.{index}.{part}");
-            saver.tensor(&name("norm1.weight"), &block.norm1, pick);
-            saver.linear(&name("attn_qkv"), &block.attn_qkv, pick);
-            saver.linear(&name("attn_out"), &block.attn_out, pick);
-            saver.tensor(&name("norm2.weight"), &block.norm2, pick);
-            saver.linear(&name("mlp.0"), &block.mlp_0, pick);
-            saver.linear(&name("mlp.2"), &block.mlp_2, pick);
-            saver.linear(&name("adaLN_modulation"), &block.modulation, pick);
-        }
-        saver.tensor("output_layer.norm_final.weight", &self.norm_final, pick);
-        saver.linear("output_layer.adaLN_modulation", &self.modulation_final, pick);
-        if let Some(weight) = self.output_weight.as_ref().and_then(|weight| pick.pick(weight)) {
-            saver.insert(OUTPUT_WEIGHT, &weight.transpose());
-        }
-        saver.tensor("output_layer.linear.bias", &self.output_bias, pick);
-        saver.0
+        let mut collector = Collector {
+            entries: by_id(self.table()),
+            pick,
+            found: StateDict::default(),
+        };
+        self.visit(&mut collector);
+        collector.found
     }
 }
