@@ -1,6 +1,6 @@
 //! The exported network says what the trained one says.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::{env, fs};
 
@@ -14,13 +14,14 @@ use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use safetensors::{Dtype, SafeTensors};
-use serde_json::{Value, json};
+use serde_json::json;
 use training::data::tokenizer;
 use training::export::{self, ExportError, Options, Storage, TrainedModel};
+use training::import::{self, Checkpoint, Choice};
 use training::model::state_dict::StateDict;
 use training::model::{Ddit, NetworkConfig, inference_device, token_tensor};
 
+use crate::common::numbers::{fixture, numbers};
 use crate::common::skipped;
 
 const LOG_LINEAR: Schedule = Schedule::LogLinear { eps: 1e-3 };
@@ -380,66 +381,21 @@ fn the_makers_of_the_format_find_no_fault() {
     );
 }
 
-fn read(path: &Path) -> StateDict {
-    let raw = fs::read(path).unwrap();
-    let mut tensors = StateDict::default();
-    for (name, view) in SafeTensors::deserialize(&raw).unwrap().tensors() {
-        let data = if view.dtype() == Dtype::F32 {
-            view.data()
-                .as_chunks()
-                .0
-                .iter()
-                .map(|bytes| f32::from_le_bytes(*bytes))
-                .collect()
-        } else {
-            view.data()
-                .as_chunks()
-                .0
-                .iter()
-                .map(|bytes| i64::from_le_bytes(*bytes) as f32)
-                .collect()
-        };
-        tensors.insert(name, view.shape().to_vec(), data);
-    }
-    tensors
-}
-
 /// How far log-scores of an export may be from the reference's.
 const TOLERANCES: [(Storage, f32); 3] = [(Storage::F32, 2e-5), (Storage::F16, 2e-3), (Storage::Int8, 5e-2)];
 
 /// Exports a checkpoint of the authors' implementation and compares with what that computed.
 fn check_reference(name: &str, graph: GraphKind, storage: Storage, tolerance: f32) {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/fixtures")
-        .join(name);
-    let json: Value = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
-    let number = |value: &Value| value.as_u64().unwrap() as usize;
-    let shape = &json["model"];
-    let config = NetworkConfig {
-        states: number(&json["tokens"]) + usize::from(graph == GraphKind::Absorbing),
-        length: number(&shape["length"]),
-        hidden_size: number(&shape["hidden_size"]),
-        cond_dim: number(&shape["cond_dim"]),
-        blocks: number(&shape["n_blocks"]),
-        heads: number(&shape["n_heads"]),
-        dropout: 0.0,
-        scale_by_sigma: shape["scale_by_sigma"].as_bool().unwrap(),
-        parameterization: Parameterization::Score,
-        time_conditioned: true,
-        tie_embeddings: false,
-    };
-    let weights = read(&folder.join("model.safetensors"));
+    let folder = fixture(name);
+    let Checkpoint {
+        network: config,
+        weights,
+        ..
+    } = import::read(&folder, Choice::Averaged).unwrap();
     let mut network = exported(&config, &weights, graph, storage);
 
-    let io = read(&folder.join("io.safetensors"));
-    let tokens: Vec<i64> = io
-        .get("tokens")
-        .unwrap()
-        .data
-        .iter()
-        .map(|&token| token as i64)
-        .collect();
-    let sigma = &io.get("sigma").unwrap().data;
+    let io = numbers(&folder.join("io.safetensors"));
+    let (tokens, sigma): (Vec<i64>, _) = (io["tokens"].ids(), &io["sigma"].data);
     let positions: Vec<i64> = (0..tokens.len() as i64).collect();
     let batch = Batch {
         tokens: &tokens,
@@ -455,7 +411,7 @@ fn check_reference(name: &str, graph: GraphKind, storage: Storage, tolerance: f3
         }
         row[tokens[at] as usize] = 0.0;
     }
-    let difference = largest_difference(&log_scores, &io.get("log_score").unwrap().data);
+    let difference = largest_difference(&log_scores, &io["log_score"].data);
     assert!(difference < tolerance, "{storage}: off by {difference}");
 }
 

@@ -2,45 +2,18 @@
 //! it says.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use denoised::bundle::{Bundle, Manifest};
 use denoised::diffusion::{Graph, GraphKind, Token, score_entropy, sigma_offset};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
 use denoised::network::{Batch, ScoreNetwork};
-use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 use training::export::{self, Storage, TrainedModel};
 use training::import::{self, Checkpoint, Choice};
 
-fn fixtures() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
-}
-
-fn floats(raw: &[u8], name: &str) -> Vec<f32> {
-    let tensors = SafeTensors::deserialize(raw).unwrap();
-    let view = tensors.tensor(name).unwrap();
-    assert_eq!(view.dtype(), Dtype::F32);
-    view.data()
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|b| f32::from_le_bytes(*b))
-        .collect()
-}
-
-fn ids(raw: &[u8], name: &str) -> Vec<i64> {
-    let tensors = SafeTensors::deserialize(raw).unwrap();
-    let view = tensors.tensor(name).unwrap();
-    assert_eq!(view.dtype(), Dtype::I64);
-    view.data()
-        .as_chunks::<8>()
-        .0
-        .iter()
-        .map(|b| i64::from_le_bytes(*b))
-        .collect()
-}
+use crate::common::numbers::{fixture, numbers};
 
 /// The checkpoint as a server would have it.
 fn served(checkpoint: &Checkpoint) -> (Manifest, OnnxNetwork) {
@@ -62,18 +35,19 @@ fn served(checkpoint: &Checkpoint) -> (Manifest, OnnxNetwork) {
 }
 
 fn served_numbers_are_the_references(name: &str) {
-    let folder = fixtures().join(name);
+    let folder = fixture(name);
     let checkpoint = import::read(&folder, Choice::Averaged).unwrap();
     let (manifest, mut network) = served(&checkpoint);
-    let raw = fs::read(folder.join("io.safetensors")).unwrap();
-    let (tokens, clean, sigma) = (ids(&raw, "tokens"), ids(&raw, "x0"), floats(&raw, "sigma"));
-    let (expected, entropies) = (floats(&raw, "log_score"), floats(&raw, "score_entropy"));
-    let length = tokens.len() / sigma.len();
+    let io = numbers(&folder.join("io.safetensors"));
+    let (tokens, clean): (Vec<i64>, Vec<Token>) = (io["tokens"].ids(), io["x0"].ids());
+    let [sigma, expected, entropies] =
+        ["sigma", "log_score", "score_entropy"].map(|name| io[name].data.as_slice());
+    let length = io["tokens"].shape[1];
     let positions: Vec<i64> = (0..tokens.len() as i64).collect();
     let batch = Batch {
         tokens: &tokens,
         length,
-        sigma: &sigma,
+        sigma,
         positions: &positions,
     };
     let states = manifest.vocab_size;
@@ -94,8 +68,7 @@ fn served_numbers_are_the_references(name: &str) {
                 for (ours, &theirs) in row.iter().zip(theirs) {
                     assert!((ours - f64::from(theirs)).abs() < 2e-4, "{ours} is not {theirs}");
                 }
-                let entropy =
-                    score_entropy::denoising(&graph, &row, current as Token, clean[index] as Token, sigma);
+                let entropy = score_entropy::denoising(&graph, &row, current as Token, clean[index], sigma);
                 let theirs = f64::from(entropies[index]);
                 assert!(
                     (entropy - theirs).abs() <= 1e-3 * theirs.abs() + 1e-6,
@@ -122,13 +95,13 @@ fn a_published_uniform_model_is_served_as_it_was() {
 #[test]
 fn relatives_of_sedd_are_served_as_they_were() {
     for name in ["families/radd", "families/mdlm", "families/mdlm-conditioned"] {
-        let folder = fixtures().join(name);
+        let folder = fixture(name);
         let checkpoint = import::read(&folder, Choice::Averaged).unwrap();
         assert_eq!(checkpoint.graph, GraphKind::Absorbing, "{name}");
         let (manifest, mut network) = served(&checkpoint);
-        let raw = fs::read(folder.join("io.safetensors")).unwrap();
-        let (tokens, sigma) = (ids(&raw, "tokens"), floats(&raw, "sigma"));
-        let expected = floats(&raw, "log_probability");
+        let io = numbers(&folder.join("io.safetensors"));
+        let (tokens, sigma): (Vec<i64>, _) = (io["tokens"].ids(), &io["sigma"].data);
+        let expected = &io["log_probability"].data;
         let (length, mask) = (tokens.len() / sigma.len(), manifest.vocab_size - 1);
         let positions: Vec<i64> = (0..tokens.len() as i64)
             .filter(|at| tokens[*at as usize] == mask as i64)
@@ -136,7 +109,7 @@ fn relatives_of_sedd_are_served_as_they_were() {
         let batch = Batch {
             tokens: &tokens,
             length,
-            sigma: &sigma,
+            sigma,
             positions: &positions,
         };
         network
@@ -168,7 +141,7 @@ fn kinds_of_transformers_that_are_not_known_are_named() {
 fn copy(name: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for file in ["config.json", "model.safetensors"] {
-        let raw = fs::read(fixtures().join(name).join(file)).unwrap();
+        let raw = fs::read(fixture(name).join(file)).unwrap();
         fs::write(folder.path().join(file), raw).unwrap();
     }
     folder
@@ -250,7 +223,7 @@ fn files_that_are_no_checkpoint_are_named() {
 /// training run whose averaged weights are its last ones plus a half.
 #[test]
 fn files_of_torch_are_read_in_both_layouts() {
-    let root = fixtures().join("torch");
+    let root = fixture("torch");
     let hub = import::read(&root.join("hub"), Choice::Averaged).unwrap();
     let last = import::read(&root.join("run"), Choice::Last).unwrap();
     let averaged = import::read(&root.join("run"), Choice::Averaged).unwrap();

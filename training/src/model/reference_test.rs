@@ -1,25 +1,27 @@
 //! The network, its loss and its gradients against numbers of the authors' implementation.
 #![allow(clippy::unwrap_used, clippy::wildcard_enum_match_arm, reason = "tests")]
 
-use std::fs;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use burn::Tensor;
 use burn::module::Param;
 use burn::optim::GradientsParams;
 use burn::tensor::TensorData;
-use denoised::diffusion::Parameterization;
-use denoised::diffusion::{Graph, GraphKind, Schedule, Token};
+use denoised::diffusion::{Graph, Token};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
-use safetensors::{Dtype, SafeTensors};
-use serde_json::Value;
 
 use super::parameters::Pick;
 use crate::fit::step::gradients;
+use crate::import::{self, Choice};
 use crate::loss::Objective;
 use crate::model::state_dict::StateDict;
 use crate::model::{Ddit, NetworkConfig, finish_log_scores, inference_device, token_tensor, training_device};
+use numbers::{Numbers, fixture, numbers};
+
+#[path = "../../tests/common/numbers.rs"]
+mod numbers;
 
 struct Fixture {
     config: NetworkConfig,
@@ -28,95 +30,31 @@ struct Fixture {
     folder: PathBuf,
 }
 
-fn tensors(raw: &[u8]) -> StateDict {
-    let mut tensors = StateDict::default();
-    for (name, view) in SafeTensors::deserialize(raw).unwrap().tensors() {
-        let data = match view.dtype() {
-            Dtype::F32 => view
-                .data()
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .map(|bytes| f32::from_le_bytes(*bytes))
-                .collect(),
-            _ => view
-                .data()
-                .as_chunks::<8>()
-                .0
-                .iter()
-                .map(|bytes| i64::from_le_bytes(*bytes) as f32)
-                .collect(),
-        };
-        tensors.insert(name, view.shape().to_vec(), data);
-    }
-    tensors
-}
-
 impl Fixture {
     fn read(name: &str) -> Self {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-            .join("../tests/fixtures")
-            .join(name);
-        let json: Value = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
-        let number = |value: &Value| value.as_u64().unwrap() as usize;
-        let (model, noise) = (&json["model"], &json["noise"]);
-        let absorbing = json["graph"]["type"] == "absorb";
+        let folder = fixture(name);
+        let checkpoint = import::read(&folder, Choice::Averaged).unwrap();
+        // Its numbers were computed without.
         let config = NetworkConfig {
-            states: number(&json["tokens"]) + usize::from(absorbing),
-            length: number(&model["length"]),
-            hidden_size: number(&model["hidden_size"]),
-            cond_dim: number(&model["cond_dim"]),
-            blocks: number(&model["n_blocks"]),
-            heads: number(&model["n_heads"]),
             dropout: 0.0,
-            scale_by_sigma: model["scale_by_sigma"].as_bool().unwrap(),
-            parameterization: Parameterization::Score,
-            time_conditioned: true,
-            tie_embeddings: false,
+            ..checkpoint.network
         };
-        let kind = if absorbing {
-            GraphKind::Absorbing
-        } else {
-            GraphKind::Uniform
-        };
-        let schedule = if noise["type"] == "loglinear" {
-            Schedule::LogLinear { eps: 1e-3 }
-        } else {
-            let sigma = |key: &str| noise[key].as_f64().unwrap();
-            Schedule::Geometric {
-                sigma_min: sigma("sigma_min"),
-                sigma_max: sigma("sigma_max"),
-            }
-        };
-        let graph = Graph::new(kind, config.states);
-        let objective = Objective {
-            graph,
-            schedule,
-            offset: config.scale_by_sigma,
-            parameterization: Parameterization::Score,
-        };
-        let weights = tensors(&fs::read(folder.join("model.safetensors")).unwrap());
         Self {
             config,
-            objective,
-            weights,
+            objective: Objective {
+                graph: Graph::new(checkpoint.graph, config.states),
+                schedule: checkpoint.schedule,
+                offset: config.scale_by_sigma,
+                parameterization: config.parameterization,
+            },
+            weights: checkpoint.weights,
             folder,
         }
     }
 
-    fn numbers(&self, file: &str) -> StateDict {
-        tensors(&fs::read(self.folder.join(file)).unwrap())
+    fn numbers(&self, file: &str) -> BTreeMap<String, Numbers> {
+        numbers(&self.folder.join(file))
     }
-}
-
-fn ids(numbers: &StateDict, name: &str) -> Vec<Token> {
-    numbers
-        .get(name)
-        .unwrap()
-        .data
-        .iter()
-        .map(|id| *id as Token)
-        .collect()
 }
 
 fn check_log_scores(name: &str) {
@@ -125,7 +63,7 @@ fn check_log_scores(name: &str) {
     let device = inference_device();
     let network = Ddit::from_weights(config, fixture.weights.clone(), &device).unwrap();
     let numbers = fixture.numbers("io.safetensors");
-    let (tokens, sigma) = (ids(&numbers, "tokens"), &numbers.get("sigma").unwrap().data);
+    let (tokens, sigma): (Vec<Token>, _) = (numbers["tokens"].ids(), &numbers["sigma"].data);
     let noise = Tensor::from_data(TensorData::new(sigma.clone(), [sigma.len()]), &device);
     let log_scores = network.forward(token_tensor(&tokens, config.length, &device), noise);
     let mut log_scores: Vec<f32> = log_scores.into_data().iter().collect();
@@ -133,7 +71,7 @@ fn check_log_scores(name: &str) {
     for ((sequence, tokens), &sigma) in sequences.zip(tokens.chunks_exact(config.length)).zip(sigma) {
         finish_log_scores(config, sequence, tokens, f64::from(sigma));
     }
-    for (ours, theirs) in log_scores.iter().zip(&numbers.get("log_score").unwrap().data) {
+    for (ours, theirs) in log_scores.iter().zip(&numbers["log_score"].data) {
         assert!((ours - theirs).abs() < 2e-4, "{ours} is not {theirs}");
     }
 }
@@ -150,20 +88,18 @@ fn check_training(name: &str) {
     let fixture = Fixture::read(name);
     let network = Ddit::from_weights(&fixture.config, fixture.weights.clone(), &training_device()).unwrap();
     let numbers = fixture.numbers("train.safetensors");
-    let noise: Vec<[f64; 2]> = numbers
-        .get("sigma")
-        .unwrap()
+    let noise: Vec<[f64; 2]> = numbers["sigma"]
         .data
         .iter()
-        .zip(&numbers.get("rate").unwrap().data)
+        .zip(&numbers["rate"].data)
         .map(|(&sigma, &rate)| [f64::from(sigma), f64::from(rate)])
         .collect();
-    let clean = ids(&numbers, "x0");
+    let clean = numbers["x0"].ids::<Token>();
     let batch = fixture
         .objective
-        .terms(&clean, ids(&numbers, "tokens"), fixture.config.length, &noise);
+        .terms(&clean, numbers["tokens"].ids(), fixture.config.length, &noise);
 
-    let expected = &numbers.get("loss_per_sequence").unwrap().data;
+    let expected = &numbers["loss_per_sequence"].data;
     for (ours, &theirs) in batch.sequence_losses(&network).iter().zip(expected) {
         assert!(
             (ours / f64::from(theirs) - 1.0).abs() < 1e-4,
@@ -176,13 +112,13 @@ fn check_training(name: &str) {
         batch.sequences(),
         &mut ChaCha8Rng::seed_from_u64(0),
     );
-    let theirs = f64::from(numbers.get("loss").unwrap().data[0]);
+    let theirs = f64::from(numbers["loss"].data[0]);
     assert!((loss / theirs - 1.0).abs() < 1e-4, "{loss} is not {theirs}");
 
     let found = network.collect(&mut ByParameter(found));
     assert_eq!(found.0.len(), fixture.config.parameters().len());
     for (name, ours) in &found.0 {
-        let theirs = numbers.get(&format!("grad.{name}")).unwrap();
+        let theirs = &numbers[&format!("grad.{name}")];
         assert_eq!(ours.shape, theirs.shape, "{name}");
         let norm = |data: &mut dyn Iterator<Item = f32>| {
             data.map(|x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt()

@@ -1,5 +1,7 @@
 //! A small text, its tokens, and runs on them.
 
+pub(crate) mod numbers;
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
