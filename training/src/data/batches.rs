@@ -1,10 +1,9 @@
 //! Which sequences a step learns from.
 
-use anyhow::{Result, ensure};
 use denoised::diffusion::Token;
 use rand_chacha::rand_core::Rng;
 
-use crate::data::TokenFile;
+use crate::data::{DataError, TokenFile};
 use crate::random::{Purpose, generator};
 
 /// Sequences in an order that depends on (seed, epoch) alone: every epoch cuts the tokens at another
@@ -19,12 +18,13 @@ pub struct Batches {
 
 impl Batches {
     /// Over `tokens`, in sequences of `length`.
-    pub fn new(tokens: TokenFile, length: usize, seed: u64) -> Result<Self> {
-        ensure!(
-            tokens.tokens() >= 2 * length,
-            "the training data has {} tokens, at least two sequences of {length} are needed",
-            tokens.tokens()
-        );
+    pub fn new(tokens: TokenFile, length: usize, seed: u64) -> Result<Self, DataError> {
+        if tokens.tokens() < 2 * length {
+            return Err(DataError::Short {
+                tokens: tokens.tokens(),
+                length,
+            });
+        }
         Ok(Self {
             tokens,
             length,

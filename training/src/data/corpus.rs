@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::vec;
 use std::{fmt, fs};
 
-use anyhow::{Context, Result, ensure};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use sha2::{Digest, Sha256};
 
+use super::error::DataError;
 use super::progress::Progress;
 use super::reader::{Cutting, DocumentError, Reader};
 use super::source::{self, SourceFile};
@@ -86,16 +86,13 @@ pub struct Document {
 
 impl Corpus {
     /// All documents that are not blank, file after file.
-    pub fn documents(&self) -> Result<Documents> {
-        ensure!(
-            (0.0..1.0).contains(&self.validation_fraction),
-            "validation fraction is {}, must be at least 0 and below 1",
-            self.validation_fraction
-        );
-        ensure!(
-            self.separator.as_deref() != Some(""),
-            "the separator is empty; without one, a file is one document"
-        );
+    pub fn documents(&self) -> Result<Documents, DataError> {
+        if !(0.0..1.0).contains(&self.validation_fraction) {
+            return Err(DataError::Fraction(self.validation_fraction));
+        }
+        if self.separator.as_deref() == Some("") {
+            return Err(DataError::Separator);
+        }
         let files = source::list(&self.input, &self.validation)?;
         Ok(Documents {
             progress: Progress::new(files.iter().map(|file| file.bytes).sum()),
@@ -124,11 +121,13 @@ impl Corpus {
     ///
     /// Every piece draws a number, and those with the smallest numbers stay: one pass and bounded memory
     /// give a sample that is even over the corpus and depends on the seed alone.
-    pub fn sample(&self, limit: u64) -> Result<Vec<String>> {
-        ensure!(
-            limit >= SMALLEST_SAMPLE,
-            "the sample is {limit} bytes, must be at least {SMALLEST_SAMPLE}"
-        );
+    pub fn sample(&self, limit: u64) -> Result<Vec<String>, DataError> {
+        if limit < SMALLEST_SAMPLE {
+            return Err(DataError::Sample {
+                bytes: limit,
+                least: SMALLEST_SAMPLE,
+            });
+        }
         let mut draw = ChaCha8Rng::seed_from_u64(self.seed);
         draw.set_stream(1);
         let mut kept = BinaryHeap::new();
@@ -154,11 +153,12 @@ impl Corpus {
                 }
             }
         }
-        ensure!(count > 0, "there is no document to train on");
-        ensure!(
-            !kept.is_empty(),
-            "text without spaces is longer than the sample of {limit} bytes"
-        );
+        if count == 0 {
+            return Err(DataError::NoDocuments);
+        }
+        if kept.is_empty() {
+            return Err(DataError::NoSpaces(limit));
+        }
         let mut kept = kept.into_vec();
         kept.sort_unstable_by_key(|(_, place, _)| *place);
         Ok(kept.into_iter().map(|(.., piece)| piece).collect())
@@ -197,10 +197,10 @@ impl Documents {
     }
 
     /// A file yet to be read that lies in `folder`, which must exist.
-    pub(super) fn file_in(&self, folder: &Path) -> Result<Option<&Path>> {
-        let folder = fs::canonicalize(folder).with_context(|| folder.display().to_string())?;
+    pub(super) fn file_in(&self, folder: &Path) -> Result<Option<&Path>, DataError> {
+        let folder = fs::canonicalize(folder).map_err(DataError::read(folder))?;
         for SourceFile { path, .. } in self.files.as_slice() {
-            let real = fs::canonicalize(path).with_context(|| path.display().to_string())?;
+            let real = fs::canonicalize(path).map_err(DataError::read(path))?;
             if real.parent() == Some(&folder) {
                 return Ok(Some(path));
             }

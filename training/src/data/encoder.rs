@@ -7,11 +7,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow};
 use denoised::diffusion::Token;
 use regex::Regex;
 use tokenizers::{AddedToken, ModelWrapper, PreTokenizerWrapper, Tokenizer};
 
+use super::error::DataError;
 use super::words::{pattern, words};
 
 /// Most words in the cache, and most bytes of each: some 50 MB at the worst.
@@ -42,23 +42,23 @@ struct Words {
 
 impl Encoder {
     /// The tokenizer.json at `path`, whose token `end` ends documents.
-    pub(super) fn open(path: &Path, end: &str) -> Result<Self> {
-        let json = fs::read(path).with_context(|| path.display().to_string())?;
-        let tokenizer = Tokenizer::from_bytes(&json).map_err(|e| anyhow!("{}: {e}", path.display()))?;
-        Self::new(tokenizer, end, denoised::bundle::sha256(&json)).with_context(|| path.display().to_string())
+    pub(super) fn open(path: &Path, end: &str) -> Result<Self, DataError> {
+        let json = fs::read(path).map_err(DataError::read(path))?;
+        Tokenizer::from_bytes(&json)
+            .map_err(DataError::tokenizer)
+            .and_then(|tokenizer| Self::new(tokenizer, end, denoised::bundle::sha256(&json)))
+            .map_err(|error| error.of_tokenizer(path))
     }
 
-    fn new(mut tokenizer: Tokenizer, end: &str, sha256: String) -> Result<Self> {
+    fn new(mut tokenizer: Tokenizer, end: &str, sha256: String) -> Result<Self, DataError> {
         // Both are for batches of sentences; of a document nothing may be lost.
-        tokenizer
-            .with_truncation(None)
-            .map_err(|e| anyhow!("tokenizer: {e}"))?;
+        tokenizer.with_truncation(None).map_err(DataError::tokenizer)?;
         tokenizer.with_padding(None);
         // A document that speaks of the end-of-document token does not end there.
         tokenizer.set_encode_special_tokens(true);
         let end_of_document = tokenizer
             .token_to_id(end)
-            .ok_or_else(|| anyhow!("{}", no_such_end(&tokenizer, end)))?;
+            .ok_or_else(|| no_such_end(&tokenizer, end))?;
         let unknown = match tokenizer.get_model() {
             ModelWrapper::BPE(model) => model.unk_token.as_deref(),
             ModelWrapper::WordPiece(model) => Some(model.unk_token.as_str()),
@@ -84,7 +84,7 @@ impl Encoder {
     }
 
     /// Adds the tokens of `text` to `tokens`.
-    pub(super) fn encode(&mut self, text: &str, tokens: &mut Vec<Token>) -> Result<()> {
+    pub(super) fn encode(&mut self, text: &str, tokens: &mut Vec<Token>) -> Result<(), DataError> {
         let Some(Words { pattern, cache }) = &mut self.words else {
             return extend(tokens, &self.tokenizer, text);
         };
@@ -112,22 +112,21 @@ impl Encoder {
 }
 
 /// Says that documents cannot end with `end`, and with what they can.
-fn no_such_end(tokenizer: &Tokenizer, end: &str) -> String {
+fn no_such_end(tokenizer: &Tokenizer, end: &str) -> DataError {
     let added: BTreeMap<Token, AddedToken> = tokenizer.get_added_tokens_decoder().into_iter().collect();
     let special = added.into_values().filter(|token| token.special);
     let special: Vec<String> = special.map(|token| token.content).take(20).collect();
-    let is_there = if special.is_empty() {
+    let others = if special.is_empty() {
         "it has no special tokens, but any token will do that text does not need".to_owned()
     } else {
         format!("its special tokens are {}", special.join(" "))
     };
-    format!("the tokenizer has no token {end:?} to end documents with (--end-token): {is_there}")
+    let end = end.to_owned();
+    DataError::NoEnd { end, others }
 }
 
-fn extend(tokens: &mut Vec<Token>, tokenizer: &Tokenizer, text: &str) -> Result<()> {
-    let encoding = tokenizer
-        .encode_fast(text, false)
-        .map_err(|e| anyhow!("tokenizer: {e}"))?;
+fn extend(tokens: &mut Vec<Token>, tokenizer: &Tokenizer, text: &str) -> Result<(), DataError> {
+    let encoding = tokenizer.encode_fast(text, false).map_err(DataError::tokenizer)?;
     tokens.extend(encoding.get_ids());
     Ok(())
 }

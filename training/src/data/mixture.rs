@@ -1,11 +1,10 @@
 //! A mixture of token files, of which every one has its share of the sequences.
 
-use anyhow::Result;
 use denoised::diffusion::Token;
 use rand_chacha::rand_core::Rng;
 
-use super::TokenFile;
 use super::batches::Batches;
+use super::{DataError, TokenFile};
 use crate::random::{Purpose, generator};
 
 /// Sequences in which shares are kept: within one as near as whole numbers are, over many to their mean.
@@ -28,13 +27,18 @@ impl Mixture {
     ///
     /// # Errors
     /// When a file is shorter than two sequences.
-    pub fn new(first: TokenFile, others: Vec<(TokenFile, f64)>, length: usize, seed: u64) -> Result<Self> {
+    pub fn new(
+        first: TokenFile,
+        others: Vec<(TokenFile, f64)>,
+        length: usize,
+        seed: u64,
+    ) -> Result<Self, DataError> {
         let quotas = quotas(others.iter().map(|(_, share)| *share));
         let files = std::iter::once(first).chain(others.into_iter().map(|(file, _)| file));
         Ok(Self {
             parts: files
                 .map(|file| Batches::new(file, length, seed))
-                .collect::<Result<_>>()?,
+                .collect::<Result<_, _>>()?,
             quotas,
             seed,
             order: None,

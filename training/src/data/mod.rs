@@ -11,6 +11,7 @@
 pub mod batches;
 mod corpus;
 mod encoder;
+mod error;
 pub mod mixture;
 mod partial;
 mod prepare;
@@ -23,8 +24,9 @@ pub mod tokenizer;
 mod words;
 
 pub use corpus::{Corpus, DEFAULT_MAX_DOCUMENT_BYTES, Document, Documents, SMALLEST_SAMPLE, Side};
+pub use error::DataError;
 pub use partial::Partial;
 pub use prepare::{Prepared, SideStatistics, Statistics, prepare};
 pub use reader::{DocumentError, DocumentProblem};
 pub use token_file::{Preparation, TokenFile, TokenFileError, TokenFileProblem};
-pub use token_writer::TokenWriter;
+pub use token_writer::{TokenWriter, TokenWriterError};

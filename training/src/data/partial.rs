@@ -4,8 +4,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
-
+use super::error::DataError;
 use crate::say::say;
 
 /// A file under another name beside its own, until it is complete. When it is dropped before that, because
@@ -23,24 +22,23 @@ pub struct Partial {
 
 impl Partial {
     /// What is to be the file at `path`; its folder must exist.
-    pub fn create(path: &Path) -> Result<Self> {
+    pub fn create(path: &Path) -> Result<Self, DataError> {
         let mut name = path.as_os_str().to_owned();
         name.push(".partial");
         let partial = PathBuf::from(name);
-        let what = || format!("cannot write {}", partial.display());
         // Emptied once it is locked.
         let file = File::options()
             .write(true)
             .create(true)
             .truncate(false)
             .open(&partial)
-            .with_context(what)?;
+            .map_err(DataError::write(&partial))?;
         match file.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => bail!("{}: another process writes it", partial.display()),
-            Err(TryLockError::Error(error)) => return Err(error).with_context(what),
+            Err(TryLockError::WouldBlock) => return Err(DataError::Busy(partial)),
+            Err(TryLockError::Error(error)) => return Err(DataError::write(&partial)(error)),
         }
-        file.set_len(0).with_context(what)?;
+        file.set_len(0).map_err(DataError::write(&partial))?;
         Ok(Self {
             file,
             path: path.to_owned(),
@@ -55,19 +53,20 @@ impl Partial {
     }
 
     /// Gives it its name, in place of what had it.
-    pub fn complete(self) -> Result<()> {
+    pub fn complete(self) -> Result<(), DataError> {
         Self::complete_all(vec![self])
     }
 
     /// Gives all of them their names, once nothing that can be known before stands against it.
-    pub fn complete_all(files: Vec<Self>) -> Result<()> {
-        let cannot_write = |path: &Path| format!("cannot write {}", path.display());
+    pub fn complete_all(files: Vec<Self>) -> Result<(), DataError> {
         for Self { file, path, .. } in &files {
-            file.sync_all().with_context(|| cannot_write(path))?;
-            ensure!(!path.is_dir(), "{}: it is a folder", cannot_write(path));
+            file.sync_all().map_err(DataError::write(path))?;
+            if path.is_dir() {
+                return Err(DataError::write(path)(io::ErrorKind::IsADirectory.into()));
+            }
         }
         for mut file in files {
-            fs::rename(&file.partial, &file.path).with_context(|| cannot_write(&file.path))?;
+            fs::rename(&file.partial, &file.path).map_err(DataError::write(&file.path))?;
             file.complete = true;
         }
         Ok(())

@@ -5,15 +5,15 @@ use std::io::{BufWriter, IntoInnerError, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
 use denoised::diffusion::Token;
 use sha2::{Digest, Sha256};
 
 use super::corpus::{Corpus, Side};
 use super::encoder::Encoder;
+use super::error::DataError;
 use super::partial::Partial;
 use super::token_file::{Preparation, TokenFile};
-use super::token_writer::TokenWriter;
+use super::token_writer::{TokenWriter, TokenWriterError};
 
 /// What [`prepare`] wrote.
 #[derive(Clone, Debug)]
@@ -85,7 +85,7 @@ struct Output {
 }
 
 impl Output {
-    fn create(folder: &Path, name: &str, encoder: &Encoder) -> Result<Self> {
+    fn create(folder: &Path, name: &str, encoder: &Encoder) -> Result<Self, DataError> {
         let tokens = Partial::create(&folder.join(format!("{name}.tokens")))?;
         let text = Partial::create(&folder.join(format!("{name}.txt")))?;
         Ok(Self {
@@ -94,13 +94,19 @@ impl Output {
                 encoder.vocab_size,
                 encoder.end_of_document,
                 &encoder.sha256,
-            )?,
+            )
+            .map_err(cannot_write(folder))?,
             text: BufWriter::new(text),
             statistics: SideStatistics::default(),
         })
     }
 
-    fn document(&mut self, text: &str, tokens: &[Token], unknown: Option<Token>) -> Result<()> {
+    fn document(
+        &mut self,
+        text: &str,
+        tokens: &[Token],
+        unknown: Option<Token>,
+    ) -> Result<(), TokenWriterError> {
         self.tokens.document(tokens, text.len())?;
         self.text.write_all(text.as_bytes())?;
         let of_document = tokens.len() as u64;
@@ -115,9 +121,18 @@ impl Output {
         Ok(())
     }
 
-    fn finish(self, preparation: Preparation) -> Result<([Partial; 2], SideStatistics)> {
+    fn finish(self, preparation: Preparation) -> Result<([Partial; 2], SideStatistics), TokenWriterError> {
         let text = self.text.into_inner().map_err(IntoInnerError::into_error)?;
         Ok(([text, self.tokens.finish(preparation)?], self.statistics))
+    }
+}
+
+/// That token files cannot be written into `folder`.
+fn cannot_write(folder: &Path) -> impl Fn(TokenWriterError) -> DataError {
+    let folder = folder.to_owned();
+    move |error| DataError::Tokens {
+        folder: folder.clone(),
+        error,
     }
 }
 
@@ -142,41 +157,41 @@ fn preparation(corpus: &Corpus, encoder: &Encoder, train: &Output, validation: &
 /// file and the next, the token files do not fit each other and are refused.
 ///
 /// Every document is followed by the token `end` of the tokenizer.
-pub fn prepare(corpus: &Corpus, tokenizer: &Path, end: &str, out: &Path) -> Result<Prepared> {
+pub fn prepare(corpus: &Corpus, tokenizer: &Path, end: &str, out: &Path) -> Result<Prepared, DataError> {
     let start = Instant::now();
     let mut encoder = Encoder::open(tokenizer, end)?;
     let mut documents = corpus.documents()?;
-    fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+    fs::create_dir_all(out).map_err(DataError::write(out))?;
     // The next time, the texts that are written there would be read as well, held-out ones among them.
     if let Some(file) = documents.file_in(out)? {
-        bail!(
-            "{} lies in {}, which is for what prepare writes",
-            file.display(),
-            out.display()
-        );
+        return Err(DataError::Within {
+            file: file.to_owned(),
+            folder: out.to_owned(),
+        });
     }
     let mut train = Output::create(out, "train", &encoder)?;
     let mut validation = Output::create(out, "validation", &encoder)?;
-    let cannot_write = || format!("cannot write token files into {}", out.display());
     let mut tokens = Vec::new();
     for document in documents.by_ref() {
         let document = document?;
         tokens.clear();
         encoder
             .encode(&document.text, &mut tokens)
-            .with_context(|| tokenizer.display().to_string())?;
+            .map_err(|error| error.of_tokenizer(tokenizer))?;
         let output = match document.side {
             Side::Train => &mut train,
             Side::Validation => &mut validation,
         };
         output
             .document(&document.text, &tokens, encoder.unknown)
-            .with_context(cannot_write)?;
+            .map_err(cannot_write(out))?;
     }
     let preparation = preparation(corpus, &encoder, &train, &validation);
-    let (train_files, train) = train.finish(preparation).with_context(cannot_write)?;
-    let (validation_files, validation) = validation.finish(preparation).with_context(cannot_write)?;
-    ensure!(train.documents > 0, "there is no document to train on");
+    let (train_files, train) = train.finish(preparation).map_err(cannot_write(out))?;
+    let (validation_files, validation) = validation.finish(preparation).map_err(cannot_write(out))?;
+    if train.documents == 0 {
+        return Err(DataError::NoDocuments);
+    }
     Partial::complete_all(train_files.into_iter().chain(validation_files).collect())?;
     Ok(Prepared {
         train: TokenFile::open(&out.join("train.tokens"))?,

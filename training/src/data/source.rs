@@ -5,10 +5,11 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
 use flate2::read::MultiGzDecoder;
 use indicatif::ProgressBar;
 use walkdir::{DirEntry, WalkDir};
+
+use super::error::DataError;
 
 /// How documents lie in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,10 +40,8 @@ pub(super) struct SourceFile {
 }
 
 impl SourceFile {
-    fn new(path: PathBuf, is_validation: bool) -> Result<Self> {
-        let bytes = fs::metadata(&path)
-            .with_context(|| path.display().to_string())?
-            .len();
+    fn new(path: PathBuf, is_validation: bool) -> Result<Self, DataError> {
+        let bytes = fs::metadata(&path).map_err(DataError::read(&path))?.len();
         let (format, compression) = kind(&path);
         Ok(Self {
             path,
@@ -90,7 +89,7 @@ fn kind(path: &Path) -> (Option<Format>, Compression) {
 
 /// The files that `inputs` and `validation` name, in that order, each directory's sorted by name within each level:
 /// the order is that of the tokens, so that it must not depend on the file system.
-pub(super) fn list(inputs: &[PathBuf], validation: &[PathBuf]) -> Result<Vec<SourceFile>> {
+pub(super) fn list(inputs: &[PathBuf], validation: &[PathBuf]) -> Result<Vec<SourceFile>, DataError> {
     let mut files = Vec::new();
     let sides = [(inputs, false), (validation, true)];
     let each = |(inputs, is_validation)| <[PathBuf]>::iter(inputs).map(move |input| (input, is_validation));
@@ -107,11 +106,9 @@ pub(super) fn list(inputs: &[PathBuf], validation: &[PathBuf]) -> Result<Vec<Sou
                     files.push(SourceFile::new(entry.into_path(), is_validation)?);
                 }
             }
-            ensure!(
-                files.len() > before,
-                "{} holds no .txt or .jsonl file, packed (.gz, .zst) or not",
-                input.display()
-            );
+            if files.len() == before {
+                return Err(DataError::NoFiles(input.clone()));
+            }
         } else {
             files.push(SourceFile::new(input.clone(), is_validation)?);
         }
@@ -119,9 +116,9 @@ pub(super) fn list(inputs: &[PathBuf], validation: &[PathBuf]) -> Result<Vec<Sou
     // The same text on both sides of the split would make held-out text easy.
     let mut seen = HashSet::new();
     for SourceFile { path, .. } in &files {
-        let real = fs::canonicalize(path).with_context(|| path.display().to_string())?;
+        let real = fs::canonicalize(path).map_err(DataError::read(path))?;
         if !seen.insert(real) {
-            bail!("{} is given twice", path.display());
+            return Err(DataError::Twice(path.clone()));
         }
     }
     Ok(files)
@@ -152,7 +149,7 @@ mod tests {
         for name in names {
             fs::write(root.join(name), "x").unwrap();
         }
-        let names = |inputs: &[&str]| -> Result<Vec<String>> {
+        let names = |inputs: &[&str]| -> Result<Vec<String>, DataError> {
             let inputs: Vec<_> = inputs.iter().map(|input| root.join(input)).collect();
             let files = list(&inputs, &[])?;
             Ok(files

@@ -22,12 +22,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::anyhow;
 use denoised::diffusion::Token;
 use memmap2::Mmap;
 use thiserror::Error;
 use tokenizers::Tokenizer;
 
+use super::error::DataError;
 use super::tokenizer::bytes_of;
 
 const MAGIC: &[u8; 8] = b"dnstok03";
@@ -324,7 +324,7 @@ impl TokenFile {
     }
 
     /// Bytes of text that the first `tokens` tokens encode under the `tokenizer` that made this file.
-    pub fn bytes_of_first(&self, tokens: usize, tokenizer: &Tokenizer) -> anyhow::Result<u64> {
+    pub fn bytes_of_first(&self, tokens: usize, tokenizer: &Tokenizer) -> Result<u64, DataError> {
         let width = self.header.width();
         let rest = self.map.get(HEADER + tokens * width..).unwrap_or_default();
         let mut bytes = 0;
@@ -334,7 +334,7 @@ impl TokenFile {
             }
             let text = tokenizer
                 .id_to_token(token)
-                .ok_or_else(|| anyhow!("the tokenizer has no token {token}"))?;
+                .ok_or_else(|| DataError::Tokenizer(format!("it has no token {token}")))?;
             bytes += bytes_of(tokenizer, &text) as u64;
         }
         Ok(self.bytes().saturating_sub(bytes))

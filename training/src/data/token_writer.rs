@@ -1,9 +1,9 @@
 //! Writes a token file, document by document.
 
-use std::io::{BufWriter, IntoInnerError, Seek, SeekFrom, Write};
+use std::io::{self, BufWriter, IntoInnerError, Seek, SeekFrom, Write};
 
-use anyhow::{Context, Result, ensure};
 use denoised::diffusion::Token;
+use thiserror::Error;
 
 use super::token_file::{Header, Preparation};
 
@@ -23,11 +23,38 @@ pub struct TokenWriter<W: Write + Seek> {
     part: Vec<u8>,
 }
 
+/// Why tokens cannot be written.
+#[derive(Debug, Error)]
+pub enum TokenWriterError {
+    /// The file takes them not.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The tokenizer gives a number that is none of its vocabulary's.
+    #[error("token {token} is not below the vocabulary size {size}: the tokenizer's numbers have holes")]
+    Token {
+        /// The number.
+        token: Token,
+        /// Tokens of the vocabulary.
+        size: u32,
+    },
+    /// The vocabulary is too large for a token file.
+    #[error("a vocabulary of {0} tokens does not fit 32 bits")]
+    Vocabulary(usize),
+    /// What should be the hash of a tokenizer is none.
+    #[error("{0:?} is no hexadecimal sha256")]
+    Sha256(String),
+}
+
 impl<W: Write + Seek> TokenWriter<W> {
     /// Begins a file in `out` for the tokenizer with this vocabulary and sha256 (hexadecimal).
-    pub fn new(out: W, vocab_size: usize, end_of_document: Token, tokenizer_sha256: &str) -> Result<Self> {
+    pub fn new(
+        out: W,
+        vocab_size: usize,
+        end_of_document: Token,
+        tokenizer_sha256: &str,
+    ) -> Result<Self, TokenWriterError> {
         let header = Header {
-            vocab_size: u32::try_from(vocab_size).context("the vocabulary does not fit 32 bits")?,
+            vocab_size: u32::try_from(vocab_size).map_err(|_| TokenWriterError::Vocabulary(vocab_size))?,
             end_of_document,
             tokens: 0,
             documents: 0,
@@ -36,10 +63,9 @@ impl<W: Write + Seek> TokenWriter<W> {
             preparation: [0; 32],
             crc: 0,
         };
-        ensure!(
-            tokenizer_sha256.len() == 64,
-            "{tokenizer_sha256:?} is no hexadecimal sha256"
-        );
+        if tokenizer_sha256.len() != 64 {
+            return Err(TokenWriterError::Sha256(tokenizer_sha256.to_owned()));
+        }
         let mut out = BufWriter::with_capacity(BUFFER, out);
         // The counts are known at the end.
         out.write_all(&vec![0; header.to_bytes().len()])?;
@@ -52,7 +78,7 @@ impl<W: Write + Seek> TokenWriter<W> {
     }
 
     /// Adds a document of these tokens, without its end, and of so many bytes of text.
-    pub fn document(&mut self, tokens: &[Token], bytes: usize) -> Result<()> {
+    pub fn document(&mut self, tokens: &[Token], bytes: usize) -> Result<(), TokenWriterError> {
         let width = self.header.width();
         for part in tokens
             .chunks(PART)
@@ -60,11 +86,10 @@ impl<W: Write + Seek> TokenWriter<W> {
         {
             self.part.clear();
             for &token in part {
-                ensure!(
-                    token < self.header.vocab_size,
-                    "token {token} is not below the vocabulary size {}: the tokenizer's numbers have holes",
-                    self.header.vocab_size
-                );
+                if token >= self.header.vocab_size {
+                    let size = self.header.vocab_size;
+                    return Err(TokenWriterError::Token { token, size });
+                }
                 self.part.extend(&token.to_le_bytes()[..width]);
             }
             self.crc.update(&self.part);
@@ -82,7 +107,7 @@ impl<W: Write + Seek> TokenWriter<W> {
     }
 
     /// Completes the file, one of those of a preparation.
-    pub fn finish(mut self, preparation: Preparation) -> Result<W> {
+    pub fn finish(mut self, preparation: Preparation) -> Result<W, TokenWriterError> {
         self.header.crc = self.crc();
         self.header.preparation = preparation;
         self.out.seek(SeekFrom::Start(0))?;
@@ -124,7 +149,7 @@ mod tests {
         }
     }
 
-    fn write(room: usize, documents: usize) -> Result<Vec<u8>> {
+    fn write(room: usize, documents: usize) -> Result<Vec<u8>, TokenWriterError> {
         let disk = Disk {
             written: Cursor::default(),
             room,
@@ -144,11 +169,9 @@ mod tests {
             assert_eq!(length, 144 + documents * 2000);
             for room in [0, 100, length / 2, length - 1] {
                 let error = write(room, documents).unwrap_err();
-                let error = error.downcast_ref::<io::Error>().unwrap();
-                assert_eq!(
-                    error.kind(),
-                    ErrorKind::StorageFull,
-                    "room for {room} of {length}"
+                assert!(
+                    matches!(&error, TokenWriterError::Io(error) if error.kind() == ErrorKind::StorageFull),
+                    "room for {room} of {length}: {error}"
                 );
             }
             write(length, documents).unwrap();

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::anyhow;
 use serde_json::{Value, json};
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::decoders::byte_level::ByteLevel as ByteLevelDecoder;
@@ -12,6 +11,8 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{AddedToken, Tokenizer, TokenizerBuilder, TokenizerImpl};
 
+use super::error::DataError;
+
 /// The special token between documents; the first id of every tokenizer trained here.
 pub const END_OF_DOCUMENT: &str = "<|endoftext|>";
 
@@ -19,11 +20,12 @@ pub const END_OF_DOCUMENT: &str = "<|endoftext|>";
 pub const SMALLEST_VOCABULARY: usize = 257;
 
 /// Learns `vocab_size` tokens (end of document included) from `documents`.
-pub fn train(documents: &[String], vocab_size: usize) -> anyhow::Result<Tokenizer> {
+pub fn train(documents: &[String], vocab_size: usize) -> Result<Tokenizer, DataError> {
     if vocab_size < SMALLEST_VOCABULARY {
-        return Err(anyhow!(
-            "vocabulary size is {vocab_size}, at least {SMALLEST_VOCABULARY} (all bytes) are needed"
-        ));
+        return Err(DataError::Vocabulary {
+            size: vocab_size,
+            least: SMALLEST_VOCABULARY,
+        });
     }
     let mut trainer = BpeTrainer::builder()
         .vocab_size(vocab_size)
@@ -46,12 +48,12 @@ pub fn train(documents: &[String], vocab_size: usize) -> anyhow::Result<Tokenize
         .with_post_processor(None)
         .with_decoder(Some(ByteLevelDecoder::default()))
         .build()
-        .map_err(|e| anyhow!("tokenizer: {e}"))?;
+        .map_err(DataError::tokenizer)?;
     tokenizer
         .train(&mut trainer, documents.iter().map(String::as_str))
-        .map_err(|e| anyhow!("tokenizer: {e}"))?;
-    let json = tokenizer.to_string(true).map_err(|e| anyhow!("tokenizer: {e}"))?;
-    Tokenizer::from_bytes(json.as_bytes()).map_err(|e| anyhow!("tokenizer: {e}"))
+        .map_err(DataError::tokenizer)?;
+    let json = tokenizer.to_string(true).map_err(DataError::tokenizer)?;
+    Tokenizer::from_bytes(json.as_bytes()).map_err(DataError::tokenizer)
 }
 
 /// What a character becomes that [`of_characters`] has not seen.
@@ -59,7 +61,7 @@ const UNKNOWN: &str = "<unk>";
 
 /// One token for each character of `documents`, after the end of a document and a token for all other characters: for
 /// text8 and its like, whose bits per byte are then bits per character.
-pub fn of_characters(documents: &[String]) -> anyhow::Result<Tokenizer> {
+pub fn of_characters(documents: &[String]) -> Result<Tokenizer, DataError> {
     let characters: BTreeSet<char> = documents.iter().flat_map(|document| document.chars()).collect();
     let characters = characters.into_iter().map(String::from);
     let vocabulary = [END_OF_DOCUMENT.to_owned(), UNKNOWN.to_owned()]
@@ -81,7 +83,7 @@ pub fn of_characters(documents: &[String]) -> anyhow::Result<Tokenizer> {
         // Without merges, what is left is characters.
         "model": { "type": "BPE", "unk_token": UNKNOWN, "fuse_unk": false, "vocab": vocabulary, "merges": [] },
     });
-    Tokenizer::from_bytes(json.to_string()).map_err(|e| anyhow!("tokenizer: {e}"))
+    Tokenizer::from_bytes(json.to_string()).map_err(DataError::tokenizer)
 }
 
 /// Bytes of text that a token stands for, which `tokenizer` writes as `text`.

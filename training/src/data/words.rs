@@ -2,7 +2,6 @@
 
 use std::iter;
 
-use anyhow::Result;
 use regex::Regex;
 
 /// What GPT-2's tokenizer, and every tokenizer made like it, takes for a word, except that whitespace is
@@ -10,8 +9,8 @@ use regex::Regex;
 const WORD: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+";
 
 /// The pattern for [`words`].
-pub(super) fn pattern() -> Result<Regex> {
-    Ok(Regex::new(WORD)?)
+pub(super) fn pattern() -> Result<Regex, regex::Error> {
+    Regex::new(WORD)
 }
 
 /// The words of `text`, spaces included: joined, they are the text.
