@@ -30,17 +30,25 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
+const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
+const GOAWAY: u8 = 7;
 const CONTINUATION: u8 = 9;
+const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
-/// The headers of a call (RFC 7541): two indexed fields, two literal ones.
+/// The headers of a call.
 fn head() -> Vec<u8> {
+    head_of("/denoised.v1.DiffusionService/Generate")
+}
+
+/// The headers of a call of `path` (RFC 7541): two indexed fields, two literal ones.
+fn head_of(path: &str) -> Vec<u8> {
     let mut head = vec![0x83, 0x86];
-    for (name, value) in [(0x04, "/denoised.v1.DiffusionService/Generate"), (0x01, "here")] {
+    for (name, value) in [(0x04, path), (0x01, "here")] {
         head.extend([name, u8::try_from(value.len()).unwrap()]);
         head.extend(value.as_bytes());
     }
@@ -199,6 +207,52 @@ async fn attacks_take_nothing_from_who_is_honest() {
     let (code, log) = server.stop();
     assert_eq!(code, Some(0));
     assert!(!log.contains("panic"), "{log}");
+}
+
+/// The kind, flags and stream of the next frame that the server sends.
+async fn next_frame(socket: &mut TcpStream) -> Option<(u8, u8, u32)> {
+    let mut head = [0; 9];
+    socket.read_exact(&mut head).await.ok()?;
+    let [a, b, c, kind, flags, stream @ ..] = head;
+    let (length, stream) = (u32::from_be_bytes([0, a, b, c]), u32::from_be_bytes(stream));
+    let mut payload = vec![0; length as usize];
+    socket.read_exact(&mut payload).await.ok()?;
+    Some((kind, flags, stream))
+}
+
+/// A gateway's connection carries the calls of many. Some are answered before they have said all, and what they had
+/// left to say comes when the answer is out: that must not end the calls of the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_survives_calls_that_are_answered_before_they_have_ended() {
+    const TOGETHER: u32 = 50;
+    let server = Serving::start();
+    let mut socket = begun(&server.address).await;
+    for first in (0..40).map(|wave| 1 + 2 * TOGETHER * wave) {
+        let streams = || (0..TOGETHER).map(move |number| first + 2 * number);
+        for stream in streams() {
+            let head = head_of("/denoised.v1.DiffusionService/Nothing");
+            let call = frame(HEADERS, END_HEADERS, stream, &head);
+            socket.write_all(&call).await.unwrap();
+        }
+        let mut answered = 0;
+        while answered < TOGETHER {
+            let (kind, flags, stream) = next_frame(&mut socket).await.unwrap();
+            assert_ne!(kind, GOAWAY, "at stream {stream} of wave {first}");
+            answered += u32::from(kind == HEADERS && flags & END_STREAM > 0);
+        }
+        for stream in streams() {
+            let rest = frame(DATA, END_STREAM, stream, b"late");
+            socket.write_all(&rest).await.unwrap();
+        }
+    }
+    socket.write_all(&frame(PING, 0, 0, &[7; 8])).await.unwrap();
+    loop {
+        let (kind, flags, _) = next_frame(&mut socket).await.unwrap();
+        assert_ne!(kind, GOAWAY);
+        if kind == PING && flags > 0 {
+            break;
+        }
+    }
 }
 
 /// A thousand handshakes that stop in their first message, or before it.

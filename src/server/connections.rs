@@ -23,6 +23,7 @@ use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::TcpConnectInfo;
 use tower::ServiceExt;
 
+use super::heard_out::HeardOut;
 use super::peers::Peers;
 use super::tls::Tls;
 use crate::config::ServerConfig;
@@ -218,6 +219,6 @@ fn seen_from(
 > + Clone {
     routes.map_request(move |mut request: http::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(peer.clone());
-        request.map(Body::new)
+        request.map(|body| Body::new(HeardOut::new(body)))
     })
 }

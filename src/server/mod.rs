@@ -14,6 +14,7 @@ mod documented_test;
 mod following;
 #[cfg(test)]
 mod fuzz_test;
+mod heard_out;
 mod http;
 mod metrics;
 mod mirror;
