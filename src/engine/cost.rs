@@ -76,7 +76,7 @@ impl Mean {
         });
     }
 
-    /// The smallest size beyond which sharing saves next to nothing, or that is yet to be tried.
+    /// The smallest size beyond which sharing saves next to nothing; on the way there, the first that is yet to be tried.
     fn worthwhile(&self, now: Instant) -> usize {
         let known = |of_size: &Option<OfSize>| of_size.filter(|of_size| of_size.is_known(now));
         let least = self
@@ -194,11 +194,8 @@ mod tests {
             }
             tried
         };
-        let own = |model: &ServedModel, canvases: u64, micros| {
-            costs.measured(model, 128, canvases as usize, Duration::from_micros(micros));
-        };
-        // A processor's: 4 share what is 4 times as long. Those who are alone wait for one of them.
-        own(&flat, 4, 40_000);
+        // A processor's: what 4 share is 4 times as long. One and two are tried once.
+        costs.measured(&flat, 128, 4, Duration::from_millis(40));
         assert_eq!(passes(&flat, 10_500, 9_900), [1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]);
         // A GPU's, as far as it goes: each size is tried once, until they get no cheaper.
         let tried = passes(&steep, 5_000, 100);

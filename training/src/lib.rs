@@ -6,7 +6,7 @@
 //!
 //! [`data::Corpus`] reads files as documents and says which are held out; [`data::prepare()`] packs their tokens into
 //! [`data::TokenFile`]s. A run ([`fit::fit`]) takes batches of sequences from them in an order of its own for every epoch
-//! ([`data::batches`]). [`fit::step`] gives each sequence of a batch a time ([`loss::times`]), noises it
+//! ([`data::batches`], and [`data::mixture`] where there are several). [`fit::step`] gives each sequence of a batch a time ([`loss::times`]), noises it
 //! ([`loss::Objective::noise`]) and asks the [network](model::Ddit) about the positions that the loss depends on: the
 //! rate-weighted denoising score entropy, or the cross-entropy that it comes to ([`loss`]). Burn goes back through the
 //! network, whose costly operations are [kernels](model::kernels) of ours on a CPU; gradients are clipped, move the weights

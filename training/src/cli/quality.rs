@@ -232,25 +232,8 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) 
         Quality::of(&samples, &mut readers)?.context("there are no samples")
     };
     let [temperature] = temperatures[..] else {
-        let mut frontier = Vec::new();
-        for temperature in temperatures {
-            let samples = measure(temperature)?;
-            if asked.json {
-                frontier.push(json!({"temperature": temperature, "samples": samples.json()?}));
-            } else {
-                println!("{}", samples.line(&format!("temperature {temperature}")));
-            }
-        }
-        if asked.json {
-            let held_out = held_out.as_ref().map(Quality::json).transpose()?;
-            let settings = json!({
-                "steps": steps, "top_p": top_p, "seed": asked.seed, "frontier": frontier, "held_out": held_out,
-            });
-            println!("{}", serde_json::to_string(&settings)?);
-        } else {
-            print_held_out(held_out.as_ref());
-        }
-        return Ok(());
+        let settings = json!({"steps": steps, "top_p": top_p, "seed": asked.seed});
+        return frontier(&temperatures, measure, held_out.as_ref(), settings, asked.json);
     };
     let samples = measure(temperature)?;
     let defaults = Defaults {
@@ -270,6 +253,33 @@ pub(super) fn run(arguments: &SampleArguments, count: usize, asked: &Asked<'_>) 
             "as defaults: training export --defaults '{}'",
             serde_json::to_string(&defaults)?
         );
+    }
+    Ok(())
+}
+
+/// What `measure` finds at each of several temperatures, as soon as it does; one JSON object with `settings`, or a line each.
+fn frontier(
+    temperatures: &[f64],
+    mut measure: impl FnMut(f64) -> Result<Quality>,
+    held_out: Option<&Quality>,
+    mut settings: Value,
+    json: bool,
+) -> Result<()> {
+    let mut points = Vec::new();
+    for &temperature in temperatures {
+        let samples = measure(temperature)?;
+        if json {
+            points.push(json!({"temperature": temperature, "samples": samples.json()?}));
+        } else {
+            println!("{}", samples.line(&format!("temperature {temperature}")));
+        }
+    }
+    if json {
+        settings["frontier"] = points.into();
+        settings["held_out"] = held_out.map(Quality::json).transpose()?.into();
+        println!("{}", serde_json::to_string(&settings)?);
+    } else {
+        print_held_out(held_out);
     }
     Ok(())
 }

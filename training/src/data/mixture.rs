@@ -15,7 +15,7 @@ const PERIOD: usize = 1024;
 #[derive(Debug)]
 pub struct Mixture {
     parts: Vec<Batches>,
-    /// Of every period, the sequences that come of each file before the next one, and in all in the end.
+    /// How many sequences of a period come of each file.
     quotas: Vec<usize>,
     seed: u64,
     /// For every place of a period, the file and the number of its sequence within the period.
@@ -71,11 +71,12 @@ impl Mixture {
     }
 }
 
-/// How many sequences of a period each file gives, the first one what the `shares` of the others leave.
+/// How many sequences of a period each file gives, the first one what the `shares` of the others leave: rounded down,
+/// so that it is left its own.
 fn quotas(shares: impl Iterator<Item = f64>) -> Vec<usize> {
     // Whoever is asked for is there.
     let others: Vec<usize> = shares
-        .map(|share| ((share * PERIOD as f64).round() as usize).max(1))
+        .map(|share| ((share * PERIOD as f64) as usize).max(1))
         .collect();
     let rest = PERIOD.saturating_sub(others.iter().sum());
     std::iter::once(rest).chain(others).collect()

@@ -3,7 +3,7 @@
 //! [`Corpus`] lists files (`source`), reads them as a stream of documents (`reader`) and says which are held
 //! out; [`prepare`] turns that stream into tokens (`encoder`) and writes them ([`TokenWriter`]) where nobody
 //! sees them before they are complete ([`Partial`]). [`TokenFile`] maps the result into memory and describes
-//! its layout; [`batches`] take sequences from it in the order of a run.
+//! its layout; [`batches`] take sequences from it in the order of a run, and a [`mixture`] from several.
 //!
 //! Nothing here grows with the corpus: what is held is one document, at most of the permitted size, and a
 //! cache of words.

@@ -264,7 +264,6 @@ mod tests {
         assert!(near(measured.standard_error.unwrap(), expected));
         assert_eq!(bits_per_byte(&[verdict(0.0, 0)]), None);
         // 70 bits over 2 and 6 tokens.
-        let perplexity = |verdicts: &[Verdict]| super::perplexity(verdicts);
         assert!(near(
             perplexity(&[verdict(10.0, 10), verdict(60.0, 30)])
                 .unwrap()

@@ -184,8 +184,7 @@ pub struct TrainedModel<'a> {
     pub schedule: Schedule,
     /// `tokenizer.json`; without, it is served by token ids alone.
     pub tokenizer: Option<&'a [u8]>,
-    /// The token that ends documents; without, the one of this name that [`END_OF_DOCUMENT`] is, where the tokenizer
-    /// has it.
+    /// The token that ends documents; without, the tokenizer's [`END_OF_DOCUMENT`], where it has one.
     pub end_of_document: Option<Token>,
     /// What trained it, on what, and how well: for people.
     pub provenance: serde_json::Value,

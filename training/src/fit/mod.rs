@@ -10,6 +10,7 @@ pub mod mirror;
 pub mod record;
 pub mod step;
 mod terminal;
+mod tokens;
 mod train;
 
 pub use beginning::{Beginning, BeginningError};

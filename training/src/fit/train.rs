@@ -5,7 +5,6 @@
 //! are never saved. A loss that is not finite, or that has exploded (see [`watch`](crate::fit::divergence)), stops
 //! the run. A request to stop is answered after the step at hand, with a checkpoint.
 
-use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,7 +18,8 @@ use tokenizers::Tokenizer;
 
 use super::beginning::Beginning;
 use super::terminal::Progress;
-use crate::config::{MixturePart, RunConfig, RunSection};
+use super::tokens::{learned_from, matching_tokenizer, mixed};
+use crate::config::{RunConfig, RunSection};
 use crate::data::TokenFile;
 use crate::data::mixture::Mixture;
 use crate::evaluate::bound;
@@ -543,44 +543,4 @@ fn over(settings: &RunSection, state: &State) -> String {
 
 fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
-}
-
-/// Hashes of all tokens to train on.
-fn learned_from(provenance: &Provenance) -> Vec<String> {
-    let files = std::iter::once(&provenance.train).chain(&provenance.mixture);
-    files.map(|file| file.sha256.clone()).collect()
-}
-
-/// The token files that are mixed in, whose tokens must be those of `train`.
-fn mixed(config: &RunConfig, train: &TokenFile) -> Result<Vec<TokenFile>> {
-    let open = |part: &MixturePart| {
-        let file = TokenFile::open(&part.tokens)?;
-        let is_alike = |file: &TokenFile| (file.tokenizer_sha256().to_owned(), file.end_of_document());
-        ensure!(
-            is_alike(&file) == is_alike(train),
-            "data.mixture: {} was made with another tokenizer, or another end of documents, than {}",
-            part.tokens.display(),
-            config.data.train.display()
-        );
-        Ok(file)
-    };
-    config.data.mixture.iter().map(open).collect()
-}
-
-/// The run's tokenizer, which must be the one that made its token files.
-fn matching_tokenizer(config: &RunConfig, train: &TokenFile, validation: &TokenFile) -> Result<Tokenizer> {
-    let data = &config.data;
-    validation.check_preparation(train)?;
-    let path = data.tokenizer.display();
-    let json = fs::read(&data.tokenizer).with_context(|| format!("cannot read data.tokenizer {path}"))?;
-    train.check_tokenizer(&data.tokenizer, &json)?;
-    let tokenizer = Tokenizer::from_bytes(&json).map_err(|error| anyhow!("{path}: {error}"))?;
-    let size = tokenizer.get_vocab_size(true);
-    ensure!(
-        size == train.vocab_size(),
-        "data.tokenizer {path} has {size} tokens, {} was made for {}",
-        data.train.display(),
-        train.vocab_size()
-    );
-    Ok(tokenizer)
 }
