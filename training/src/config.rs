@@ -6,17 +6,17 @@
 //! Relative paths in a file start at the folder that it lies in, those of variables at the working directory.
 
 mod changes;
+mod checks;
+mod error;
+mod reading;
 
-use std::fs;
-use std::path::{Component, Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
-use config::builder::DefaultState;
-use config::{Config, ConfigBuilder, ConfigError, Environment, File, FileFormat, Map, ValueKind};
 use denoised::diffusion::Parameterization;
 use denoised::diffusion::{Graph, GraphKind, Schedule};
 use serde::{Deserialize, Serialize};
 
+pub use self::error::{ConfigError, Invalid};
 use crate::loss::masking::Masking;
 use crate::loss::times::TimeSampling;
 use crate::model::NetworkConfig;
@@ -280,157 +280,6 @@ fn default_explosion_steps() -> u64 {
 }
 
 impl RunConfig {
-    /// Reads and checks a run's file.
-    pub fn read(path: &Path) -> Result<Self> {
-        Self::read_with(path, &[], None)
-    }
-
-    /// As [`RunConfig::read`], where `settings`, such as `optimizer.lr=1e-3`, replace what file and variables say.
-    pub fn read_and_set(path: &Path, settings: &[String]) -> Result<Self> {
-        Self::read_with(path, settings, None)
-    }
-
-    /// As [`RunConfig::read_and_set`], with `environment` in place of the process's variables.
-    fn read_with(path: &Path, settings: &[String], environment: Option<Map<String, String>>) -> Result<Self> {
-        let settings = settings
-            .iter()
-            .map(|setting| toml_of(setting))
-            .collect::<Result<Vec<_>>>()?;
-        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        // Values stay text until their key is known.
-        let variables = Environment::with_prefix("TRAINING")
-            .prefix_separator("__")
-            .separator("__")
-            .source(environment);
-        let read = || -> Result<Self> {
-            let file = ConfigBuilder::<DefaultState>::default()
-                .add_source(File::from_str(&text, FileFormat::Toml))
-                .build()?;
-            let paths = absolute_paths(&file, path)?;
-            let config: Result<Self, ConfigError> = ConfigBuilder::<DefaultState>::default()
-                .add_source(file)
-                .add_source(paths)
-                .add_source(variables)
-                .add_source(
-                    settings
-                        .iter()
-                        .map(|setting| File::from_str(setting, FileFormat::Toml))
-                        .collect::<Vec<_>>(),
-                )
-                .build()?
-                .try_deserialize();
-            let config = config.map_err(|error| located(&text).unwrap_or_else(|| error.into()))?;
-            config.validate()?;
-            Ok(config)
-        };
-        read().with_context(|| format!("{} is no run", path.display()))
-    }
-
-    /// Refuses values that no run can use.
-    pub fn validate(&self) -> Result<()> {
-        if let Err(reason) = self.schedule.check() {
-            bail!("schedule: {reason}");
-        }
-        let shares: f64 = self.data.mixture.iter().map(|part| part.share).sum();
-        ensure!(
-            self.data.mixture.iter().all(|part| part.share > 0.0) && shares < 1.0,
-            "data.mixture has shares of {shares} in all, expected each above 0 and all together below 1"
-        );
-        let optimizer = &self.optimizer;
-        for (name, value) in [
-            ("optimizer.lr", optimizer.lr),
-            ("optimizer.epsilon", optimizer.epsilon),
-            ("optimizer.gradient_clip_norm", optimizer.gradient_clip_norm),
-            ("optimizer.muon.lr", optimizer.muon.map_or(1.0, |muon| muon.lr)),
-        ] {
-            ensure!(
-                value.is_finite() && value > 0.0,
-                "{name} is {value}, expected a positive number"
-            );
-        }
-        for (name, value) in [
-            ("optimizer.betas[0]", optimizer.betas[0]),
-            ("optimizer.betas[1]", optimizer.betas[1]),
-            ("optimizer.ema_decay", optimizer.ema_decay),
-            (
-                "optimizer.muon.momentum",
-                optimizer.muon.map_or(0.0, |muon| muon.momentum),
-            ),
-        ] {
-            ensure!(
-                (0.0..1.0).contains(&value),
-                "{name} is {value}, expected 0 <= {name} < 1"
-            );
-        }
-        ensure!(
-            (0.0..=optimizer.lr).contains(&optimizer.min_lr),
-            "optimizer.min_lr is {}, expected a number from 0 to optimizer.lr",
-            optimizer.min_lr
-        );
-        ensure!(
-            optimizer.weight_decay.is_finite() && optimizer.weight_decay >= 0.0,
-            "optimizer.weight_decay is {}, expected a number from 0",
-            optimizer.weight_decay
-        );
-        let run = &self.run;
-        for (name, value) in [
-            ("run.batch_size", run.batch_size as u64),
-            ("run.steps", run.steps),
-            ("run.checkpoint_every", run.checkpoint_every),
-            ("run.validate_every", run.validate_every),
-            ("run.validation_sequences", run.validation_sequences as u64),
-            ("run.threads", run.threads as u64),
-            ("run.accumulate", run.accumulate as u64),
-            ("run.keep", run.keep as u64),
-            ("run.sample_every", run.sample_every.unwrap_or(1)),
-            ("run.log_every", run.log_every),
-            ("run.explosion_steps", run.explosion_steps),
-        ] {
-            ensure!(value > 0, "{name} must be at least 1");
-        }
-        ensure!(
-            run.threads
-                .checked_mul(run.accumulate)
-                .is_some_and(|parts| parts <= run.batch_size),
-            "run.threads {} times run.accumulate {} is more than the {} sequences of run.batch_size",
-            run.threads,
-            run.accumulate,
-            run.batch_size
-        );
-        if let Some(minutes) = run.checkpoint_minutes {
-            ensure!(
-                minutes.is_finite() && minutes > 0.0,
-                "run.checkpoint_minutes is {minutes}, expected a positive number"
-            );
-        }
-        ensure!(
-            run.explosion_factor.is_finite() && run.explosion_factor > 1.0,
-            "run.explosion_factor is {}, expected a number above 1",
-            run.explosion_factor
-        );
-        ensure!(
-            !(self.network.scale_by_sigma && self.graph.kind == GraphKind::Uniform),
-            "network.scale_by_sigma is for absorbing graphs"
-        );
-        ensure!(
-            !(self.network.parameterization == Parameterization::Mean
-                && self.graph.kind == GraphKind::Uniform),
-            "network.parameterization \"mean\" is for absorbing graphs"
-        );
-        let network = &self.network;
-        ensure!(
-            optimizer.masking == Masking::Independent
-                || (self.graph.kind == GraphKind::Absorbing
-                    && network.parameterization == Parameterization::Mean
-                    && !network.time_conditioned),
-            "optimizer.masking \"fixed_count\" is for absorbing graphs and networks of \
-             network.parameterization \"mean\" that do not see the time (network.time_conditioned = false)"
-        );
-        // The vocabulary is not known yet; any other number of states will do for the other fields.
-        self.network_config(2).validate()?;
-        Ok(())
-    }
-
     /// The network's shape for a tokenizer of `vocab_size` tokens.
     pub fn network_config(&self, vocab_size: usize) -> NetworkConfig {
         let mask = usize::from(self.graph.kind == GraphKind::Absorbing);
@@ -467,83 +316,6 @@ impl RunConfig {
     pub fn graph(&self, network: &NetworkConfig) -> Graph {
         Graph::new(self.graph.kind, network.states)
     }
-}
-
-/// A setting, `section.key=value`, as a line of TOML. A value that is none of TOML's is text.
-fn toml_of(setting: &str) -> Result<String> {
-    let is_key =
-        |key: &&str| key.contains('.') && key.chars().all(|c| c.is_ascii_alphanumeric() || "._".contains(c));
-    let Some((key, value)) = setting.split_once('=').filter(|(key, _)| is_key(&key.trim())) else {
-        bail!("{setting:?} is no setting such as optimizer.lr=1e-3");
-    };
-    let line = format!("{key} = {value}");
-    Ok(match line.parse::<toml::Table>() {
-        Ok(_) => line,
-        Err(_) => format!("{key} = {}", toml::Value::from(value)),
-    })
-}
-
-/// Where the relative paths of a `file` at `place` lead.
-fn absolute_paths(file: &Config, place: &Path) -> Result<Config> {
-    let folder = match place.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let folder = fs::canonicalize(folder).with_context(|| folder.display().to_string())?;
-    let mut paths = Config::builder();
-    for key in [
-        "data.train",
-        "data.validation",
-        "data.tokenizer",
-        "run.directory",
-        "run.mirror",
-    ] {
-        // What is missing or no text is told where it is read.
-        let Ok(path) = file.get_string(key) else {
-            continue;
-        };
-        if !path.contains("://") {
-            let path = within(&folder, Path::new(&path));
-            // A name that is no UTF-8 stands as it was: only the working directory can have brought it in.
-            if let Some(path) = path.to_str() {
-                paths = paths.set_override(key, path)?;
-            }
-        }
-    }
-    if let Ok(mut parts) = file.get_array("data.mixture") {
-        for part in &mut parts {
-            if let ValueKind::Table(part) = &mut part.kind
-                && let Some(tokens) = part.get_mut("tokens")
-                && let ValueKind::String(path) = &mut tokens.kind
-                && let Some(whole) = within(&folder, Path::new(path)).to_str()
-            {
-                whole.clone_into(path);
-            }
-        }
-        paths = paths.set_override("data.mixture", parts)?;
-    }
-    Ok(paths.build()?)
-}
-
-/// `path` from `folder` on, which leads through no link, without its dots.
-fn within(folder: &Path, path: &Path) -> PathBuf {
-    let mut whole = PathBuf::new();
-    for component in folder.join(path).components() {
-        match component {
-            Component::ParentDir => {
-                whole.pop();
-            }
-            Component::CurDir => {}
-            Component::Prefix(_) | Component::RootDir | Component::Normal(_) => whole.push(component),
-        }
-    }
-    whole
-}
-
-/// What is wrong with a file's text, where it says what would be right; what it lacks, variables can have.
-fn located(text: &str) -> Option<anyhow::Error> {
-    let error = toml::from_str::<RunConfig>(text).err()?;
-    (!error.message().starts_with("missing field")).then(|| error.into())
 }
 
 #[cfg(test)]

@@ -112,6 +112,57 @@ fn random_network(seed: u64) -> (NetworkConfig, StateDict) {
     (config, weights)
 }
 
+/// What is read back is exported to the same bytes, whatever was folded or rounded on the way.
+#[test]
+fn a_bundle_gives_its_weights_back() {
+    let root = tempfile::tempdir().unwrap();
+    for seed in 0..8 {
+        let (config, weights) = random_network(seed);
+        for (storage, external_above) in [
+            (Storage::F32, 0),
+            (Storage::F32, 1 << 30),
+            (Storage::F16, 1 << 30),
+        ] {
+            let export = |to: &str, config: &NetworkConfig, weights: &StateDict| {
+                let directory = root
+                    .path()
+                    .join(format!("{seed}-{storage}-{external_above}-{to}/1"));
+                let options = Options {
+                    storage,
+                    external_above,
+                    ..Options::default()
+                };
+                let model = model(config, weights, GraphKind::Absorbing);
+                export::bundle_with(&directory, model, &options).unwrap();
+                directory
+            };
+            let first = export("first", &config, &weights);
+            let back = export::weights::read(&first, config.cond_dim).unwrap();
+            let same_shape = NetworkConfig {
+                dropout: 0.0,
+                ..config
+            };
+            assert_eq!(back.network, same_shape);
+            if config.time_conditioned && storage == Storage::F32 {
+                assert_eq!(back.weights, weights);
+            }
+            let second = export("second", &back.network, &back.weights);
+            let bytes = |directory: &Path| fs::read(directory.join("model.onnx")).unwrap();
+            assert!(bytes(&first) == bytes(&second), "{config:?}, {storage}");
+        }
+    }
+    let (config, weights) = random_network(8);
+    let whole = root.path().join("whole/1");
+    export::bundle(
+        &whole,
+        model(&config, &weights, GraphKind::Absorbing),
+        Storage::Int8,
+    )
+    .unwrap();
+    let refused = export::weights::read(&whole, config.cond_dim);
+    assert!(matches!(refused, Err(export::weights::ExportedError::Int8)));
+}
+
 /// Logits to log-probabilities, the last state, the mask, left out and marked by 0.
 fn log_softmax_without_last(row: &mut [f32]) {
     let tokens = row.len() - 1;

@@ -78,9 +78,27 @@ fn a_run_begins_where_another_ended() {
     refused("network.heads=4", "network.heads is 2 there and 4 here");
     let bundle = at("models/mine/1");
     succeeded(&training(&["export", &first, "--name", "mine", "--out", &bundle]));
+    // From what is served: the same weights once more.
+    let served = format!("run.directory={}", at("served"));
+    let from = ["--init-from", &bundle, "--set", &served];
+    succeeded(&training(
+        &[&["fit", &second], from.as_slice(), every.as_slice()].concat(),
+    ));
+    assert_eq!(first_loss(&root.join("served")), after);
+    let whole = at("models/whole/1");
+    succeeded(&training(&[
+        "export",
+        &first,
+        "--name",
+        "whole",
+        "--out",
+        &whole,
+        "--storage",
+        "int8",
+    ]));
     failed(
-        &training(&["fit", &second, "--init-from", &bundle]),
-        "is a bundle",
+        &training(&["fit", &second, "--init-from", &whole]),
+        "holds whole numbers in place of its weights",
     );
 
     // What it writes: the prompt first, and the same for the same seed.

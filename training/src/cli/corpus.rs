@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use training::data::{Corpus, DEFAULT_MAX_DOCUMENT_BYTES};
+use training::data::{Benchmark, Corpus, DEFAULT_MAX_DOCUMENT_BYTES};
 
 /// Which documents there are, and which are held out. `tokenizer` and `prepare` must be given the same.
 #[derive(Debug, Args)]
@@ -23,6 +23,9 @@ pub(super) struct CorpusArguments {
     /// needs some 10 bytes for each of them, other tokenizers some 130.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_DOCUMENT_BYTES)]
     max_document_bytes: usize,
+    /// Put the text of a benchmark, which has spaces around its signs, together again, as published bounds have it.
+    #[arg(long, value_enum, value_name = "BENCHMARK")]
+    detokenize: Option<Benchmark>,
     /// Leave out documents that cannot be read (not UTF-8, too long, no JSON), with the rest of their file, instead of
     /// stopping at the first.
     #[arg(long)]
@@ -65,6 +68,7 @@ impl From<CorpusArguments> for Corpus {
             separator,
             field,
             max_document_bytes,
+            detokenize,
             skip_bad,
             validation,
             validation_fraction,
@@ -76,6 +80,7 @@ impl From<CorpusArguments> for Corpus {
             separator,
             field,
             max_document_bytes,
+            detokenize,
             skip_bad,
             validation_fraction,
             seed,

@@ -9,8 +9,10 @@ use clap::Args;
 use denoised::bundle::{Bundle, TextTokenizer};
 use serde_json::json;
 use training::config::RunConfig;
+use training::data::{Benchmark, Detokenizer};
 use training::evaluate::bound::{Bound, Estimate, Served, Text};
 use training::fit::checkpoint::Which;
+use training::model::device::DeviceName;
 
 use super::quality;
 use super::run::Run;
@@ -36,6 +38,9 @@ pub(crate) struct Arguments {
     /// Text files, a document each, instead of the run's held-out text.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     text: Vec<PathBuf>,
+    /// Put the text of a benchmark, which has spaces around its signs, together again, as published bounds have it.
+    #[arg(long, value_enum, value_name = "BENCHMARK", requires = "text")]
+    detokenize: Option<Benchmark>,
     /// Times drawn for every sequence.
     #[arg(long, value_name = "N", default_value_t = 32)]
     draws: usize,
@@ -47,6 +52,9 @@ pub(crate) struct Arguments {
     /// Threads; no part of the result.
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// Where the bound is taken: `cpu`, or `cuda:N`.
+    #[arg(long, value_name = "DEVICE", default_value_t, conflicts_with_all = ["samples", "written"])]
+    device: DeviceName,
     /// Also measure a byte 4-gram and xz -9 on the same text, which `prepare` left beside the tokens.
     #[arg(long, conflicts_with_all = ["text", "bundle"])]
     baselines: bool,
@@ -61,6 +69,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         .threads
         .or_else(|| thread::available_parallelism().ok())
         .map_or(1, NonZeroUsize::get);
+    // On a GPU one after the other: they would share it.
+    let threads = if arguments.device == DeviceName::Cpu {
+        threads
+    } else {
+        1
+    };
     let (samples, written) = (arguments.quality.samples, arguments.quality.written.as_deref());
     if samples.is_some() || written.is_some() {
         let asked = quality::Asked {
@@ -69,7 +83,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             bundle: arguments.bundle.as_deref(),
             documents: match arguments.text.as_slice() {
                 [] => None,
-                paths => Some(documents(paths)?),
+                _ => Some(arguments.documents()?),
             },
             seed: arguments.seed,
             threads,
@@ -84,14 +98,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut baselines = None;
     let (bound, bytes_per_token) = match (&arguments.config, &arguments.bundle) {
         (Some(config), _) => {
-            let run = Run::open(&RunConfig::read(config)?, arguments.checkpoint)?;
+            let run = Run::open(&RunConfig::read(config)?, arguments.checkpoint)?.on(arguments.device)?;
             if arguments.baselines {
                 baselines = Some(run.baselines()?);
             }
             let text = if arguments.text.is_empty() {
                 run.held_out()?
             } else {
-                run.encode(&documents(&arguments.text)?)?
+                run.encode(&arguments.documents()?)?
             };
             ensure!(!text.sequences.is_empty(), too_short(run.network.config().length));
             let estimate = Estimate {
@@ -115,7 +129,7 @@ fn of_bundle(directory: &Path, arguments: &Arguments, threads: usize) -> Result<
     let bundle = Bundle::open(directory)?;
     let manifest = bundle.manifest();
     let tokenizer = tokenizer_of(&bundle, directory)?;
-    let text = encode(&bundle, &tokenizer, &documents(&arguments.text)?)?;
+    let text = encode(&bundle, &tokenizer, &arguments.documents()?)?;
     ensure!(!text.sequences.is_empty(), too_short(manifest.max_length));
     let estimate = Estimate {
         objective: Served::objective(manifest),
@@ -124,7 +138,7 @@ fn of_bundle(directory: &Path, arguments: &Arguments, threads: usize) -> Result<
         threads,
         end_of_document: manifest.end_of_document,
     };
-    let bound = estimate.bound(&|| Served::load(&bundle), &text.sequences)?;
+    let bound = estimate.bound(&|| Served::load_on(&bundle, arguments.device), &text.sequences)?;
     Ok((bound, text.bytes_per_token))
 }
 
@@ -148,11 +162,19 @@ fn too_short(length: usize) -> String {
     format!("the text is shorter than one sequence of {length} tokens")
 }
 
-fn documents(paths: &[PathBuf]) -> Result<Vec<String>> {
-    paths
-        .iter()
-        .map(|path| std::fs::read_to_string(path).with_context(|| path.display().to_string()))
-        .collect()
+impl Arguments {
+    /// What `--text` names.
+    fn documents(&self) -> Result<Vec<String>> {
+        let detokenizer = self.detokenize.map(Detokenizer::new).transpose()?;
+        let read = |path: &PathBuf| -> Result<String> {
+            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+            Ok(match &detokenizer {
+                Some(detokenizer) => detokenizer.apply(&text),
+                None => text,
+            })
+        };
+        self.text.iter().map(read).collect()
+    }
 }
 
 fn print(

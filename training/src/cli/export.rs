@@ -10,6 +10,7 @@ use training::config::RunConfig;
 use training::data::TokenFile;
 use training::export::{self, Options, Storage, TrainedModel};
 use training::fit::checkpoint::Which;
+use training::model::device::DeviceName;
 
 use super::run::Run;
 use super::target;
@@ -40,6 +41,9 @@ pub(crate) struct Arguments {
     /// manifest.
     #[arg(long)]
     measure: bool,
+    /// Where --measure runs the network: `cpu`, or `cuda:N`.
+    #[arg(long, value_name = "DEVICE", default_value_t, requires = "measure")]
+    device: DeviceName,
     /// What the model was trained on, for the bundle's provenance.
     #[arg(long, default_value = "")]
     corpus: String,
@@ -54,11 +58,12 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         storage,
         defaults,
         measure,
+        device,
         corpus,
     } = arguments;
     target::check(&name, &out)?;
     let config = RunConfig::read(&config)?;
-    let run = Run::open(&config, checkpoint)?;
+    let run = Run::open(&config, checkpoint)?.on(device)?;
     let (_, tokenizer_json) = run.tokenizer_and_json()?;
     let text = match storage {
         Storage::F32 => Vec::new(),

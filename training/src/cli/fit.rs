@@ -32,8 +32,8 @@ pub(crate) struct Arguments {
     /// Go on from the checkpoint after STEP steps; later ones are put aside as `abandoned-*`.
     #[arg(long, value_name = "STEP", conflicts_with_all = ["resume", "resume_if_any"])]
     resume_from: Option<u64>,
-    /// Begin with the averaged weights of another run (its file, directory or a checkpoint's folder) or of a published
-    /// checkpoint, rather than with random ones: fine-tuning. The network's shape and tokenizer must be theirs.
+    /// Begin with the averaged weights of another run (its file, directory or a checkpoint's folder), of a bundle or of a
+    /// published checkpoint, rather than with random ones: fine-tuning. The network's shape and tokenizer must be theirs.
     #[arg(long, value_name = "PATH", conflicts_with_all = ["resume", "resume_from"])]
     init_from: Option<PathBuf>,
     /// Replaces a setting of the run's file, such as `optimizer.lr=1e-3`; may be given several times.
@@ -62,7 +62,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         beginning: arguments
             .init_from
             .as_deref()
-            .map(weights::beginning)
+            .map(|place| weights::beginning(place, config.network.cond_dim))
             .transpose()?,
         folder: arguments
             .config

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use burn::module::Module;
 use denoised::diffusion::Token;
 use serde_json::json;
 use tokenizers::Tokenizer;
@@ -15,6 +16,7 @@ use training::fit::checkpoint::{self, State, Which};
 use training::fit::{record, step};
 use training::loss::Objective;
 use training::model::Ddit;
+use training::model::device::{DeviceName, Devices};
 
 /// A checkpoint of a run, with its averaged weights.
 pub(super) struct Run {
@@ -40,6 +42,17 @@ impl Run {
             network,
             state,
         })
+    }
+
+    /// The same with its network on `device`.
+    pub(super) fn on(mut self, device: DeviceName) -> Result<Self> {
+        if device != DeviceName::Cpu {
+            let devices = Devices::open(&[device], 1)?;
+            self.network = self.network.fork(&devices.inference());
+            // One after the other: they would share the device.
+            self.config.run.threads = 1;
+        }
+        Ok(self)
     }
 
     /// What its weights were trained to bring down.

@@ -2,19 +2,26 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result};
+use training::export;
 use training::fit::Beginning;
 use training::fit::checkpoint::{self, Which};
 use training::import::{self, Choice};
 
-/// The averaged weights in `place`: a run's directory (its latest checkpoint) or file, one checkpoint's folder, or a
-/// published checkpoint.
-pub(super) fn beginning(place: &Path) -> Result<Beginning> {
+/// The averaged weights in `place`: a run's directory (its latest checkpoint) or file, one checkpoint's folder, a
+/// bundle, or a published checkpoint. `cond_dim` is the run's.
+pub(super) fn beginning(place: &Path, cond_dim: usize) -> Result<Beginning> {
     let name = place.display().to_string();
-    ensure!(
-        !place.join(denoised::bundle::MANIFEST).is_file(),
-        "{name} is a bundle, which holds a graph to run; begin with the run or the published checkpoint that it comes of"
-    );
+    if place.join(denoised::bundle::MANIFEST).is_file() {
+        let exported = export::weights::read(place, cond_dim)
+            .with_context(|| format!("cannot begin with the bundle {name}"))?;
+        return Ok(Beginning {
+            name,
+            network: exported.network,
+            weights: exported.weights,
+            tokenizer_sha256: exported.tokenizer_sha256,
+        });
+    }
     let folder = if place.is_file() {
         Some(Which::Last.folder(&training::config::RunConfig::read(place)?.run.directory)?)
     } else if checkpoint::is_checkpoint(place) {

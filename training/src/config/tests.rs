@@ -1,13 +1,17 @@
 //! Files, variables and settings of a run.
 
+use std::fs;
+use std::path::Path;
+
+use super::reading::within;
 use super::*;
 
-fn demo(variables: &[(&str, &str)]) -> Result<RunConfig> {
+fn demo(variables: &[(&str, &str)]) -> anyhow::Result<RunConfig> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/demo.toml");
     let variables = variables
         .iter()
         .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-    RunConfig::read_with(&path, &[], Some(variables.collect()))
+    Ok(RunConfig::read_with(&path, &[], Some(variables.collect()))?)
 }
 
 #[test]
@@ -40,7 +44,7 @@ fn settings_replace_all_else() {
         ("run.sed=1", "sed"),
         ("run.steps=many", "run.steps"),
     ] {
-        let error = format!("{:#}", read(&[setting]).unwrap_err());
+        let error = format!("{:#}", anyhow::Error::from(read(&[setting]).unwrap_err()));
         assert!(error.contains(says), "{error}");
     }
 }
@@ -105,7 +109,7 @@ fn what_would_be_right_is_told() {
     let path = folder.path().join("run.toml");
     let text = include_str!("../../configs/demo.toml");
     fs::write(&path, text.replace("\"absorbing\"", "\"absorb\"")).unwrap();
-    let error = format!("{:#}", RunConfig::read(&path).unwrap_err());
+    let error = format!("{:#}", anyhow::Error::from(RunConfig::read(&path).unwrap_err()));
     for says in ["run.toml", "absorb", "expected `absorbing` or `uniform`", "line"] {
         assert!(error.contains(says), "{error}");
     }

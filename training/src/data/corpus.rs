@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use sha2::{Digest, Sha256};
 
+use super::detokenize::{Benchmark, Detokenizer};
 use super::error::DataError;
 use super::progress::Progress;
 use super::reader::{Cutting, DocumentError, Reader};
@@ -40,6 +41,8 @@ pub struct Corpus {
     pub field: String,
     /// Most bytes of a document, or of a line of JSON: what bounds the memory.
     pub max_document_bytes: usize,
+    /// The benchmark whose documents are put together again, where they are of one.
+    pub detokenize: Option<Benchmark>,
     /// Leave out documents that cannot be read, with the rest of their file, and say so, instead of failing.
     pub skip_bad: bool,
     /// Files and directories as of `input`, all of which is held out, and nothing else then.
@@ -59,6 +62,7 @@ impl Default for Corpus {
             separator: None,
             field: "text".to_owned(),
             max_document_bytes: DEFAULT_MAX_DOCUMENT_BYTES,
+            detokenize: None,
             skip_bad: false,
             validation_fraction: 0.05,
             seed: 1,
@@ -93,6 +97,7 @@ impl Corpus {
         if self.separator.as_deref() == Some("") {
             return Err(DataError::Separator);
         }
+        let detokenizer = self.detokenize.map(Detokenizer::new).transpose()?;
         let files = source::list(&self.input, &self.validation)?;
         Ok(Documents {
             progress: Progress::new(files.iter().map(|file| file.bytes).sum()),
@@ -101,6 +106,7 @@ impl Corpus {
                 field: self.field.clone(),
                 limit: self.max_document_bytes,
             },
+            detokenizer,
             count: files.len(),
             files: files.into_iter(),
             reader: None,
@@ -170,6 +176,7 @@ pub struct Documents {
     files: vec::IntoIter<SourceFile>,
     count: usize,
     cutting: Cutting,
+    detokenizer: Option<Detokenizer>,
     reader: Option<Reader>,
     /// Whether all that the reader reads is held out.
     is_validation: bool,
@@ -238,7 +245,10 @@ impl Documents {
                 for text in reader {
                     let text = text?;
                     if !text.trim().is_empty() {
-                        return Ok(Some(text));
+                        return Ok(Some(match &self.detokenizer {
+                            Some(detokenizer) => detokenizer.apply(&text),
+                            None => text,
+                        }));
                     }
                     self.blank += 1;
                 }

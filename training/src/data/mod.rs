@@ -10,6 +10,7 @@
 
 pub mod batches;
 mod corpus;
+mod detokenize;
 mod encoder;
 mod error;
 pub mod mixture;
@@ -24,6 +25,7 @@ pub mod tokenizer;
 mod words;
 
 pub use corpus::{Corpus, DEFAULT_MAX_DOCUMENT_BYTES, Document, Documents, SMALLEST_SAMPLE, Side};
+pub use detokenize::{Benchmark, Detokenizer};
 pub use error::DataError;
 pub use partial::Partial;
 pub use prepare::{Prepared, SideStatistics, Statistics, prepare};

@@ -16,6 +16,7 @@ use crate::evaluate::samples::HeadRows;
 use crate::loss::times::stratified;
 use crate::loss::{NoisedBatch, Objective};
 use crate::model::Ddit;
+use crate::model::device::DeviceName;
 use crate::parallel;
 use crate::random::unit;
 use crate::random::{Purpose, generator};
@@ -245,11 +246,17 @@ pub struct Served {
 impl Served {
     /// The network of `bundle`, on the CPU with one thread.
     pub fn load(bundle: &Bundle) -> Result<Self, NetworkError> {
+        Self::load_on(bundle, DeviceName::Cpu)
+    }
+
+    /// The same on any device.
+    pub fn load_on(bundle: &Bundle, device: DeviceName) -> Result<Self, NetworkError> {
+        let options = OnnxOptions {
+            device,
+            ..OnnxOptions::default()
+        };
         Ok(Self {
-            network: Adapted::new(
-                OnnxNetwork::load(bundle, &OnnxOptions::default())?,
-                bundle.manifest(),
-            ),
+            network: Adapted::new(OnnxNetwork::load(bundle, &options)?, bundle.manifest()),
         })
     }
 

@@ -12,12 +12,12 @@ use std::fs::File;
 use std::io::{BufReader, Cursor, Read, Seek};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::quantized::gguf_file::{self, Content};
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_llama::{MAX_SEQ_LEN, ModelWeights};
+use thiserror::Error;
 use tokenizers::Tokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
@@ -27,6 +27,42 @@ use crate::evaluate::quality::Verdict;
 
 /// The only way of splitting text into words that this judge was checked with.
 const WORDS: &str = "smollm";
+
+/// Why a file does not judge.
+#[derive(Debug, Error)]
+#[error("the judge {}", path.display())]
+pub struct JudgeError {
+    /// The file.
+    path: PathBuf,
+    source: Problem,
+}
+
+/// What is the matter with a judge.
+#[derive(Debug, Error)]
+enum Problem {
+    #[error(transparent)]
+    Read(#[from] std::io::Error),
+    #[error("cannot be read as GGUF")]
+    Content(#[source] candle_core::Error),
+    #[error("has no field {0:?}")]
+    NoField(&'static str),
+    #[error("is a network of architecture {0:?}, must be \"llama\"")]
+    Architecture(String),
+    #[error("splits words as {0:?} (tokenizer.ggml.pre), must be {WORDS:?}")]
+    Words(String),
+    #[error("holds no network that can be loaded")]
+    Model(#[source] candle_core::Error),
+    #[error("holds no tokenizer that can be read")]
+    Tokenizer(#[source] candle_core::Error),
+    #[error("cannot encode a text: {0}")]
+    Encode(tokenizers::Error),
+    #[error(transparent)]
+    Network(#[from] candle_core::Error),
+    #[error("its tokenizer has token {token}, its network {tokens}")]
+    Token { token: u32, tokens: usize },
+    #[error("its network gave numbers that are not finite")]
+    NotFinite,
+}
 
 /// A loaded judge.
 #[derive(Debug)]
@@ -40,31 +76,29 @@ pub struct Judge {
 
 impl Judge {
     /// Loads a GGUF file of the llama architecture with SmolLM2's tokenizer.
-    pub fn load(path: &Path) -> Result<Self> {
-        Self::parse(path).with_context(|| format!("the judge {}", path.display()))
+    pub fn load(path: &Path) -> Result<Self, JudgeError> {
+        Self::parse(path).map_err(|source| JudgeError {
+            path: path.to_owned(),
+            source,
+        })
     }
 
-    fn parse(path: &Path) -> Result<Self> {
+    fn parse(path: &Path) -> Result<Self, Problem> {
         let mut file = BufReader::new(File::open(path)?);
-        let content = Content::read(&mut file).context("cannot be read as GGUF")?;
-        let field = |name: &str| {
-            let value = content.metadata.get(name);
-            value.with_context(|| format!("has no field {name:?}"))
-        };
+        let content = Content::read(&mut file).map_err(Problem::Content)?;
+        let field = |name: &'static str| content.metadata.get(name).ok_or(Problem::NoField(name));
         let architecture = field("general.architecture")?.to_string()?;
-        ensure!(
-            architecture == "llama",
-            "is a network of architecture {architecture:?}, must be \"llama\""
-        );
+        if architecture != "llama" {
+            return Err(Problem::Architecture(architecture.clone()));
+        }
         let context = field("llama.context_length")?.to_u32()? as usize;
         let beginning = field("tokenizer.ggml.bos_token_id")?.to_u32()?;
         let words = field("tokenizer.ggml.pre")?.to_string()?;
-        ensure!(
-            words == WORDS,
-            "splits words as {words:?} (tokenizer.ggml.pre), must be {WORDS:?}"
-        );
+        if words != WORDS {
+            return Err(Problem::Words(words.clone()));
+        }
         let tokenizer = tokenizer(&content)?;
-        let model = model(&content, &mut file).context("holds no network that can be loaded")?;
+        let model = model(&content, &mut file).map_err(Problem::Model)?;
         Ok(Self {
             path: path.to_owned(),
             model,
@@ -75,16 +109,15 @@ impl Judge {
     }
 
     /// Reads `text` as far as the context goes.
-    pub fn read(&mut self, text: &str) -> Result<Verdict> {
-        self.score(text)
-            .with_context(|| format!("the judge {}", self.path.display()))
+    pub fn read(&mut self, text: &str) -> Result<Verdict, JudgeError> {
+        self.score(text).map_err(|source| JudgeError {
+            path: self.path.clone(),
+            source,
+        })
     }
 
-    fn score(&mut self, text: &str) -> Result<Verdict> {
-        let encoding = self
-            .tokenizer
-            .encode_fast(text, false)
-            .map_err(|error| anyhow!("cannot encode a text: {error}"))?;
+    fn score(&mut self, text: &str) -> Result<Verdict, Problem> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(Problem::Encode)?;
         let mut verdict = Verdict {
             nats: 0.0,
             bytes: 0,
@@ -138,8 +171,8 @@ fn model<R: Read + Seek>(content: &Content, file: &mut R) -> candle_core::Result
 
 /// The tokenizer of SmolLM2: digits stand alone, no space is put before the text, and text that looks
 /// like a special token is text.
-fn tokenizer(content: &Content) -> Result<Tokenizer> {
-    let mut tokenizer = Tokenizer::from_gguf(content).context("holds no tokenizer that can be read")?;
+fn tokenizer(content: &Content) -> Result<Tokenizer, Problem> {
+    let mut tokenizer = Tokenizer::from_gguf(content).map_err(Problem::Tokenizer)?;
     let bytes = ByteLevel::default().add_prefix_space(false);
     tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![Digits::new(true).into(), bytes.into()])));
     tokenizer.set_encode_special_tokens(true);
@@ -147,15 +180,19 @@ fn tokenizer(content: &Content) -> Result<Tokenizer> {
 }
 
 /// `-ln p` of `token` under a row of logits.
-fn nats(logits: &[f32], token: u32) -> Result<f64> {
+fn nats(logits: &[f32], token: u32) -> Result<f64, Problem> {
+    let tokens = logits.len();
     let logit = logits
         .get(token as usize)
-        .with_context(|| format!("its tokenizer has token {token}, its network {}", logits.len()))?;
+        .ok_or(Problem::Token { token, tokens })?;
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|logit| f64::from(logit - top).exp()).sum();
     let nats = sum.ln() + f64::from(top) - f64::from(*logit);
-    ensure!(nats.is_finite(), "its network gave numbers that are not finite");
-    Ok(nats)
+    if nats.is_finite() {
+        Ok(nats)
+    } else {
+        Err(Problem::NotFinite)
+    }
 }
 
 #[cfg(test)]

@@ -2,12 +2,13 @@
 //!
 //! `ddit` writes the network with `graph`, which writes the messages of `schema`. The graph leaves
 //! the sigma offset and the zero at the current token to its reader, which adds them in f64. What a
-//! storage of fewer bits costs is measured by [`difference`] before anybody sees the bundle.
+//! storage of fewer bits costs is measured by [`difference`] before anybody sees the bundle. [`weights`] is the way back.
 
 mod ddit;
 pub mod difference;
 mod graph;
 mod schema;
+pub mod weights;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -6,26 +6,29 @@
 //! hashes. One that is there is never written again. The last `run.keep` and the best remain.
 //! Checkpoints that `--resume-from` went back behind become `abandoned-<step>`, for people to delete.
 
+mod error;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Context, Result, ensure};
 use burn::Tensor;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::OptimizerRecord;
-use denoised::bundle::sha256_of;
 use denoised::diffusion::Token;
 use serde::{Deserialize, Serialize};
 
+pub use self::error::{CheckpointError, Damage};
 use crate::config::RunConfig;
 use crate::fit::divergence::DivergenceWatch;
+use crate::fit::file::{FileError, sha256, write_durably};
 use crate::fit::step::{Trainer, objective};
 use crate::model::device::Devices;
 use crate::model::{Ddit, NetworkConfig, inference_device};
 use crate::optim::ema::Ema;
+
+type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
 const FORMAT: u32 = 1;
 const NETWORK: &str = "network.bpk";
@@ -99,7 +102,7 @@ pub fn is_checkpoint(folder: &Path) -> bool {
 pub fn latest(run: &Path) -> Result<PathBuf> {
     let step = steps(run)
         .pop()
-        .with_context(|| format!("{} holds no checkpoint", root(run).display()))?;
+        .ok_or_else(|| CheckpointError::NoneYet(root(run)))?;
     Ok(folder(run, step))
 }
 
@@ -123,20 +126,12 @@ impl Which {
             Self::Last => return Ok(last),
             Self::Best => {
                 let best = read_state(&last)?.best;
-                let (_, step) = best.with_context(|| {
-                    format!("{} has no best checkpoint: nothing was validated", run.display())
-                })?;
+                let (_, step) = best.ok_or_else(|| CheckpointError::NotValidated(run.to_owned()))?;
                 step
             }
             Self::After(step) => step,
         };
-        let steps = steps(run);
-        ensure!(
-            steps.contains(&step),
-            "{} has no checkpoint of step {step}, only of {steps:?}",
-            run.display()
-        );
-        Ok(folder(run, step))
+        existing(run, step)
     }
 }
 
@@ -155,6 +150,16 @@ impl FromStr for Which {
     }
 }
 
+/// The folder of the checkpoint after `step` steps, if it is there.
+fn existing(run: &Path, step: u64) -> Result<PathBuf> {
+    let steps = steps(run);
+    if !steps.contains(&step) {
+        let run = run.to_owned();
+        return Err(CheckpointError::NoSuchStep { run, step, steps });
+    }
+    Ok(folder(run, step))
+}
+
 /// The folder of the checkpoint after `step` steps.
 pub fn folder(run: &Path, step: u64) -> PathBuf {
     root(run).join(format!("{step:08}"))
@@ -164,12 +169,12 @@ pub fn folder(run: &Path, step: u64) -> PathBuf {
 pub fn save(trainer: &Trainer, state: &State) -> Result<PathBuf> {
     let run = &state.config.run.directory;
     let target = folder(run, state.step);
-    ensure!(!target.exists(), "{} is there already", target.display());
-    ensure!(
-        is_finite(&trainer.network) && is_finite(trainer.ema.network()),
-        "weights are no longer finite after step {}",
-        state.step
-    );
+    if target.exists() {
+        return Err(CheckpointError::Exists(target));
+    }
+    if !is_finite(&trainer.network) || !is_finite(trainer.ema.network()) {
+        return Err(CheckpointError::NotFinite(state.step));
+    }
     let draft = draft(run, state.step);
     if let Err(error) = write(trainer, state, &draft, &target) {
         // Half a checkpoint is of no use, and what is left may be all the room there is.
@@ -188,11 +193,11 @@ pub fn save(trainer: &Trainer, state: &State) -> Result<PathBuf> {
 }
 
 /// Takes a checkpoint away before it is no longer whole.
-fn remove(run: &Path, step: u64) -> Result<()> {
+fn remove(run: &Path, step: u64) -> Result<(), FileError> {
     let (old, draft) = (folder(run, step), draft(run, step));
     fs::rename(&old, &draft)
         .and_then(|()| fs::remove_dir_all(&draft))
-        .with_context(|| format!("cannot remove {}", old.display()))
+        .map_err(FileError::cannot("remove", &old))
 }
 
 /// Where a checkpoint lies until it is complete.
@@ -202,9 +207,9 @@ pub(crate) fn draft(run: &Path, step: u64) -> PathBuf {
 
 fn write(trainer: &Trainer, state: &State, draft: &Path, target: &Path) -> Result<()> {
     if draft.exists() {
-        fs::remove_dir_all(draft).with_context(|| format!("cannot clear {}", draft.display()))?;
+        fs::remove_dir_all(draft).map_err(FileError::cannot("clear", draft))?;
     }
-    fs::create_dir_all(draft).with_context(|| format!("cannot create {}", draft.display()))?;
+    fs::create_dir_all(draft).map_err(FileError::cannot("create", draft))?;
     let average = trainer.ema.network().clone().into_record();
     // Burn makes each of its files durable.
     for (name, written) in [
@@ -218,34 +223,23 @@ fn write(trainer: &Trainer, state: &State, draft: &Path, target: &Path) -> Resul
             trainer.optimizer.to_record().save(draft.join(OPTIMIZER)),
         ),
     ] {
-        written.with_context(|| format!("cannot write {}", draft.join(name).display()))?;
+        let path = draft.join(name);
+        written.map_err(|source| CheckpointError::Tensors { path, source })?;
     }
     let mut state = state.clone();
     state.files = [NETWORK, AVERAGE, OPTIMIZER]
         .into_iter()
         .map(|name| Ok((name.to_owned(), sha256(&draft.join(name))?)))
         .collect::<Result<_>>()?;
-    let path = draft.join(STATE);
-    durable(&path, &serde_json::to_vec_pretty(&state)?)
-        .and_then(|()| File::open(draft)?.sync_all())
-        .with_context(|| format!("cannot write {}", path.display()))?;
+    let json = serde_json::to_vec_pretty(&state).map_err(CheckpointError::State)?;
+    write_durably(&draft.join(STATE), &json)?;
+    File::open(draft)
+        .and_then(|folder| folder.sync_all())
+        .map_err(FileError::cannot("write", draft))?;
     fs::rename(draft, target)
         .and_then(|()| File::open(target.parent().unwrap_or(target))?.sync_all())
-        .with_context(|| format!("cannot rename {}", draft.display()))
-}
-
-/// Writes a file and waits until the disk has it.
-fn durable(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
-    io::Write::write_all(&mut file, bytes)?;
-    file.sync_all()
-}
-
-/// sha256 of a file of any size, hexadecimal.
-pub(crate) fn sha256(path: &Path) -> Result<String> {
-    File::open(path)
-        .and_then(sha256_of)
-        .with_context(|| format!("cannot read {}", path.display()))
+        .map_err(FileError::cannot("rename", draft))?;
+    Ok(())
 }
 
 fn is_finite(network: &Ddit) -> bool {
@@ -267,19 +261,19 @@ impl ModuleVisitor for Entries {
 /// Reads the `state.json` of a checkpoint.
 pub fn read_state(folder: &Path) -> Result<State> {
     let path = folder.join(STATE);
-    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let state: State =
-        serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
-    ensure!(
-        state.format == FORMAT,
-        "{} has format {}, this program reads {FORMAT}",
-        path.display(),
-        state.format
-    );
+    let text = fs::read(&path).map_err(FileError::cannot("read", &path))?;
+    let state: State = serde_json::from_slice(&text).map_err(CheckpointError::damaged(&path))?;
+    if state.format != FORMAT {
+        return Err(CheckpointError::Format {
+            path,
+            format: state.format,
+            reads: FORMAT,
+        });
+    }
     state
         .network
         .validate()
-        .with_context(|| format!("{} is damaged", path.display()))?;
+        .map_err(CheckpointError::damaged(&path))?;
     Ok(state)
 }
 
@@ -295,72 +289,64 @@ pub fn verify(folder: &Path) -> Result<State> {
 fn check(folder: &Path, state: &State, name: &str) -> Result<()> {
     let path = folder.join(name);
     let found = sha256(&path)?;
-    ensure!(
-        // The first checkpoints of this format had no hashes.
-        state.files.get(name).is_none_or(|written| *written == found),
-        "{} is damaged: its sha256 is {found}",
-        path.display()
-    );
+    // The first checkpoints of this format had no hashes.
+    if state.files.get(name).is_some_and(|written| *written != found) {
+        return Err(CheckpointError::Hash { path, found });
+    }
     Ok(())
 }
 
 /// The checkpoint of a run to go on from: the latest, or the one after `step` steps. Where it is
 /// damaged, the error names the latest one that is whole.
 pub fn choose(run: &Path, step: Option<u64>) -> Result<PathBuf> {
-    let all = steps(run);
     let chosen = match step {
         None => latest(run)?,
-        Some(step) => {
-            ensure!(
-                all.contains(&step),
-                "{} has no checkpoint of step {step}, only of {all:?}",
-                run.display()
-            );
-            folder(run, step)
-        }
+        Some(step) => existing(run, step)?,
     };
     let Err(damage) = verify(&chosen) else {
         return Ok(chosen);
     };
-    let whole = all
+    let whole = steps(run)
         .into_iter()
         .rev()
         .find(|&step| folder(run, step) != chosen && verify(&folder(run, step)).is_ok());
-    Err(damage.context(match whole {
-        Some(step) => format!(
-            "cannot go on from {}; {} is whole, and --resume-from {step} goes on from there",
-            chosen.display(),
-            folder(run, step).display()
-        ),
-        None => format!(
-            "cannot go on from {}, and no other checkpoint is whole",
-            chosen.display()
-        ),
-    }))
+    let source = Box::new(damage);
+    Err(match whole {
+        Some(step) => CheckpointError::GoBack {
+            folder: chosen,
+            whole: folder(run, step),
+            step,
+            source,
+        },
+        None => CheckpointError::NoneWhole {
+            folder: chosen,
+            source,
+        },
+    })
 }
 
 /// Takes the checkpoints after `step` steps out of the run, and keeps them under another name.
-pub fn abandon_after(run: &Path, step: u64) -> Result<()> {
+pub fn abandon_after(run: &Path, step: u64) -> Result<(), FileError> {
     for later in steps(run).into_iter().filter(|later| *later > step) {
         let (from, to) = (
             folder(run, later),
             root(run).join(format!("{ABANDONED}{later:08}")),
         );
         if to.exists() {
-            fs::remove_dir_all(&to).with_context(|| format!("cannot remove {}", to.display()))?;
+            fs::remove_dir_all(&to).map_err(FileError::cannot("remove", &to))?;
         }
-        fs::rename(&from, &to).with_context(|| format!("cannot rename {}", from.display()))?;
+        fs::rename(&from, &to).map_err(FileError::cannot("rename", &from))?;
     }
     Ok(())
 }
 
 /// Removes what saves that were cut short left behind.
-pub fn clear_drafts(run: &Path) -> Result<()> {
+pub fn clear_drafts(run: &Path) -> Result<(), FileError> {
     for entry in fs::read_dir(root(run)).into_iter().flatten() {
-        let path = entry?.path();
+        let path = entry.map_err(FileError::cannot("read", &root(run)))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if name.starts_with(DRAFT) {
-            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            fs::remove_dir_all(&path).map_err(FileError::cannot("remove", &path))?;
         }
     }
     Ok(())
@@ -387,23 +373,25 @@ pub fn resume(
     devices: Devices,
 ) -> Result<(Trainer, State)> {
     let state = read_state(folder)?;
-    ensure!(
-        &state.network == shape,
-        "{} is of another network ({:?}) than the run's ({shape:?})",
-        folder.display(),
-        state.network
-    );
-    ensure!(
-        state.config.run.seed == config.run.seed,
-        "{} is of seed {}, the run's is {}",
-        folder.display(),
-        state.config.run.seed,
-        config.run.seed
-    );
+    if &state.network != shape {
+        return Err(CheckpointError::OtherNetwork {
+            folder: folder.to_owned(),
+            theirs: Box::new(state.network),
+            ours: Box::new(*shape),
+        });
+    }
+    let (theirs, ours) = (state.config.run.seed, config.run.seed);
+    if theirs != ours {
+        return Err(CheckpointError::OtherSeed {
+            folder: folder.to_owned(),
+            theirs,
+            ours,
+        });
+    }
     let network = load_network(&folder.join(NETWORK), shape.init(0, 0.0, &devices.training())?)?;
     let average = load_network(&folder.join(AVERAGE), shape.init(0, 0.0, &devices.inference())?)?;
     let path = folder.join(OPTIMIZER);
-    let record = OptimizerRecord::load(&path).with_context(|| format!("{} is damaged", path.display()))?;
+    let record = OptimizerRecord::load(&path).map_err(CheckpointError::damaged(&path))?;
     let trainer = Trainer {
         objective: objective(&config, shape),
         optimizer: config.optimizer.build().load_record(record),
@@ -417,11 +405,13 @@ pub fn resume(
 }
 
 fn load_network(path: &Path, network: Ddit) -> Result<Ddit> {
-    let record =
-        burn::store::ModuleRecord::load(path).with_context(|| format!("{} is damaged", path.display()))?;
+    let record = burn::store::ModuleRecord::load(path).map_err(CheckpointError::damaged(path))?;
     network
         .try_load_record(record)
-        .with_context(|| format!("{} does not fit its state.json", path.display()))
+        .map_err(|source| CheckpointError::Misfit {
+            path: path.to_owned(),
+            source,
+        })
 }
 
 impl State {

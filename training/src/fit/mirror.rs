@@ -8,20 +8,23 @@
 //! A mirror belongs to one run, whose name is in every `state.json`: what another run wrote is neither
 //! mixed with nor removed.
 
+mod error;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Place;
 use object_store::{Error as StoreError, ObjectStore, ObjectStoreExt};
 use tokio::runtime::Runtime;
 use url::Url;
 
+pub use self::error::{MirrorError, TransferError};
 use crate::fit::checkpoint::{self, State};
+use crate::fit::file::FileError;
 use crate::fit::record::{self, CONFIG, METRICS, PROVENANCE, SAMPLES};
 use crate::publish::object_store as store;
 
@@ -40,28 +43,17 @@ pub struct Mirror {
 
 impl Mirror {
     /// At `place`, a folder or a URL.
-    pub fn open(place: &str) -> Result<Self> {
-        let context = || format!("run.mirror {place:?} cannot be used");
-        let url = if place.contains("://") {
-            Url::parse(place).with_context(context)?
-        } else {
-            let folder = std::path::absolute(place).with_context(context)?;
-            Url::from_directory_path(folder).map_err(|()| anyhow!(context()))?
+    pub fn open(place: &str) -> Result<Self, MirrorError> {
+        let opened = || -> Result<_, String> {
+            let (store, root) = open(place)?;
+            let mut runtime = tokio::runtime::Builder::new_current_thread();
+            let runtime = runtime.enable_all().build().map_err(|error| error.to_string())?;
+            Ok((store, root, runtime))
         };
-        let (store, root): (Box<dyn ObjectStore>, Place) = if url.scheme() == "file" {
-            // Without, folders of removed checkpoints would stay, empty.
-            let store = LocalFileSystem::new().with_automatic_cleanup(true);
-            (
-                Box::new(store),
-                Place::from_url_path(url.path()).with_context(context)?,
-            )
-        } else {
-            denoised::store::open(&url, PATIENCE)
-                .map_err(|error| anyhow!("{}: {}", context(), error.problem))?
-        };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+        let (store, root, runtime) = opened().map_err(|problem| MirrorError::Place {
+            place: place.to_owned(),
+            problem,
+        })?;
         Ok(Self {
             store,
             root,
@@ -76,12 +68,12 @@ impl Mirror {
     }
 
     /// Steps whose checkpoints are complete here, ascending.
-    pub fn steps(&self) -> Result<Vec<u64>> {
+    pub fn steps(&self) -> Result<Vec<u64>, MirrorError> {
         Ok(self.copies()?.into_keys().collect())
     }
 
     /// Steps whose checkpoints are complete here, each with the name of the run that wrote it.
-    fn copies(&self) -> Result<BTreeMap<u64, String>> {
+    fn copies(&self) -> Result<BTreeMap<u64, String>, MirrorError> {
         let all = async {
             let root = self.root.clone().join(CHECKPOINTS);
             let folders = self.store.list_with_delimiter(Some(&root)).await?.common_prefixes;
@@ -90,48 +82,55 @@ impl Mirror {
                 let Some(step) = folder.filename().and_then(|name| name.parse().ok()) else {
                     continue;
                 };
-                match self.store.get(&folder.join(checkpoint::STATE)).await {
+                match self.state(&folder).await {
                     Ok(state) => {
-                        let state: State = serde_json::from_slice(&state.bytes().await?)?;
                         copies.insert(step, state.run);
                     }
-                    Err(StoreError::NotFound { .. }) => {}
-                    Err(error) => return Err(error.into()),
+                    Err(TransferError::Store(StoreError::NotFound { .. })) => {}
+                    Err(error) => return Err(error),
                 }
             }
-            anyhow::Ok(copies)
+            Ok(copies)
         };
-        self.runtime
-            .block_on(all)
-            .with_context(|| format!("cannot list run.mirror {}", self.name))
+        self.runtime.block_on(all).map_err(|source| MirrorError::List {
+            name: self.name.clone(),
+            source: Box::new(source),
+        })
+    }
+
+    /// What the checkpoint in `folder` holds besides tensors.
+    async fn state(&self, folder: &Place) -> Result<State, TransferError> {
+        let place = folder.clone().join(checkpoint::STATE);
+        let json = self.store.get(&place).await?.bytes().await?;
+        serde_json::from_slice(&json).map_err(|source| TransferError::State {
+            place: place.to_string(),
+            source,
+        })
     }
 
     /// Refuses to begin a run here where there is one already.
-    pub fn check_empty(&self) -> Result<()> {
-        let newest = self.steps()?.last().copied();
-        ensure!(
-            newest.is_none(),
-            "run.mirror {} already holds checkpoints, the last of step {}: --resume fetches it and goes on, \
-             another run.mirror starts afresh",
-            self.name,
-            newest.unwrap_or_default()
-        );
-        Ok(())
+    pub fn check_empty(&self) -> Result<(), MirrorError> {
+        match self.steps()?.pop() {
+            None => Ok(()),
+            Some(last) => Err(MirrorError::Holds {
+                name: self.name.clone(),
+                last,
+            }),
+        }
     }
 
     /// Refuses to go back to an earlier step than the last, where checkpoints after it are nowhere but here.
-    pub fn check_known(&self, run: &Path) -> Result<()> {
+    pub fn check_known(&self, run: &Path) -> Result<(), MirrorError> {
         let (steps, here) = (self.steps()?, checkpoint::steps(run));
         let last = here.last().copied().unwrap_or_default();
-        let newer = steps.iter().rev().find(|step| **step > last);
-        ensure!(
-            newer.is_none(),
-            "run.mirror {} holds a checkpoint of step {}, which is not in {}: --resume fetches it",
-            self.name,
-            newer.copied().unwrap_or_default(),
-            run.display()
-        );
-        Ok(())
+        match steps.into_iter().rev().find(|step| *step > last) {
+            None => Ok(()),
+            Some(step) => Err(MirrorError::Newer {
+                name: self.name.clone(),
+                step,
+                run: run.to_owned(),
+            }),
+        }
     }
 
     /// Copies here what the directory of `run` has and this place lacks: the checkpoint of `step`, those that could
@@ -141,7 +140,7 @@ impl Mirror {
     /// # Errors
     /// Where the store fails; what is here stays whole, and the next time goes on from it. Where checkpoints of
     /// another run are here: nothing is copied or removed.
-    pub fn push(&self, directory: &Path, run: &str, step: u64) -> Result<()> {
+    pub fn push(&self, directory: &Path, run: &str, step: u64) -> Result<(), MirrorError> {
         let (copies, here) = (self.copies()?, checkpoint::steps(directory));
         self.check_run(&copies, run, directory)?;
         let missing = here
@@ -157,28 +156,34 @@ impl Mirror {
             for gone in copies.keys().filter(|step| !here.contains(step)) {
                 self.remove(*gone).await?;
             }
-            anyhow::Ok(())
+            Ok(())
         };
-        self.runtime
-            .block_on(copy)
-            .with_context(|| format!("cannot copy {} to run.mirror {}", directory.display(), self.name))
+        self.runtime.block_on(copy).map_err(|source| MirrorError::Copy {
+            directory: directory.to_owned(),
+            name: self.name.clone(),
+            source: Box::new(source),
+        })
     }
 
     /// Refuses to mix the checkpoints of two runs.
-    fn check_run(&self, copies: &BTreeMap<u64, String>, run: &str, directory: &Path) -> Result<()> {
-        let other = copies.iter().find(|(_, of)| *of != run);
-        ensure!(
-            other.is_none(),
-            "run.mirror {} holds a checkpoint, of step {}, of another run than the one in {}",
-            self.name,
-            other.map_or(0, |(step, _)| *step),
-            directory.display()
-        );
-        Ok(())
+    fn check_run(
+        &self,
+        copies: &BTreeMap<u64, String>,
+        run: &str,
+        directory: &Path,
+    ) -> Result<(), MirrorError> {
+        match copies.iter().find(|(_, of)| *of != run) {
+            None => Ok(()),
+            Some((&step, _)) => Err(MirrorError::OtherRun {
+                name: self.name.clone(),
+                step,
+                directory: directory.to_owned(),
+            }),
+        }
     }
 
     /// All but checkpoints; of samples those after `step`.
-    async fn upload_record(&self, directory: &Path, step: u64) -> Result<()> {
+    async fn upload_record(&self, directory: &Path, step: u64) -> Result<(), TransferError> {
         let samples = record::sample_steps(directory).into_iter();
         let samples = samples
             .filter(|sample| *sample > step)
@@ -198,11 +203,15 @@ impl Mirror {
         Ok(())
     }
 
-    async fn upload(&self, directory: &Path, step: u64) -> Result<()> {
+    async fn upload(&self, directory: &Path, step: u64) -> Result<(), TransferError> {
         let (from, to) = (checkpoint::folder(directory, step), self.folder(step));
-        let mut names: Vec<String> = fs::read_dir(&from)?
-            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-            .collect::<Result<_>>()?;
+        let mut names: Vec<String> = fs::read_dir(&from)
+            .and_then(|entries| {
+                let name =
+                    |entry: io::Result<fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+                entries.map(name).collect()
+            })
+            .map_err(FileError::cannot("read", &from))?;
         names.sort_by_key(|name| name == checkpoint::STATE);
         // Of a run that went back behind this step there may be another one.
         self.delete(&to.clone().join(checkpoint::STATE)).await?;
@@ -213,7 +222,7 @@ impl Mirror {
         Ok(())
     }
 
-    async fn remove(&self, step: u64) -> Result<()> {
+    async fn remove(&self, step: u64) -> Result<(), TransferError> {
         let folder = self.folder(step);
         self.delete(&folder.clone().join(checkpoint::STATE)).await?;
         for object in self.store.list_with_delimiter(Some(&folder)).await?.objects {
@@ -222,7 +231,7 @@ impl Mirror {
         Ok(())
     }
 
-    async fn delete(&self, place: &Place) -> Result<()> {
+    async fn delete(&self, place: &Place) -> Result<(), TransferError> {
         match self.store.delete(place).await {
             Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
             Err(error) => Err(error.into()),
@@ -234,7 +243,7 @@ impl Mirror {
     ///
     /// # Errors
     /// Where the store fails, or holds checkpoints of another run than the directory.
-    pub fn pull(&self, directory: &Path) -> Result<Option<u64>> {
+    pub fn pull(&self, directory: &Path) -> Result<Option<u64>, MirrorError> {
         let copies = self.copies()?;
         let last = checkpoint::steps(directory).last().copied();
         if let Some(last) = last {
@@ -247,8 +256,7 @@ impl Mirror {
         };
         let fetch = async {
             self.download_record(directory).await?;
-            let place = self.folder(step).join(checkpoint::STATE);
-            let state: State = serde_json::from_slice(&self.store.get(&place).await?.bytes().await?)?;
+            let state = self.state(&self.folder(step)).await?;
             let here = checkpoint::steps(directory);
             let best = state.best.map(|(_, best)| best);
             let best = best.filter(|best| copies.contains_key(best) && !here.contains(best) && *best != step);
@@ -256,39 +264,43 @@ impl Mirror {
             for step in best.into_iter().chain([step]) {
                 self.download_checkpoint(directory, step).await?;
             }
-            anyhow::Ok(())
+            Ok(())
         };
-        self.runtime
-            .block_on(fetch)
-            .with_context(|| format!("cannot fetch the checkpoint of step {step} from {}", self.name))?;
+        let fetched = self.runtime.block_on(fetch);
+        fetched.map_err(|source| MirrorError::Fetch {
+            step,
+            name: self.name.clone(),
+            source: Box::new(source),
+        })?;
         Ok(Some(step))
     }
 
-    async fn download_checkpoint(&self, directory: &Path, step: u64) -> Result<()> {
+    async fn download_checkpoint(&self, directory: &Path, step: u64) -> Result<(), TransferError> {
         let draft = checkpoint::draft(directory, step);
-        fs::create_dir_all(&draft)?;
+        fs::create_dir_all(&draft).map_err(FileError::cannot("create", &draft))?;
         self.download_all(&self.folder(step), &draft).await?;
         checkpoint::verify(&draft)?;
-        fs::rename(&draft, checkpoint::folder(directory, step))?;
+        fs::rename(&draft, checkpoint::folder(directory, step))
+            .map_err(FileError::cannot("rename", &draft))?;
         Ok(())
     }
 
-    async fn download_record(&self, directory: &Path) -> Result<()> {
+    async fn download_record(&self, directory: &Path) -> Result<(), TransferError> {
         let samples = directory.join(SAMPLES);
-        fs::create_dir_all(&samples)?;
+        fs::create_dir_all(&samples).map_err(FileError::cannot("create", &samples))?;
         self.download_all(&self.root.clone().join(SAMPLES), &samples)
             .await?;
         for name in [METRICS, PROVENANCE] {
             // Whole or not at all: what is there may be all that there is.
             let partial = directory.join(format!("{name}.partial"));
             if self.download(&self.root.clone().join(name), &partial).await? {
-                fs::rename(&partial, directory.join(name))?;
+                fs::rename(&partial, directory.join(name)).map_err(FileError::cannot("rename", &partial))?;
             }
         }
         Ok(())
     }
 
-    async fn download_all(&self, from: &Place, to: &Path) -> Result<()> {
+    async fn download_all(&self, from: &Place, to: &Path) -> Result<(), TransferError> {
         for object in self.store.list_with_delimiter(Some(from)).await?.objects {
             let name = object.location.filename().unwrap_or_default();
             self.download(&object.location, &to.join(name)).await?;
@@ -297,20 +309,37 @@ impl Mirror {
     }
 
     /// Whether there was something.
-    async fn download(&self, place: &Place, to: &Path) -> Result<bool> {
+    async fn download(&self, place: &Place, to: &Path) -> Result<bool, TransferError> {
         let size = match self.store.head(place).await {
             Ok(object) => object.size,
             Err(StoreError::NotFound { .. }) => return Ok(false),
             Err(error) => return Err(error.into()),
         };
-        let mut file = File::create(to).with_context(|| to.display().to_string())?;
+        let mut file = File::create(to).map_err(FileError::cannot("create", to))?;
         let mut at = 0;
         while at < size {
             let end = size.min(at + (8 << 20));
-            file.write_all(&self.store.get_range(place, at..end).await?)
-                .with_context(|| to.display().to_string())?;
+            let part = self.store.get_range(place, at..end).await?;
+            file.write_all(&part).map_err(FileError::cannot("write", to))?;
             at = end;
         }
         Ok(true)
     }
+}
+
+/// The store and the place in it that a folder or URL names.
+fn open(place: &str) -> Result<(Box<dyn ObjectStore>, Place), String> {
+    let url = if place.contains("://") {
+        Url::parse(place).map_err(|error| error.to_string())?
+    } else {
+        let folder = std::path::absolute(place).map_err(|error| error.to_string())?;
+        Url::from_directory_path(folder).map_err(|()| "it has no URL".to_owned())?
+    };
+    if url.scheme() != "file" {
+        return denoised::store::open(&url, PATIENCE).map_err(|error| error.problem);
+    }
+    // Without, folders of removed checkpoints would stay, empty.
+    let store = LocalFileSystem::new().with_automatic_cleanup(true);
+    let root = Place::from_url_path(url.path()).map_err(|error| error.to_string())?;
+    Ok((Box::new(store), root))
 }

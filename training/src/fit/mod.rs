@@ -6,6 +6,8 @@
 mod beginning;
 pub mod checkpoint;
 pub mod divergence;
+mod error;
+mod file;
 pub mod mirror;
 pub mod record;
 pub mod step;
@@ -14,4 +16,7 @@ mod tokens;
 mod train;
 
 pub use beginning::{Beginning, BeginningError};
+pub use error::FitError;
+pub use file::FileError;
+pub(crate) use file::replace;
 pub use train::{End, FitOptions, Start, fit};

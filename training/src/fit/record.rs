@@ -15,17 +15,17 @@
 //! recorded once.
 
 use std::fs::{self, File, TryLockError};
-use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::SystemTime;
 
-use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 
 use crate::config::RunConfig;
 pub use crate::evaluate::bound::TIME_PARTS;
-use crate::fit::checkpoint::sha256;
+use crate::fit::file::{FileError, replace, sha256};
 
 /// Settings, every default written out.
 pub const CONFIG: &str = "config.toml";
@@ -38,6 +38,23 @@ pub const SAMPLES: &str = "samples";
 const LOCK: &str = "lock";
 /// How many starts of a run are remembered.
 const SESSIONS: usize = 100;
+
+/// Why a run's directory cannot be written to.
+#[derive(Debug, Error)]
+pub enum RecordError {
+    /// A file or folder fails.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Another process has it.
+    #[error("another process trains in {}", .0.display())]
+    Busy(PathBuf),
+    /// Settings have no TOML form.
+    #[error(transparent)]
+    Toml(#[from] toml::ser::Error),
+    /// What happened has no JSON form.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+}
 
 /// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -207,7 +224,7 @@ fn burn_version() -> Option<String> {
 
 impl DataFile {
     /// The token file at `path`.
-    pub fn of(path: &Path, tokens: usize, bytes: u64) -> Result<Self> {
+    pub fn of(path: &Path, tokens: usize, bytes: u64) -> Result<Self, FileError> {
         Ok(Self {
             path: path.to_owned(),
             sha256: sha256(path)?,
@@ -225,14 +242,12 @@ pub struct Lock {
 
 impl Lock {
     /// Creates `directory` where it is missing.
-    pub fn acquire(directory: &Path) -> Result<Self> {
-        fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    pub fn acquire(directory: &Path) -> Result<Self, RecordError> {
+        fs::create_dir_all(directory).map_err(FileError::cannot("create", directory))?;
         let path = directory.join(LOCK);
-        let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        let file = File::create(&path).map_err(FileError::cannot("create", &path))?;
         match file.try_lock() {
-            Err(TryLockError::WouldBlock) => {
-                bail!("another process trains in {}", directory.display())
-            }
+            Err(TryLockError::WouldBlock) => Err(RecordError::Busy(directory.to_owned())),
             // Not every file system has locks, and a run can do without.
             Ok(()) | Err(TryLockError::Error(_)) => Ok(Self { _file: file }),
         }
@@ -249,29 +264,30 @@ pub struct Recorder {
 
 impl Recorder {
     /// Goes on after `step` steps; what was recorded later is dropped.
-    pub fn open(lock: Lock, config: &RunConfig, step: u64) -> Result<Self> {
+    pub fn open(lock: Lock, config: &RunConfig, step: u64) -> Result<Self, RecordError> {
         let directory = config.run.directory.clone();
         replace(
             &directory.join(CONFIG),
             toml::to_string_pretty(config)?.as_bytes(),
         )?;
         let path = directory.join(METRICS);
-        let context = || format!("cannot write {}", path.display());
         let mut metrics = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(&path)
-            .with_context(context)?;
-        let end = kept(&metrics, step).with_context(|| format!("cannot read {}", path.display()))?;
-        metrics.set_len(end).with_context(context)?;
-        metrics.seek(SeekFrom::End(0)).with_context(context)?;
+            .map_err(FileError::cannot("write", &path))?;
+        let end = kept(&metrics, step).map_err(FileError::cannot("read", &path))?;
+        metrics
+            .set_len(end)
+            .and_then(|()| metrics.seek(SeekFrom::End(0)))
+            .map_err(FileError::cannot("write", &path))?;
 
         let samples = directory.join(SAMPLES);
         for later in sample_steps(&directory).into_iter().filter(|later| *later > step) {
             let path = samples.join(sample_name(later));
-            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            fs::remove_file(&path).map_err(FileError::cannot("remove", &path))?;
         }
         Ok(Self {
             directory,
@@ -281,7 +297,11 @@ impl Recorder {
     }
 
     /// Adds `session` to what is known of the run's making. Returns what it said of the data before.
-    pub fn provenance(&self, mut now: Provenance, session: Session) -> Result<Option<Provenance>> {
+    pub fn provenance(
+        &self,
+        mut now: Provenance,
+        session: Session,
+    ) -> Result<Option<Provenance>, RecordError> {
         let before = read_provenance(&self.directory).filter(|_| session.from_step > 0);
         now.sessions = before
             .as_ref()
@@ -298,18 +318,19 @@ impl Recorder {
     }
 
     /// Appends a line, in one piece.
-    pub fn record(&mut self, line: Line) -> Result<()> {
+    pub fn record(&mut self, line: Line) -> Result<(), RecordError> {
         let mut text = serde_json::to_vec(&line)?;
         text.push(b'\n');
         self.metrics
             .write_all(&text)
-            .with_context(|| format!("cannot write {}", self.directory.join(METRICS).display()))
+            .map_err(FileError::cannot("write", &self.directory.join(METRICS)))?;
+        Ok(())
     }
 
     /// Leaves what the network wrote after `step` steps.
-    pub fn sample(&self, step: u64, texts: &[String]) -> Result<()> {
+    pub fn sample(&self, step: u64, texts: &[String]) -> Result<(), FileError> {
         let folder = self.directory.join(SAMPLES);
-        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        fs::create_dir_all(&folder).map_err(FileError::cannot("create", &folder))?;
         let count = texts.len();
         let numbered: String = texts
             .iter()
@@ -320,25 +341,15 @@ impl Recorder {
     }
 
     /// Waits until the disk has all lines, so that no checkpoint is ahead of them.
-    pub fn sync(&self) -> Result<()> {
+    pub fn sync(&self) -> Result<(), FileError> {
         self.metrics
             .sync_data()
-            .with_context(|| format!("cannot write {}", self.directory.join(METRICS).display()))
+            .map_err(FileError::cannot("write", &self.directory.join(METRICS)))
     }
 }
 
-/// Writes a file that readers see whole, before or after.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".partial");
-    let partial = path.with_file_name(name);
-    fs::write(&partial, bytes)
-        .and_then(|()| fs::rename(&partial, path))
-        .with_context(|| format!("cannot write {}", path.display()))
-}
-
 /// Where the last line of up to `step` steps ends.
-fn kept(metrics: &File, step: u64) -> Result<u64> {
+fn kept(metrics: &File, step: u64) -> io::Result<u64> {
     let (mut place, mut end) = (0, 0);
     // A run that starts afresh has not recorded anything.
     if step > 0 {
@@ -353,7 +364,7 @@ fn kept(metrics: &File, step: u64) -> Result<u64> {
 }
 
 /// Hands every line of `metrics.jsonl` and its length to `each`; lines cut short are `None`.
-fn read_lines(metrics: &File, mut each: impl FnMut(Option<Line>, u64)) -> Result<()> {
+fn read_lines(metrics: &File, mut each: impl FnMut(Option<Line>, u64)) -> io::Result<()> {
     let mut reader = BufReader::new(metrics);
     let mut text = Vec::new();
     loop {
@@ -369,11 +380,11 @@ fn read_lines(metrics: &File, mut each: impl FnMut(Option<Line>, u64)) -> Result
 }
 
 /// Hands every line that the run in `directory` has recorded to `each`, in order.
-pub fn read(directory: &Path, mut each: impl FnMut(Line)) -> Result<()> {
+pub fn read(directory: &Path, mut each: impl FnMut(Line)) -> Result<(), FileError> {
     let path = directory.join(METRICS);
-    let context = || format!("cannot read {}", path.display());
-    let metrics = File::open(&path).with_context(context)?;
-    read_lines(&metrics, |line, _| line.into_iter().for_each(&mut each)).with_context(context)
+    File::open(&path)
+        .and_then(|metrics| read_lines(&metrics, |line, _| line.into_iter().for_each(&mut each)))
+        .map_err(FileError::cannot("read", &path))
 }
 
 /// What made a run, where that is recorded.

@@ -23,7 +23,8 @@ use crate::model::device::Devices;
 use crate::model::state_dict::StateDict;
 use crate::model::{Ddit, NetworkConfig, NetworkError};
 use crate::optim::ema::Ema;
-use crate::optim::optimizer::{clip, sum};
+use crate::optim::optimizer::clip;
+use crate::optim::sums::Sums;
 use crate::random::{Purpose, generator};
 
 /// A network in training.
@@ -190,16 +191,19 @@ impl Trainer {
         };
 
         let mut loss = 0.0;
-        let mut total: Option<GradientsParams> = None;
+        let mut sums = match self.devices.apart() {
+            Some(lanes) => Sums::apart(&self.network, lanes),
+            None => Sums::shared(&self.network),
+        };
         for first in (0..parts).step_by(lanes) {
             let batches: Vec<NoisedBatch> = (first..first + lanes).map(part).collect();
             let (losses, gradients): (Vec<f64>, Vec<GradientsParams>) =
                 self.gradients_of(&batches, first, count).into_iter().unzip();
             loss += losses.iter().sum::<f64>();
-            total = Some(sum(&self.network, total.into_iter().chain(gradients).collect()));
+            sums.add(gradients);
         }
         let largest = self.config.optimizer.gradient_clip_norm;
-        let (gradients, norm) = clip(&self.network, total.unwrap_or_default(), largest);
+        let (gradients, norm) = clip(&self.network, sums.finish(), largest);
         Gradient {
             loss: loss / length as f64,
             norm,

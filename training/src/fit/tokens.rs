@@ -2,9 +2,9 @@
 
 use std::fs;
 
-use anyhow::{Context, Result, anyhow, ensure};
 use tokenizers::Tokenizer;
 
+use super::error::FitError;
 use super::record::Provenance;
 use crate::config::{MixturePart, RunConfig};
 use crate::data::TokenFile;
@@ -16,16 +16,16 @@ pub(super) fn learned_from(provenance: &Provenance) -> Vec<String> {
 }
 
 /// The token files that are mixed in, whose tokens must be those of `train`.
-pub(super) fn mixed(config: &RunConfig, train: &TokenFile) -> Result<Vec<TokenFile>> {
+pub(super) fn mixed(config: &RunConfig, train: &TokenFile) -> Result<Vec<TokenFile>, FitError> {
     let open = |part: &MixturePart| {
         let file = TokenFile::open(&part.tokens)?;
         let made_with = |file: &TokenFile| (file.tokenizer_sha256().to_owned(), file.end_of_document());
-        ensure!(
-            made_with(&file) == made_with(train),
-            "data.mixture: {} was made with another tokenizer, or another end of documents, than {}",
-            part.tokens.display(),
-            config.data.train.display()
-        );
+        if made_with(&file) != made_with(train) {
+            return Err(FitError::Mixture {
+                mixed: part.tokens.clone(),
+                train: config.data.train.clone(),
+            });
+        }
         Ok(file)
     };
     config.data.mixture.iter().map(open).collect()
@@ -36,19 +36,24 @@ pub(super) fn matching_tokenizer(
     config: &RunConfig,
     train: &TokenFile,
     validation: &TokenFile,
-) -> Result<Tokenizer> {
+) -> Result<Tokenizer, FitError> {
     let data = &config.data;
     validation.check_preparation(train)?;
-    let path = data.tokenizer.display();
-    let json = fs::read(&data.tokenizer).with_context(|| format!("cannot read data.tokenizer {path}"))?;
+    let unusable = |reason: String| FitError::Tokenizer {
+        path: data.tokenizer.clone(),
+        reason,
+    };
+    let json = fs::read(&data.tokenizer).map_err(|error| unusable(error.to_string()))?;
     train.check_tokenizer(&data.tokenizer, &json)?;
-    let tokenizer = Tokenizer::from_bytes(&json).map_err(|error| anyhow!("{path}: {error}"))?;
+    let tokenizer = Tokenizer::from_bytes(&json).map_err(|error| unusable(error.to_string()))?;
     let size = tokenizer.get_vocab_size(true);
-    ensure!(
-        size == train.vocab_size(),
-        "data.tokenizer {path} has {size} tokens, {} was made for {}",
-        data.train.display(),
-        train.vocab_size()
-    );
+    if size != train.vocab_size() {
+        return Err(FitError::Vocabulary {
+            tokenizer: data.tokenizer.clone(),
+            size,
+            train: data.train.clone(),
+            needed: train.vocab_size(),
+        });
+    }
     Ok(tokenizer)
 }

@@ -5,18 +5,19 @@
 //! are never saved. A loss that is not finite, or that has exploded (see [`watch`](crate::fit::divergence)), stops
 //! the run. A request to stop is answered after the step at hand, with a checkpoint.
 
+use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
 use burn::module::Module;
 use denoised::diffusion::Token;
 use tokenizers::Tokenizer;
 
 use super::beginning::Beginning;
+use super::error::FitError;
 use super::terminal::Progress;
 use super::tokens::{learned_from, matching_tokenizer, mixed};
 use crate::config::{RunConfig, RunSection};
@@ -26,7 +27,7 @@ use crate::evaluate::bound;
 use crate::evaluate::samples;
 use crate::fit::checkpoint::{self, State};
 use crate::fit::divergence::DivergenceWatch;
-use crate::fit::mirror::Mirror;
+use crate::fit::mirror::{Mirror, MirrorError};
 use crate::fit::record::{DataFile, Line, Lock, Provenance, Recorder, Session, StepRecord, ValidationRecord};
 use crate::fit::step::{Gradient, Trainer};
 use crate::model::device::{DeviceName, Devices};
@@ -82,19 +83,19 @@ pub enum End {
 }
 
 /// Trains as `config` says. Returns the state after the last step, and why that was the last.
-pub fn fit(config: RunConfig, options: FitOptions) -> Result<(State, End)> {
+///
+/// # Errors
+/// Where the run does not begin, and, as [`FitError::Stopped`] or [`FitError::StoppedEarly`], where it ends before its
+/// time.
+pub fn fit(config: RunConfig, options: FitOptions) -> Result<(State, End), FitError> {
     let directory = config.run.directory.clone();
     let mut run = Run::start(config, options)?;
-    run.train().with_context(|| match checkpoint::latest(&directory) {
-        Ok(folder) => format!(
-            "stopped after step {}; the last good checkpoint is {}, and --resume goes on from it",
-            run.trainer.step(),
-            folder.display()
-        ),
-        Err(_) => format!(
-            "stopped after step {}, before the first checkpoint",
-            run.trainer.step()
-        ),
+    run.train().map_err(|error| {
+        let (step, source) = (run.trainer.step(), Box::new(error));
+        match checkpoint::latest(&directory) {
+            Ok(last) => FitError::Stopped { step, last, source },
+            Err(_) => FitError::StoppedEarly { step, source },
+        }
     })
 }
 
@@ -126,7 +127,7 @@ struct Run {
 }
 
 impl Run {
-    fn start(config: RunConfig, options: FitOptions) -> Result<Self> {
+    fn start(config: RunConfig, options: FitOptions) -> Result<Self, FitError> {
         let train = TokenFile::open(&config.data.train)?;
         let validation = TokenFile::open(&config.data.validation)?;
         let tokenizer = matching_tokenizer(&config, &train, &validation)?;
@@ -137,7 +138,7 @@ impl Run {
             .iter()
             .zip(&config.data.mixture)
             .map(|(file, part)| DataFile::of(&part.tokens, file.tokens(), file.bytes()))
-            .collect::<Result<_>>()?;
+            .collect::<Result<_, _>>()?;
         let shares = config.data.mixture.iter().map(|part| part.share);
         let others = mixed.into_iter().zip(shares).collect();
         let sequences = Mixture::new(train.clone(), others, shape.length, config.run.seed)?;
@@ -145,13 +146,13 @@ impl Run {
         let settings = config.run.clone();
         let devices = Devices::open(&options.devices, settings.threads)?;
         let parts = devices.lanes().len() * settings.accumulate;
-        ensure!(
-            parts <= settings.batch_size,
-            "{} devices times run.accumulate {} is more than the {} sequences of run.batch_size",
-            devices.lanes().len(),
-            settings.accumulate,
-            settings.batch_size
-        );
+        if parts > settings.batch_size {
+            return Err(FitError::Parts {
+                devices: devices.lanes().len(),
+                accumulate: settings.accumulate,
+                batch_size: settings.batch_size,
+            });
+        }
         let directory = &settings.directory;
         let lock = Lock::acquire(directory)?;
         checkpoint::clear_drafts(directory)?;
@@ -170,16 +171,8 @@ impl Run {
             }
         }
         let folder = match options.start {
-            Start::Fresh => {
-                ensure!(
-                    checkpoint::steps(directory).is_empty(),
-                    "{} already holds checkpoints: --resume goes on from them, another run.directory \
-                     starts afresh",
-                    directory.display()
-                );
-                None
-            }
-            Start::ResumeIfAny if checkpoint::steps(directory).is_empty() => None,
+            Start::Fresh | Start::ResumeIfAny if checkpoint::steps(directory).is_empty() => None,
+            Start::Fresh => return Err(FitError::Holds(directory.clone())),
             Start::Resume | Start::ResumeIfAny => Some(checkpoint::choose(directory, None)?),
             Start::ResumeFrom(step) => Some(checkpoint::choose(directory, Some(step))?),
         };
@@ -202,29 +195,27 @@ impl Run {
             }
             Some(folder) => checkpoint::resume(folder, config.clone(), &shape, devices)?,
         };
-        ensure!(
-            state.tokenizer_sha256 == train.tokenizer_sha256(),
-            "{} was trained with another tokenizer than {} was made with",
-            directory.display(),
-            config.data.train.display()
-        );
+        let other = |what| FitError::OtherTokens {
+            directory: directory.clone(),
+            what,
+            train: config.data.train.clone(),
+        };
+        if state.tokenizer_sha256 != train.tokenizer_sha256() {
+            return Err(other("tokenizer"));
+        }
         let end = train.end_of_document();
-        ensure!(
-            *state.end_of_document.get_or_insert(end) == end,
-            "{} was trained with another token at the end of documents than {} has",
-            directory.display(),
-            config.data.train.display()
-        );
+        if *state.end_of_document.get_or_insert(end) != end {
+            return Err(other("token at the end of documents"));
+        }
         let changed = state.config.changes(&config)?;
         state.config = config;
         state.minutes = options.minutes.or(state.minutes);
         if let Start::ResumeFrom(step) = options.start {
             // For nothing later checkpoints are not put aside.
-            ensure!(
-                share(&settings, &state, step, state.seconds) < 1.0,
-                "there is nothing to do after step {step}: {}",
-                over(&settings, &state)
-            );
+            if share(&settings, &state, step, state.seconds) >= 1.0 {
+                let why = over(&settings, &state);
+                return Err(FitError::NothingToDo { step, why });
+            }
             checkpoint::abandon_after(directory, step)?;
         }
 
@@ -283,7 +274,7 @@ impl Run {
         Ok(run)
     }
 
-    fn train(&mut self) -> Result<(State, End)> {
+    fn train(&mut self) -> Result<(State, End), FitError> {
         loop {
             let (step, share) = (self.trainer.step(), self.share());
             let over = share >= 1.0;
@@ -305,13 +296,11 @@ impl Run {
                 self.watch.observe(gradient.loss, &self.settings)
             });
             if watch.has_exploded(&self.settings) || over && watch.is_suspect() {
-                bail!(
-                    "the loss has exploded: it is {:.4} nats/token, its best was {:.4} (both over about 50 \
-                     steps), and run.explosion_factor is {}; a lower optimizer.lr may help",
-                    watch.smoothed(),
-                    watch.best().unwrap_or_default(),
-                    self.settings.explosion_factor
-                );
+                return Err(FitError::Exploded {
+                    loss: watch.smoothed(),
+                    best: watch.best().unwrap_or_default(),
+                    factor: self.settings.explosion_factor,
+                });
             }
             let stop = self.stop.load(Ordering::Relaxed);
             let minutes = self.settings.checkpoint_minutes;
@@ -349,20 +338,19 @@ impl Run {
     }
 
     /// The loss and gradient of the next step, which must be finite.
-    fn next_gradient(&mut self) -> Result<Gradient> {
+    fn next_gradient(&mut self) -> Result<Gradient, FitError> {
         let started = Instant::now();
         let batch = self
             .sequences
             .batch(self.trainer.step(), self.settings.batch_size);
         let gradient = self.trainer.gradient(&batch);
         self.pace_of(started.elapsed());
-        ensure!(
-            gradient.loss.is_finite() && gradient.norm.is_finite(),
-            "the loss is {} and its gradient's norm {}; a lower optimizer.lr may help",
-            gradient.loss,
-            gradient.norm
-        );
-        Ok(gradient)
+        let Gradient { loss, norm, .. } = gradient;
+        if loss.is_finite() && norm.is_finite() {
+            Ok(gradient)
+        } else {
+            Err(FitError::NotFinite { loss, norm })
+        }
     }
 
     fn pace_of(&mut self, step: Duration) {
@@ -374,7 +362,7 @@ impl Run {
     }
 
     /// Takes the step that `gradient` points to.
-    fn advance(&mut self, gradient: Gradient, watch: DivergenceWatch, share: f64) -> Result<()> {
+    fn advance(&mut self, gradient: Gradient, watch: DivergenceWatch, share: f64) -> Result<(), FitError> {
         let report = self.trainer.apply(gradient, share);
         self.watch = watch;
         let step_tokens = self.settings.batch_size * self.state.network.length;
@@ -397,7 +385,7 @@ impl Run {
         Ok(())
     }
 
-    fn validate(&mut self) -> Result<()> {
+    fn validate(&mut self) -> Result<(), FitError> {
         if self.held_out.is_empty() {
             return Ok(());
         }
@@ -412,11 +400,9 @@ impl Run {
             seed,
             threads,
         );
-        ensure!(
-            bound.nats_per_token.is_finite(),
-            "the validation bound is {}; a lower optimizer.lr may help",
-            bound.nats_per_token
-        );
+        if !bound.nats_per_token.is_finite() {
+            return Err(FitError::BoundNotFinite(bound.nats_per_token));
+        }
         self.progress
             .note(&format!("step {step}: validation bound {bound}"));
         if self
@@ -433,10 +419,11 @@ impl Run {
             bound: bound.nats_per_token,
             standard_error: bound.standard_error,
             by_time: bound.by_time,
-        }))
+        }))?;
+        Ok(())
     }
 
-    fn sample(&mut self) -> Result<()> {
+    fn sample(&mut self) -> Result<(), FitError> {
         let step = self.trainer.step();
         let (network, objective) = (self.trainer.averaged(), self.trainer.objective());
         let RunSection { seed, threads, .. } = self.settings;
@@ -446,20 +433,20 @@ impl Run {
                     .iter()
                     .map(|tokens| self.tokenizer.decode(tokens, true))
                     .collect::<Result<_, _>>()
-                    .map_err(|error| anyhow!("cannot decode samples: {error}"))?;
-                self.recorder.sample(step, &texts)
+                    .map_err(|error| FitError::Decode(error.to_string()))?;
+                self.recorder.sample(step, &texts)?;
             }
             // A network that cannot be sampled from yet can still learn.
             Err(error) => {
                 self.progress.note(&format!("step {step}: no samples: {error}"));
-                Ok(())
             }
         }
+        Ok(())
     }
 
     /// Writes a checkpoint of the steps done, unless there is one or `next`, which knows the loss of
     /// these weights, finds it too high.
-    fn save(&mut self, next: DivergenceWatch) -> Result<()> {
+    fn save(&mut self, next: DivergenceWatch) -> Result<(), FitError> {
         let step = self.trainer.step();
         let better = self.better.take();
         let exists = checkpoint::folder(&self.settings.directory, step).exists();
@@ -492,14 +479,15 @@ impl Run {
             .note(&format!("step {step}: wrote {}", folder.display()));
         if let Err(error) = self.copy() {
             self.progress.note(&format!(
-                "step {step}: no copy, the next checkpoint tries again: {error:#}"
+                "step {step}: no copy, the next checkpoint tries again: {}",
+                in_one_line(&error)
             ));
         }
         Ok(())
     }
 
     /// Copies what the mirror lacks, if there is a mirror.
-    fn copy(&mut self) -> Result<()> {
+    fn copy(&mut self) -> Result<(), MirrorError> {
         if let Some(mirror) = &self.mirror {
             self.is_mirror_behind = true;
             mirror.push(&self.settings.directory, &self.state.run, self.state.step)?;
@@ -509,14 +497,14 @@ impl Run {
     }
 
     /// Ends the run; a mirror that is behind is tried again for as long as `patience`.
-    fn finish(&mut self, patience: Duration) -> Result<()> {
+    fn finish(&mut self, patience: Duration) -> Result<(), FitError> {
         self.progress.finish();
         let started = Instant::now();
         while self.is_mirror_behind
             && let Err(error) = self.copy()
         {
             if started.elapsed() >= patience {
-                return Err(error.context("all is in run.directory, but not in run.mirror"));
+                return Err(FitError::NotCopied(error));
             }
             thread::sleep(BETWEEN_TRIES);
         }
@@ -543,4 +531,12 @@ fn over(settings: &RunSection, state: &State) -> String {
 
 fn seconds(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+/// An error and what is behind it, on one line.
+fn in_one_line(error: &dyn Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", in_one_line(source)),
+        None => error.to_string(),
+    }
 }

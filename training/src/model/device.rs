@@ -1,9 +1,11 @@
 //! Where networks live: the CPU, or NVIDIA GPUs behind the feature `cuda`.
 //!
 //! Data-parallel training needs no more than a list of devices: a step's batch is split over them, each
-//! computes the gradients of its part on its copy of the weights, and the first one sums them and takes
-//! the step: gradients and weights go from device to device, once a step each way. Burn 0.22 has collective operations
-//! (`burn::tensor::distributed`), which are not used yet.
+//! computes the gradients of its part on its copy of the weights, all make one sum of these
+//! ([`sums`](crate::optim::sums)), and the first one takes the step and gives the others the weights.
+//!
+//! Devices of several machines are not among them. Burn's remote devices (`burn::remote`, feature `remote`) do train, but
+//! 0.22.1 reduces among the devices of one server alone: "cross-peer all_reduce is not supported yet".
 
 use burn::tensor::Device;
 use thiserror::Error;
@@ -39,6 +41,8 @@ pub struct Devices {
     home: Device,
     /// One for each part of a batch that is computed at the same time.
     lanes: Vec<Device>,
+    /// Whether each has a memory of its own.
+    is_apart: bool,
 }
 
 impl Devices {
@@ -47,6 +51,7 @@ impl Devices {
         Self {
             home: Device::flex(),
             lanes: vec![Device::flex(); threads.max(1)],
+            is_apart: false,
         }
     }
 
@@ -67,6 +72,7 @@ impl Devices {
         Ok(Self {
             home: lanes.first().cloned().unwrap_or_else(Device::flex),
             lanes,
+            is_apart: true,
         })
     }
 
@@ -78,6 +84,11 @@ impl Devices {
     /// The same without gradients.
     pub fn inference(&self) -> Device {
         self.home.clone()
+    }
+
+    /// Those that have memories of their own, where there are several.
+    pub fn apart(&self) -> Option<Vec<Device>> {
+        (self.is_apart && self.lanes.len() > 1).then(|| self.lanes.clone())
     }
 
     /// Recording gradients, one for each part of a batch that is computed at the same time.

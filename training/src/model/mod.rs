@@ -19,4 +19,4 @@ pub use ddit::{Ddit, DropoutSource, token_tensor};
 pub use device::{inference_device, training_device};
 pub use shape::{MLP_RATIO, NOISE_FEATURES, NetworkConfig, NetworkError, finish_log_scores};
 
-pub(crate) use parameters::EMBEDDING;
+pub(crate) use parameters::{EMBEDDING, OUTPUT_WEIGHT};

@@ -7,6 +7,7 @@ use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
 use burn::optim::decay::WeightDecayConfig;
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{AdamWConfig, AdjustLrFn, GradientsParams, ModuleOptimizer, MuonConfig};
+use burn::tensor::Device;
 
 use crate::config::{Decay, MuonSection, OptimizerSection};
 use crate::model::Ddit;
@@ -89,9 +90,11 @@ impl MuonSection {
     }
 }
 
-/// Sums gradients over `parts`, wherever they are, on the network's device and in their order, so that the same parts give the same bits.
-pub fn sum(network: &Ddit, parts: Vec<GradientsParams>) -> GradientsParams {
+/// Sums gradients over `parts`, wherever they are, on `place`, or else on the network's device, and in their order, so
+/// that the same parts give the same bits.
+pub fn sum(network: &Ddit, place: Option<&Device>, parts: Vec<GradientsParams>) -> GradientsParams {
     let mut total = Sum {
+        place,
         parts,
         sum: GradientsParams::new(),
     };
@@ -129,19 +132,21 @@ pub fn clip(network: &Ddit, gradients: GradientsParams, largest: f64) -> (Gradie
     (scaled.gradients, norm)
 }
 
-struct Sum {
+struct Sum<'a> {
+    place: Option<&'a Device>,
     parts: Vec<GradientsParams>,
     sum: GradientsParams,
 }
 
-impl ModuleVisitor for Sum {
+impl ModuleVisitor for Sum<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let home = param.val().device().inner();
+        let place = self.place.cloned();
+        let place = place.unwrap_or_else(|| param.val().device().inner());
         let gradients = self
             .parts
             .iter_mut()
             .filter_map(|part| part.remove::<D>(param.id))
-            .map(|gradient| gradient.to_device(&home));
+            .map(|gradient| gradient.to_device(&place));
         if let Some(sum) = gradients.reduce(|sum, part| sum + part) {
             self.sum.register(param.id, sum);
         }
@@ -213,7 +218,11 @@ mod tests {
         };
         let all = (network.num_params() as f64).sqrt();
         for (largest, expected) in [(1.0, 1.0), (1e6, 3.0 * all)] {
-            let (clipped, before) = clip(&network, sum(&network, vec![filled(1.0), filled(2.0)]), largest);
+            let (clipped, before) = clip(
+                &network,
+                sum(&network, None, vec![filled(1.0), filled(2.0)]),
+                largest,
+            );
             assert!((before / (3.0 * all) - 1.0).abs() < 1e-5);
             let mut norm = Norm(clipped, 0.0);
             network.visit(&mut norm);

@@ -2,9 +2,8 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
-
 use super::curves::{Drawing, Series};
+use super::error::ReportError;
 use super::{name_of, page};
 use crate::fit::record::{self, Line};
 use maud::{Markup, PreEscaped, html};
@@ -20,8 +19,10 @@ const DRAWINGS: [(&str, &str); 4] = [
 /// The page of the runs in `directories`, at least one.
 ///
 /// Losses of different objectives, and bounds of different tokenizers or texts, say nothing about each other.
-pub fn compare<P: AsRef<Path>>(directories: &[P]) -> Result<String> {
-    ensure!(!directories.is_empty(), "there is no run to compare");
+pub fn compare<P: AsRef<Path>>(directories: &[P]) -> Result<String, ReportError> {
+    if directories.is_empty() {
+        return Err(ReportError::NoRuns);
+    }
     let mut lines: [Vec<(String, Series)>; DRAWINGS.len()] = Default::default();
     for directory in directories {
         let directory = directory.as_ref();
@@ -35,7 +36,7 @@ pub fn compare<P: AsRef<Path>>(directories: &[P]) -> Result<String> {
             series[first].push(tokens as f64 / 1e6, value);
             series[first + 1].push(seconds / 60.0, value);
         })
-        .with_context(|| format!("{} is no directory of a run", directory.display()))?;
+        .map_err(ReportError::no_run(directory))?;
         for (lines, series) in lines.iter_mut().zip(series) {
             lines.push((name.clone(), series));
         }
@@ -44,7 +45,7 @@ pub fn compare<P: AsRef<Path>>(directories: &[P]) -> Result<String> {
         .into_iter()
         .zip(lines)
         .map(|((title, x), lines)| Ok((title, Drawing::of_lines(title, x, "nats/token", lines).svg()?)))
-        .collect::<Result<_>>()?;
+        .collect::<Result<_, ReportError>>()?;
     let title = format!("{} training runs", directories.len());
     let body: Markup = html! {
         @for (title, svg) in &drawn {

@@ -3,9 +3,9 @@
 //! The drawings carry their colours twice: as attributes, which every program understands, and as a
 //! style sheet, which follows the reader's light or dark theme.
 
-use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
+use super::error::ReportError;
 use crate::fit::record::{Line, StepRecord, TIME_PARTS, ValidationRecord};
 
 /// Points of a curve; more are averaged in groups.
@@ -200,7 +200,7 @@ impl Curves {
     }
 
     /// The drawings, as SVG, of which there are points.
-    pub fn drawings(&self) -> impl Iterator<Item = Result<(&'static Panel, String)>> + '_ {
+    pub fn drawings(&self) -> impl Iterator<Item = Result<(&'static Panel, String), ReportError>> + '_ {
         PANELS.iter().zip(&self.0).filter_map(|(panel, curve)| {
             let drawn = curve.draw(panel).transpose()?;
             Some(drawn.map(|svg| (panel, svg)))
@@ -210,7 +210,7 @@ impl Curves {
 
 impl Curve {
     /// One drawing as SVG; none where there are no points yet.
-    fn draw(&self, panel: &Panel) -> Result<Option<String>> {
+    fn draw(&self, panel: &Panel) -> Result<Option<String>, ReportError> {
         let mut drawing = Drawing {
             title: panel.title,
             x: STEP,
@@ -311,7 +311,7 @@ impl<'a> Drawing<'a> {
     }
 
     /// As SVG; none where there are no points.
-    pub(super) fn svg(&self) -> Result<Option<String>> {
+    pub(super) fn svg(&self) -> Result<Option<String>, ReportError> {
         let points = || self.lines.iter().flat_map(|line| &line.points);
         let [first, last] = points().fold([f64::INFINITY, f64::NEG_INFINITY], |[first, last], (x, _)| {
             [first.min(*x), last.max(*x)]
@@ -324,7 +324,10 @@ impl<'a> Drawing<'a> {
         let mut svg = String::new();
         let last = if last > first { last } else { first + 1.0 };
         self.plot(&mut svg, [first, last], [low, high])
-            .map_err(|error| anyhow!("cannot draw {}: {error}", self.title))?;
+            .map_err(|error| ReportError::Draw {
+                title: self.title.to_owned(),
+                reason: error.to_string(),
+            })?;
         Ok(Some(styled(&svg, self.title)))
     }
 

@@ -6,21 +6,23 @@
 
 mod comparison;
 pub mod curves;
+mod error;
 
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 use std::time::SystemTime;
 
-use anyhow::{Context, Result};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
+use crate::fit::FileError;
 use crate::fit::record::{
     self, CONFIG, DataFile, Line, Provenance, SAMPLES, StepRecord, ValidationRecord, read_provenance,
     sample_name, sample_steps,
 };
 pub use comparison::compare;
 use curves::{Curves, Panel};
+pub use error::ReportError;
 
 /// The page's name in a run's directory.
 pub const FILE: &str = "report.html";
@@ -60,7 +62,7 @@ td{overflow-wrap:anywhere}
 ";
 
 /// The page of the run in `directory`.
-pub fn render(directory: &Path) -> Result<String> {
+pub fn render(directory: &Path) -> Result<String, ReportError> {
     let (mut curves, mut step, mut validation) = (Curves::default(), None, None);
     record::read(directory, |line| {
         curves.push(&line);
@@ -69,9 +71,9 @@ pub fn render(directory: &Path) -> Result<String> {
             Line::Validation(line) => validation = Some(line),
         }
     })
-    .with_context(|| format!("{} is no directory of a run", directory.display()))?;
+    .map_err(ReportError::no_run(directory))?;
     let path = directory.join(CONFIG);
-    let config = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config = fs::read_to_string(&path).map_err(FileError::cannot("read", &path))?;
     let title = format!("Training run {}", name_of(directory));
     let panels = panels(&curves)?;
     let samples = samples(directory)?;
@@ -124,13 +126,13 @@ fn page(title: &str, body: &Markup) -> Markup {
 }
 
 /// Draws the curves that have files of their own into the run's directory.
-pub fn draw(directory: &Path) -> Result<()> {
+pub fn draw(directory: &Path) -> Result<(), ReportError> {
     let mut curves = Curves::default();
     record::read(directory, |line| curves.push(&line))?;
     for drawing in curves.drawings() {
         let (panel, svg) = drawing?;
         if let Some(file) = panel.file {
-            record::replace(&directory.join(file), svg.as_bytes())?;
+            crate::fit::replace(&directory.join(file), svg.as_bytes())?;
         }
     }
     Ok(())
@@ -171,8 +173,8 @@ fn facts(
     }
 }
 
-fn panels(curves: &Curves) -> Result<Markup> {
-    let drawn: Vec<(&Panel, String)> = curves.drawings().collect::<Result<_>>()?;
+fn panels(curves: &Curves) -> Result<Markup, ReportError> {
+    let drawn: Vec<(&Panel, String)> = curves.drawings().collect::<Result<_, _>>()?;
     Ok(html! {
         @if drawn.is_empty() { p { "Nothing was recorded yet." } }
         @for (panel, svg) in &drawn {
@@ -182,7 +184,7 @@ fn panels(curves: &Curves) -> Result<Markup> {
 }
 
 /// The latest samples in view, earlier ones folded.
-fn samples(directory: &Path) -> Result<Markup> {
+fn samples(directory: &Path) -> Result<Markup, FileError> {
     let steps = sample_steps(directory);
     let count = steps.len();
     let shown = count.min(SAMPLE_FILES);
@@ -191,11 +193,10 @@ fn samples(directory: &Path) -> Result<Markup> {
         // The first and the last are among them.
         let step = steps[index * (count - 1) / (shown - 1).max(1)];
         let path = directory.join(SAMPLES).join(sample_name(step));
-        let context = || format!("cannot read {}", path.display());
         let mut bytes = Vec::new();
         File::open(&path)
             .and_then(|file| file.take(SAMPLE_BYTES).read_to_end(&mut bytes))
-            .with_context(context)?;
+            .map_err(FileError::cannot("read", &path))?;
         texts.push((step, printable(&String::from_utf8_lossy(&bytes))));
     }
     Ok(html! {
