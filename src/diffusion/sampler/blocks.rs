@@ -153,10 +153,15 @@ impl<'a> Row<'a> {
 
     /// Computes the weight of every entry.
     pub(super) fn weights(&self, weight: &Weight, weights: &mut Vec<f64>) {
-        weights.clear();
+        weights.resize(self.entries.len(), 0.0);
         vectorised(
             #[inline(always)]
-            || weights.extend(self.entries.iter().map(|&entry| f64::from(weight.of(entry)))),
+            || {
+                // A loop: what iterators do for themselves is compiled for any processor, unless it is inlined.
+                for (weight_of, &entry) in weights.iter_mut().zip(self.entries) {
+                    *weight_of = f64::from(weight.of(entry));
+                }
+            },
         );
         weights[self.current] = 0.0;
     }

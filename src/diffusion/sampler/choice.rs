@@ -1,8 +1,7 @@
 //! Which token a choice takes, given the weight of each.
 //!
 //! Nothing is sorted but the few around the last place: how much weight the tokens above some rank hold is a sum that
-//! processors do many entries at a time. One look at all tokens leaves those of a narrow range of ranks to look at;
-//! bisecting it finds the rank at which top-p ends.
+//! processors do many entries at a time, and some ten of these find the rank at which top-p ends.
 
 use std::cmp::Ordering;
 use std::ops::Range;
@@ -66,9 +65,9 @@ fn temper(temperature: f64, weights: &mut [f64]) {
     }
 }
 
-/// Shares of the largest rank between which top-p is looked for first: the likeliest hold nearly all of the weight, as
-/// a rule, so that few tokens are left to look at.
-const MARKS: [f64; 4] = [1.0 / 64.0, 1.0 / 4096.0, 1.0 / 262_144.0, 0.0];
+/// Share of the largest weight that is the first guess of where top-p ends: the likeliest hold nearly all of the
+/// weight, as a rule.
+const GUESS: f64 = 1.0 / 64.0;
 /// Tokens that are sorted rather than told apart by one more sum.
 const FEW: f64 = 64.0;
 
@@ -88,54 +87,50 @@ impl Kept {
         Self {
             rank: 0.0,
             last: weights.len(),
-            weight: weigh(weights, weights, 0.0),
+            weight: sum(weights, weights, 0.0),
         }
     }
 
     /// The first in the order of `ranks` that hold `p` of the weight; `None` when there is none.
     fn top_p(p: f64, ranks: &[f64], weights: &[f64]) -> Option<Self> {
-        let top = largest(ranks);
-        let marks = MARKS.map(|share| share * top);
-        let holds = sums(ranks, weights, marks);
-        let target = p * holds[MARKS.len() - 1];
-        let reached = holds.iter().position(|holds| *holds >= target)?;
+        let all = sum(ranks, weights, 0.0);
+        let target = p * all;
         // What has a rank of `above` holds less than the target, what has one of `from` holds it.
-        let (mut above, mut held_above) = match reached.checked_sub(1) {
-            Some(higher) => (marks[higher], holds[higher]),
-            None => (f64::INFINITY, 0.0),
-        };
-        let (mut from, mut held) = (marks[reached], holds[reached]);
-        let between = Tokens::gather(&(from..above), ranks, weights);
-        let held_by_others = held_above;
+        let (mut above, mut held_above) = (f64::INFINITY, 0.0);
+        let (mut from, mut held) = (0.0_f64, all);
+        let mut guess = GUESS * largest(ranks);
         // Whoever lies between them has a rank of `from` at least, which bounds how many they are.
         while held - held_above > FEW * from {
+            let holds = sum(ranks, weights, guess);
+            if holds >= target {
+                (from, held) = (guess, holds);
+            } else {
+                (above, held_above) = (guess, holds);
+            }
             // Positive floats are ordered as their bits are.
             let half = (above.to_bits() - from.to_bits()) / 2;
             if half == 0 {
                 break;
             }
-            let middle = f64::from_bits(from.to_bits() + half);
-            let [holds] = sums(&between.ranks, &between.weights, [middle]);
-            let holds = held_by_others + holds;
-            if holds >= target {
-                (from, held) = (middle, holds);
+            guess = if from == 0.0 && guess > f64::MIN_POSITIVE / GUESS {
+                guess * GUESS
             } else {
-                (above, held_above) = (middle, holds);
-            }
+                f64::from_bits(from.to_bits() + half)
+            };
         }
-        let mut order = within(&(from..above), &between.ranks);
-        // Their tokens ascend, so that ties go to the lower one.
-        order.sort_unstable_by(likelier(&between.ranks));
+        let mut order = within(&(from..above), ranks);
+        order.retain(|&y| weights[y] > 0.0);
+        order.sort_unstable_by(likelier(ranks));
         let mut weight = held_above;
-        let reached = order.iter().find(|&&at| {
-            weight += between.weights[at];
+        let reached = order.iter().find(|&&y| {
+            weight += weights[y];
             weight >= target
         });
         // Rounding: they do not quite hold what they do when summed in another order.
         let last = *reached.or(order.last())?;
         Some(Self {
-            rank: between.ranks[last],
-            last: between.tokens[last],
+            rank: ranks[last],
+            last,
             weight,
         })
     }
@@ -147,10 +142,10 @@ impl Kept {
     /// What those of a block weigh whose first token is `first`.
     fn weight_in(&self, first: usize, ranks: &[f64], weights: &[f64]) -> f64 {
         if self.last < first {
-            return weigh(ranks, weights, self.rank.next_up());
+            return sum(ranks, weights, self.rank.next_up());
         }
         if self.last >= first + ranks.len() {
-            return weigh(ranks, weights, self.rank);
+            return sum(ranks, weights, self.rank);
         }
         let both = ranks.iter().zip(weights).zip(first..);
         let kept = both.filter(|((rank, _), token)| self.has(*token, **rank));
@@ -197,57 +192,25 @@ pub(super) fn likelier(weights: &[f64]) -> impl Fn(&usize, &usize) -> Ordering +
 const LANES: usize = 8;
 
 /// The sum of the weights whose rank is `from` or more.
-fn weigh(ranks: &[f64], weights: &[f64], from: f64) -> f64 {
-    let [sum] = sums(ranks, weights, [from]);
-    sum
-}
-
-/// For each of `marks`, the sum of the weights whose rank reaches it.
-fn sums<const N: usize>(ranks: &[f64], weights: &[f64], marks: [f64; N]) -> [f64; N] {
-    let counted = |rank, weight, mark| if rank >= mark { weight } else { 0.0 };
+fn sum(ranks: &[f64], weights: &[f64], from: f64) -> f64 {
+    let counted = |rank, weight| if rank >= from { weight } else { 0.0 };
     vectorised(
         #[inline(always)]
         || {
             let (ranks, last_ranks) = ranks.as_chunks::<LANES>();
             let (weights, last_weights) = weights.as_chunks::<LANES>();
-            let mut lanes = [[0.0; LANES]; N];
+            let mut lanes = [0.0; LANES];
             for (ranks, weights) in ranks.iter().zip(weights) {
-                for (lanes, &mark) in lanes.iter_mut().zip(&marks) {
-                    for ((lane, &rank), &weight) in lanes.iter_mut().zip(ranks).zip(weights) {
-                        *lane += counted(rank, weight, mark);
-                    }
+                for ((lane, &rank), &weight) in lanes.iter_mut().zip(ranks).zip(weights) {
+                    *lane += counted(rank, weight);
                 }
             }
-            std::array::from_fn(|at| {
-                let last = last_ranks.iter().zip(last_weights);
-                last.fold(lanes[at].iter().sum(), |sum, (&rank, &weight)| {
-                    sum + counted(rank, weight, marks[at])
-                })
+            let last = last_ranks.iter().zip(last_weights);
+            last.fold(lanes.iter().sum(), |sum, (&rank, &weight)| {
+                sum + counted(rank, weight)
             })
         },
     )
-}
-
-/// Some tokens, ascending, with what is known of each.
-#[derive(Clone, Debug, Default)]
-struct Tokens {
-    tokens: Vec<usize>,
-    ranks: Vec<f64>,
-    weights: Vec<f64>,
-}
-
-impl Tokens {
-    /// Those of some weight whose rank lies within a range.
-    fn gather(range: &Range<f64>, ranks: &[f64], weights: &[f64]) -> Self {
-        let mut tokens = within(range, ranks);
-        tokens.retain(|&token| weights[token] > 0.0);
-        let of = |values: &[f64]| tokens.iter().map(|&token| values[token]).collect();
-        Self {
-            ranks: of(ranks),
-            weights: of(weights),
-            tokens,
-        }
-    }
 }
 
 /// Indices of the values within a range that holds few of them, ascending.
