@@ -226,17 +226,22 @@ test-go: prerequisites tools ## Make a client for Go from the protos and have it
 	DENOISED_TEST_GO=1 cargo test --workspace --locked --features $(TESTED) --test service other_languages
 
 .PHONY: train-demo
-train-demo: prerequisites ## Train the demo model again, from the text to the bundle (an hour or two on two cores; run again, it goes on).
+train-demo: prerequisites ## Train the demo model again, from the text to the bundle (three hours of two cores; run again, it goes on).
 	training/demo/corpus.sh .corpus/world-english
 	cargo build --release --locked --package training --bin training
 	training="$${CARGO_TARGET_DIR:-target}/release/training"
-	corpus=(--validation-fraction 0.05 --seed 1 .corpus/world-english/*.txt)
+	mapfile -t held_out < <(sed 's|^|.corpus/world-english/|' training/demo/held-out.txt)
+	mapfile -t learned < <(ls .corpus/world-english/*.txt | grep -vxFf <(printf '%s\n' "$${held_out[@]}"))
+	corpus=("$${held_out[@]/#/--validation=}" "$${learned[@]}")
 	"$$training" tokenizer --vocab-size 6655 --out .corpus/demo/tokenizer.json "$${corpus[@]}"
 	"$$training" prepare --tokenizer .corpus/demo/tokenizer.json --out .corpus/demo "$${corpus[@]}"
 	"$$training" fit training/configs/demo.toml --resume-if-any
-	"$$training" evaluate training/configs/demo.toml --baselines
+	export=(--storage f16 --name world-english)
+	[[ -e runs/demo/bundle ]] || "$$training" export training/configs/demo.toml "$${export[@]}" --out runs/demo/bundle
+	"$$training" fit training/configs/demo-second.toml --resume-if-any --init-from runs/demo/bundle
+	"$$training" evaluate training/configs/demo-second.toml --baselines
 	rm -rf training/demo/world-english/1
-	"$$training" export training/configs/demo.toml --storage f16 --name world-english --out training/demo/world-english/1 --measure \
+	"$$training" export training/configs/demo-second.toml "$${export[@]}" --out training/demo/world-english/1 --measure \
 		--defaults '{"sampler": "tweedie", "steps": 128, "temperature": 0.87, "top_p": 0.98}' \
 		--corpus "World English Bible, public domain, https://ebible.org/web/ (Debian sword-text-web by training/demo/corpus.sh; all chapters: sha256 $$(cat .corpus/world-english/*.txt | sha256sum | cut -d' ' -f1))"
 

@@ -52,7 +52,7 @@ done
 [[ -n $url ]] || fail "the server was not ready after $ready_seconds s"
 echo "the server listens on $url (process $server)"
 
-show generate --server "$url" --live always --pace 60 --length 48 --seed 10 \
+show generate --server "$url" --live always --pace 60 --length 48 --seed 14 \
     "In the beginning"
 show infill --server "$url" --live always --pace 60 --seed 2 \
     'He said to his brother, "Go[[12]]." Then they went[[6]] together.'

@@ -70,7 +70,7 @@ impl Quality {
                     .texts
                     .iter()
                     .map(|text| judge.read(text))
-                    .collect::<Result<_>>()?;
+                    .collect::<Result<Vec<_>, _>>()?;
                 bits_per_byte(&verdicts).zip(perplexity(&verdicts))
             }
             None => None,
@@ -134,18 +134,22 @@ impl Quality {
 mod without {
     use std::path::Path;
 
-    use anyhow::{Result, bail};
     use training::evaluate::quality::Verdict;
+
+    /// Why there is none.
+    #[derive(Debug, thiserror::Error)]
+    #[error("--judge needs the feature `judge`: cargo build --release -p training --features judge")]
+    pub(super) struct NotBuilt;
 
     /// There is none.
     pub(super) enum Judge {}
 
     impl Judge {
-        pub(super) fn load(_: &Path) -> Result<Self> {
-            bail!("--judge needs the feature `judge`: cargo build --release -p training --features judge")
+        pub(super) fn load(_: &Path) -> Result<Self, NotBuilt> {
+            Err(NotBuilt)
         }
 
-        pub(super) fn read(&mut self, _: &str) -> Result<Verdict> {
+        pub(super) fn read(&mut self, _: &str) -> Result<Verdict, NotBuilt> {
             match *self {}
         }
     }
