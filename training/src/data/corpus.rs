@@ -311,6 +311,18 @@ mod tests {
 
     /// Pinned: another rule would put held-out text of yesterday into today's training.
     #[test]
+    fn documents_of_a_benchmark_are_put_together_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let corpus = Corpus {
+            detokenize: Some(Benchmark::Ptb),
+            ..corpus(folder.path(), "does n't|the firm 's N")
+        };
+        let documents = corpus.documents().unwrap();
+        let texts: Vec<String> = documents.map(|document| document.unwrap().text).collect();
+        assert_eq!(texts, ["doesn't", "the firm's N"]);
+    }
+
+    #[test]
     fn held_out_documents_depend_on_seed_and_text_alone() {
         let folder = tempfile::tempdir().unwrap();
         let held_out = |seed, content| -> (String, u64) {

@@ -4,8 +4,8 @@
 //! computes the gradients of its part on its copy of the weights, all make one sum of these
 //! ([`sums`](crate::optim::sums)), and the first one takes the step and gives the others the weights.
 //!
-//! Devices of several machines are not among them. Burn's remote devices (`burn::remote`, feature `remote`) do train, but
-//! 0.22.1 reduces among the devices of one server alone: "cross-peer all_reduce is not supported yet".
+//! Devices of several machines are not among them: Burn 0.22.1 has remote ones (`burn::remote`), but reduces among those of
+//! one server alone ("cross-peer all_reduce is not supported yet").
 
 use burn::tensor::Device;
 use thiserror::Error;

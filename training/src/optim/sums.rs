@@ -116,23 +116,9 @@ impl ModuleVisitor for Reduced<'_> {
 mod tests {
     use super::*;
     use crate::model::{NetworkConfig, inference_device, training_device};
-    use denoised::diffusion::Parameterization;
 
     fn network() -> Ddit {
-        let config = NetworkConfig {
-            states: 7,
-            length: 4,
-            hidden_size: 8,
-            cond_dim: 4,
-            blocks: 1,
-            heads: 2,
-            dropout: 0.0,
-            scale_by_sigma: false,
-            parameterization: Parameterization::Mean,
-            time_conditioned: true,
-            tie_embeddings: false,
-        };
-        config.init(1, 1.0, &training_device()).unwrap()
+        NetworkConfig::tiny().init(1, 1.0, &training_device()).unwrap()
     }
 
     /// For every weight a gradient of that many times the weight.
