@@ -48,6 +48,10 @@ pub struct ServerConfig {
     pub reflection: Who,
     /// Who may load and unload models.
     pub model_control: Who,
+    /// Whether the Open Inference Protocol of KServe and Triton is spoken, beside the server's own.
+    pub open_inference: bool,
+    /// Whether OpenAI's API of completions is spoken, over plain HTTP.
+    pub openai: bool,
     /// Who may ask `/metrics` for numbers for Prometheus.
     pub metrics: Who,
     /// The server's certificate and those between it and its authority, in PEM; empty for no TLS.
@@ -83,6 +87,8 @@ impl Default for ServerConfig {
             drain_grace_seconds: 20,
             reflection: Who::Callers,
             model_control: Who::Nobody,
+            open_inference: false,
+            openai: true,
             metrics: Who::Admins,
             tls_certificate: None,
             tls_key: None,

@@ -316,7 +316,7 @@ async fn text_of_a_model_without_tokenizer_is_refused_and_tokens_work() {
 
 /// A server on which one request of 149 steps fills most of a second: nothing is measured yet, so each of its
 /// evaluations is taken to cost 5 ms.
-async fn busy_server(max_queue_seconds: u64, max_caller_share: f64) -> (TestServer, Gate) {
+pub(crate) async fn busy_server(max_queue_seconds: u64, max_caller_share: f64) -> (TestServer, Gate) {
     let mut config = config();
     config.engine.max_queue_seconds = max_queue_seconds;
     config.engine.max_caller_share = max_caller_share;

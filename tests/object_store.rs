@@ -26,7 +26,7 @@ const SOUND: &[u8] = include_bytes!("fixtures/networks/float32.onnx");
 const ENDLESS: &[u8] = include_bytes!("fixtures/networks/endless.onnx");
 
 /// A running S3 server; killed if a test fails.
-struct Store {
+pub(crate) struct Store {
     child: Child,
     address: String,
     orders: ChildStdin,
@@ -34,7 +34,7 @@ struct Store {
 }
 
 impl Store {
-    fn start() -> Option<Self> {
+    pub(crate) fn start() -> Option<Self> {
         let here = Path::new(env!("CARGO_MANIFEST_DIR"));
         let python = here.join(".tools/python/bin/python");
         let has_moto = Command::new(&python)
@@ -66,7 +66,7 @@ impl Store {
     }
 
     /// Has `command` find it.
-    fn known_to<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+    pub(crate) fn known_to<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command
             .env("AWS_ENDPOINT", &self.address)
             .env("AWS_ALLOW_HTTP", "true")
@@ -84,7 +84,7 @@ impl Drop for Store {
 }
 
 /// The binary that publishes, of the other package: where all of the workspace is tested it is built.
-fn training() -> Option<PathBuf> {
+pub(crate) fn training() -> Option<PathBuf> {
     let beside = Path::new(env!("CARGO_BIN_EXE_denoised")).with_file_name("training");
     if !beside.exists() {
         skipped(format_args!(

@@ -117,6 +117,8 @@ async fn metrics_tell_what_has_happened() {
         ("denoised_tokens_total", 36.0),
         ("denoised_running_requests", 0.0),
         ("denoised_running_canvases", 0.0),
+        ("denoised_waiting_requests", 0.0),
+        ("denoised_saturation_ratio", 0.0),
         ("denoised_queued_seconds", 0.0),
         (
             "denoised_model_state{model=\"closed-form\",version=\"1\",state=\"ready\"}",
@@ -204,7 +206,13 @@ async fn what_runs_is_told() {
     let (_, _, metrics) = get(&server.url, "/metrics").await;
     assert_eq!(value(&metrics, "denoised_running_requests"), Some(1.0));
     assert_eq!(value(&metrics, "denoised_running_canvases"), Some(1.0));
-    assert!(value(&metrics, "denoised_queued_seconds").unwrap() > 0.0);
+    assert_eq!(value(&metrics, "denoised_waiting_requests"), Some(1.0));
+    let queued = value(&metrics, "denoised_queued_seconds").unwrap();
+    let saturation = value(&metrics, "denoised_saturation_ratio").unwrap();
+    assert!(
+        queued > 0.0 && (saturation * 3600.0 / queued - 1.0).abs() < 1e-6,
+        "{saturation} of {queued}"
+    );
     drop(stream);
     let cancelled = "denoised_calls_total{method=\"Generate\",code=\"CANCELLED\"}";
     let told = async { while value(&get(&server.url, "/metrics").await.2, cancelled) != Some(1.0) {} };

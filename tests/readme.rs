@@ -2,7 +2,8 @@
 
 use std::process::{Command, Output};
 
-use crate::binary::Serving;
+use crate::binary::{Serving, denoised};
+use crate::support::skipped;
 
 /// The commands of the README's console blocks, without their comments.
 fn commands() -> Vec<String> {
@@ -93,4 +94,39 @@ fn the_run_that_is_shown_begins_and_ends_as_shown() {
         .collect();
     let kept = told.iter().filter(|word| words.contains(word)).count();
     assert!(2 * kept > told.len(), "{text}");
+}
+
+/// The documents' Python, each block with the environment that has its client.
+#[test]
+fn the_python_of_the_documents_runs() {
+    let server = Serving::start_with(denoised().env("DENOISED__SERVER__OPEN_INFERENCE", "true"));
+    for (document, environment) in [
+        (include_str!("../README.md"), "openai"),
+        (include_str!("../deploy/README.md"), "python"),
+    ] {
+        let python = format!("{}/.tools/{environment}/bin/python", env!("CARGO_MANIFEST_DIR"));
+        let blocks: Vec<&str> = document
+            .split("```python\n")
+            .skip(1)
+            .filter_map(|rest| rest.split("```").next())
+            .collect();
+        assert_eq!(blocks.len(), 1);
+        if !std::path::Path::new(&python).exists() {
+            skipped(format_args!(
+                "{environment} is not installed (make test-tools): its block was not run"
+            ));
+            continue;
+        }
+        for block in blocks {
+            let block = block
+                .replace("127.0.0.1:50051", &server.address)
+                .replace("localhost:50051", &server.address);
+            let output = Command::new(&python).args(["-c", &block]).output().unwrap();
+            let error = String::from_utf8_lossy(&output.stderr);
+            assert!(
+                output.status.success() && output.stdout.len() > 10,
+                "{block}: {error}"
+            );
+        }
+    }
 }

@@ -11,6 +11,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
+use super::probe::from_here;
 use super::{Failed, UNAVAILABLE};
 use crate::client::{Bearer, Client, watched};
 use crate::config::{Config, LogConfig};
@@ -81,6 +82,20 @@ struct Own {
 }
 
 impl Target {
+    /// This target, or the server that this machine's settings are for.
+    pub(super) fn or_own(mut self) -> Result<Self, Failed> {
+        if self.server.is_empty() {
+            let config = Config::load(self.config.as_deref(), &[]).map_err(Failed::usage)?;
+            let scheme = if config.server.tls_certificate.is_some() {
+                "https"
+            } else {
+                "http"
+            };
+            self.server = vec![format!("{scheme}://{}", from_here(config.server.listen))];
+        }
+        Ok(self)
+    }
+
     pub(super) async fn connect(&self) -> Result<Connection, Failed> {
         let (urls, own) = if self.server.is_empty() {
             let (url, own) = self.start().await?;

@@ -12,6 +12,7 @@ mod input;
 mod json;
 mod live;
 mod models;
+mod probe;
 mod score;
 mod serve;
 mod template;
@@ -84,6 +85,9 @@ enum Command {
     /// Put a server under load, and say how long it took.
     #[command(after_help = EXIT_CODES)]
     Bench(Box<bench::Bench>),
+    /// Say whether a server takes requests, by the exit code.
+    #[command(after_help = EXIT_CODES)]
+    Probe(probe::Probe),
     /// Make tokens for those who may call a server.
     #[command(after_help = EXIT_CODES)]
     Token(token::Token),
@@ -222,6 +226,7 @@ pub fn main() -> ExitCode {
             Command::Tokenize(tokenize) => tokenize.run().await,
             Command::Detokenize(detokenize) => detokenize.run().await,
             Command::Bench(bench) => bench.run().await,
+            Command::Probe(probe) => probe.run().await,
             Command::Token(token) => token.run(),
         }
     });

@@ -96,7 +96,7 @@ pub struct EngineOptions {
 }
 
 /// How much waits or runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Load {
     /// Predicted time that the workers need for it.
     pub queued: Duration,
@@ -104,6 +104,10 @@ pub struct Load {
     pub canvases: u64,
     /// Requests.
     pub requests: usize,
+    /// Those of them of which nothing has been evaluated yet.
+    pub waiting: usize,
+    /// Share that it has of the work that may wait or run.
+    pub saturation: f64,
 }
 
 /// A request that has canvases left.
@@ -111,6 +115,7 @@ pub struct Load {
 struct Running {
     number: u64,
     cancelled: Arc<AtomicBool>,
+    spent: Arc<Spent>,
 }
 
 /// What is kept of a request of any kind while it runs.
@@ -484,6 +489,7 @@ impl Engine {
     /// Enters a request under its id, for as long as the place lives.
     fn register(&self, request: Entry, number: u64) -> Result<(Arc<Origin>, Place), AdmitError> {
         let cancelled = Arc::new(AtomicBool::new(false));
+        let spent = Arc::new(Spent::default());
         let name = RequestName {
             caller: request.caller.clone(),
             id: request.id.clone(),
@@ -493,10 +499,10 @@ impl Engine {
             entry::Entry::Vacant(place) => place.insert(Running {
                 number,
                 cancelled: Arc::clone(&cancelled),
+                spent: Arc::clone(&spent),
             }),
         };
         self.shared.loader.acquire(&request.model);
-        let spent = Arc::new(Spent::default());
         let place = Place {
             name,
             number,
@@ -539,10 +545,18 @@ impl Engine {
     /// How much waits or runs now.
     pub fn load(&self) -> Load {
         let (queued, canvases) = self.shared.admission.load();
+        let waits = |running: &Running| running.spent.evaluations() == 0;
         Load {
             queued,
             canvases,
             requests: self.shared.running.len(),
+            waiting: self
+                .shared
+                .running
+                .iter()
+                .filter(|running| waits(running))
+                .count(),
+            saturation: queued.div_duration_f64(self.shared.options.max_queue),
         }
     }
 

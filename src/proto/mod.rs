@@ -1,4 +1,4 @@
-//! Types and services generated from `proto/denoised/v1`. They stay at the edge: `server` translates
+//! Types and services generated from `proto/denoised/v1` and `proto/inference`. They stay at the edge: `server` translates
 //! them to domain types, `cli` speaks them as a client; nothing below knows them.
 
 pub mod codec;
@@ -17,7 +17,24 @@ pub mod v1 {
     tonic::include_proto!("denoised.v1");
 }
 
-/// The compiled proto files, for reflection.
+/// Package `inference`: the Open Inference Protocol of KServe and Triton.
+#[allow(
+    missing_docs,
+    missing_debug_implementations,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::wildcard_enum_match_arm,
+    reason = "generated"
+)]
+pub mod inference {
+    tonic::include_proto!("inference");
+}
+
+/// The compiled files of [`inference`], for reflection.
+pub const OPEN_INFERENCE_DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/open_inference.bin"));
+
+/// The compiled files of [`v1`], for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// One bit an entry, least significant first.

@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use http::{Extensions, HeaderMap};
+use parking_lot::Mutex;
 use tonic::Code;
 
 use super::caller::Principal;
@@ -18,7 +19,7 @@ pub(super) struct Notes(Arc<Known>);
 #[derive(Debug, Default)]
 struct Known {
     asked: OnceLock<(String, String)>,
-    spent: OnceLock<Arc<Spent>>,
+    spent: Mutex<Vec<Arc<Spent>>>,
 }
 
 impl Notes {
@@ -29,13 +30,42 @@ impl Notes {
 
     /// The call is the request `id` to `model`.
     pub(super) fn asks(&self, id: &str, model: &ServedModel) {
-        // A call asks once.
+        // Of a call that makes several requests the first is told.
         drop(self.0.asked.set((id.to_owned(), model.to_string())));
     }
 
-    /// The request was admitted, and takes `spent`.
+    /// A request of the call was admitted, and takes `spent`.
     pub(super) fn spends(&self, spent: &Arc<Spent>) {
-        drop(self.0.spent.set(Arc::clone(spent)));
+        self.0.spent.lock().push(Arc::clone(spent));
+    }
+}
+
+/// What all requests of a call have taken.
+#[derive(Clone, Copy, Debug)]
+struct Sum {
+    canvases: u32,
+    done: u32,
+    evaluations: u64,
+    /// The mean over all canvases, as is what follows.
+    queue: Duration,
+    network: Duration,
+}
+
+impl Sum {
+    /// The sum of these; `None` of a call that was no request.
+    fn of(spent: &[Arc<Spent>]) -> Option<Self> {
+        let canvases: u32 = spent.iter().map(|spent| spent.canvases()).sum();
+        let mean = |time: fn(&Spent) -> Duration| {
+            let sum: Duration = spent.iter().map(|spent| time(spent) * spent.canvases()).sum();
+            sum / canvases.max(1)
+        };
+        (!spent.is_empty()).then(|| Self {
+            canvases,
+            done: spent.iter().map(|spent| spent.done()).sum(),
+            evaluations: spent.iter().map(|spent| spent.evaluations()).sum(),
+            queue: mean(Spent::queue),
+            network: mean(Spent::network),
+        })
     }
 }
 
@@ -66,7 +96,8 @@ impl Access {
     pub(super) fn log(&mut self, code: Code, name: &'static str, total: Duration) {
         let known = &self.notes.0;
         let (request, model) = known.asked.get().map(|(id, model)| (id, model)).unzip();
-        let spent = known.spent.get();
+        let spent = known.spent.lock();
+        let sum = Sum::of(&spent);
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let Some(span) = &mut self.span else {
             tracing::debug!(path = self.path, caller = %self.caller, code = name, ms = ms(total), "a call has ended");
@@ -78,11 +109,11 @@ impl Access {
             caller = %self.caller,
             model,
             code = name,
-            canvases = spent.map(|spent| spent.canvases()),
-            done = spent.map(|spent| spent.done()),
-            evaluations = spent.map(|spent| spent.evaluations()),
-            queue_ms = spent.map(|spent| ms(spent.queue())),
-            network_ms = spent.map(|spent| ms(spent.network())),
+            canvases = sum.map(|sum| sum.canvases),
+            done = sum.map(|sum| sum.done),
+            evaluations = sum.map(|sum| sum.evaluations),
+            queue_ms = sum.map(|sum| ms(sum.queue)),
+            network_ms = sum.map(|sum| ms(sum.network)),
             ms = ms(total),
             trace = span.trace(),
             "a call has ended"
@@ -93,18 +124,18 @@ impl Access {
                 span.tell("denoised.request", request.clone());
                 span.tell("denoised.model", model.clone());
             }
-            if let Some(spent) = spent {
-                span.tell("denoised.canvases", i64::from(spent.canvases()));
-                span.tell("denoised.done", i64::from(spent.done()));
+            if let Some(sum) = sum {
+                span.tell("denoised.canvases", i64::from(sum.canvases));
+                span.tell("denoised.done", i64::from(sum.done));
                 span.tell(
                     "denoised.evaluations",
-                    i64::try_from(spent.evaluations()).unwrap_or(i64::MAX),
+                    i64::try_from(sum.evaluations).unwrap_or(i64::MAX),
                 );
-                span.tell("denoised.queue_seconds", spent.queue().as_secs_f64());
-                span.tell("denoised.network_seconds", spent.network().as_secs_f64());
-                for (evaluations, at) in spent.marks() {
-                    span.evaluations(evaluations, at);
-                }
+                span.tell("denoised.queue_seconds", sum.queue.as_secs_f64());
+                span.tell("denoised.network_seconds", sum.network.as_secs_f64());
+            }
+            for (evaluations, at) in spent.iter().flat_map(|spent| spent.marks()) {
+                span.evaluations(evaluations, at);
             }
         }
         span.end(code);
@@ -114,4 +145,7 @@ impl Access {
 /// Whether a call is no request: probes come every few seconds.
 fn is_probe(path: &str) -> bool {
     path.starts_with("/grpc.")
+        || path
+            .strip_prefix("/inference.GRPCInferenceService/")
+            .is_some_and(|method| ["ServerLive", "ServerReady", "ModelReady"].contains(&method))
 }

@@ -7,6 +7,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::caller::Principal;
+use super::openai;
 use super::status;
 use super::tokens::{Tokens, Unknown};
 use crate::config::{ServerConfig, Who};
@@ -44,7 +45,13 @@ impl Rules {
         let who = match path {
             "/healthz" | "/readyz" => Who::Everybody,
             "/metrics" => self.metrics,
-            "/denoised.v1.ModelService/LoadModel" | "/denoised.v1.ModelService/UnloadModel" => self.control,
+            "/denoised.v1.ModelService/LoadModel"
+            | "/denoised.v1.ModelService/UnloadModel"
+            | "/inference.GRPCInferenceService/RepositoryModelLoad"
+            | "/inference.GRPCInferenceService/RepositoryModelUnload" => self.control,
+            "/inference.GRPCInferenceService/ServerLive" | "/inference.GRPCInferenceService/ServerReady" => {
+                Who::Everybody
+            }
             _ if path.starts_with("/grpc.health.v1.Health/") => Who::Everybody,
             _ if path.starts_with("/grpc.reflection.") => self.reflection,
             _ => Who::Callers,
@@ -88,6 +95,9 @@ pub(super) async fn require(State(rules): State<Rules>, request: Request, next: 
     if let Some(unknown) = request.extensions().get::<Unknown>().copied() {
         if speaks_grpc {
             return status::unauthenticated(unknown).into_http();
+        }
+        if request.uri().path().starts_with("/v1/") {
+            return openai::unauthenticated(unknown);
         }
         let mut response = (StatusCode::UNAUTHORIZED, format!("{unknown}\n")).into_response();
         let scheme = HeaderValue::from_static("Bearer");

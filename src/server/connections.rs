@@ -45,7 +45,7 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const MORE: Duration = Duration::from_millis(10);
 
 /// How plain requests begin that are answered.
-const PLAIN: [&[u8]; 2] = [b"GET ", b"HEAD "];
+const PLAIN: [&[u8]; 3] = [b"GET ", b"HEAD ", b"POST "];
 /// Bytes of a plain request's head, at most.
 const PLAIN_HEAD: usize = 16 << 10;
 

@@ -40,6 +40,7 @@ struct Call {
 }
 
 /// Who calls, when, and how long the call may take.
+#[derive(Clone)]
 pub(super) struct Arrival {
     pub(super) principal: Principal,
     pub(super) notes: Notes,
@@ -74,8 +75,17 @@ struct Words {
     token_sets: Vec<v1::TokenSet>,
 }
 
+/// How a template is filled.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Filling {
+    pub(super) sampling: v1::Sampling,
+    pub(super) frames: v1::FramePolicy,
+    pub(super) keep_after_end: bool,
+    pub(super) deadline: Option<v1::Deadline>,
+}
+
 /// Events of a request, of either call.
-type Events = BoxStream<'static, Result<Event, Status>>;
+pub(super) type Events = BoxStream<'static, Result<Event, Status>>;
 
 impl Service {
     /// A call in its own words, or in those of the request that it goes on with, whose template comes with it.
@@ -124,6 +134,34 @@ impl Service {
         };
         call.notes.asks(&call.id, &call.model);
         Ok((call, parts))
+    }
+
+    /// Fills a template, for requests in another protocol's words.
+    pub(super) async fn fill<F>(
+        &self,
+        arrival: Arrival,
+        model: &Arc<ServedModel>,
+        filling: Filling,
+        template: F,
+    ) -> Result<Events, Status>
+    where
+        F: FnOnce(&TokenSets, &ServedModel, &LimitsConfig) -> Result<Template, Status> + Send + 'static,
+    {
+        let call = Call {
+            id: request::id(String::new())?,
+            deadline: arrival.deadline(filling.deadline)?,
+            caller: arrival.principal.caller().clone(),
+            notes: arrival.notes,
+            model: Arc::clone(model),
+            sampling: Some(filling.sampling),
+            frames: Some(filling.frames),
+            keep_after_end: filling.keep_after_end,
+            priority: 0,
+            token_sets: Vec::new(),
+            resume: None,
+        };
+        call.notes.asks(&call.id, &call.model);
+        self.stream(call, template).await
     }
 
     /// One path for both calls: a prompt is a template with one gap at its end, which `template` makes.

@@ -27,6 +27,8 @@ pub(super) struct Plain {
     pub(super) rules: Rules,
     /// Tokens of those who may ask, where not everybody may.
     pub(super) tokens: Option<Tokens>,
+    /// OpenAI's API, where it is spoken.
+    pub(super) openai: Option<Router>,
 }
 
 impl Plain {
@@ -58,6 +60,12 @@ impl Plain {
                 authentication::require,
             ))
             .with_state(self.clone());
+        let counted = middleware::from_fn_with_state(Arc::clone(&self.metrics), count);
+        let required = middleware::from_fn_with_state(self.rules, authentication::require);
+        let plain = match self.openai {
+            Some(openai) => plain.merge(openai.layer(required).layer(counted)),
+            None => plain,
+        };
         let identify = middleware::from_fn_with_state(self.tokens, authentication::identify);
         router.merge(plain).layer(identify).with_state(())
     }
@@ -92,8 +100,7 @@ async fn metrics(State(plain): State<Plain>, headers: HeaderMap) -> Response {
 }
 
 async fn elsewhere() -> (StatusCode, &'static str) {
-    let hint =
-        "this port speaks gRPC over HTTP/2; over plain HTTP there are /healthz, /readyz and /metrics\n";
+    let hint = "this port speaks gRPC over HTTP/2; over plain HTTP there are /healthz, /readyz, /metrics and, unless it is off, /v1\n";
     (StatusCode::NOT_FOUND, hint)
 }
 

@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -145,6 +145,7 @@ impl Metrics {
             method: method.to_owned(),
             arrived: Instant::now(),
             code: None,
+            ending: Ending::default(),
             has_answered: false,
         }
     }
@@ -159,7 +160,25 @@ pub(super) struct Call {
     arrived: Instant,
     /// The code, once it is told.
     code: Option<Code>,
+    ending: Ending,
     has_answered: bool,
+}
+
+/// How a call ends that is no gRPC, told by whoever answers it: an extension of the response.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ending(Arc<OnceLock<Code>>);
+
+impl Ending {
+    /// Of an answer that is whole.
+    pub(super) fn at_once(code: Code) -> Self {
+        Self(Arc::new(OnceLock::from(code)))
+    }
+
+    /// The answer has ended.
+    pub(super) fn tell(&self, code: Code) {
+        // The first word counts.
+        let _is_first = self.0.set(code).is_ok();
+    }
 }
 
 impl Call {
@@ -167,6 +186,9 @@ impl Call {
     pub(super) fn follow(mut self, response: Response) -> Response {
         // Errors that come before any message are told in the headers.
         self.code = code_in(response.headers());
+        if let Some(ending) = response.extensions().get::<Ending>() {
+            self.ending = ending.clone();
+        }
         response.map(|body| Body::new(Followed { body, call: self }))
     }
 }
@@ -179,7 +201,8 @@ fn code_in(headers: &HeaderMap) -> Option<Code> {
 impl Drop for Call {
     fn drop(&mut self) {
         // Whoever goes away before the end has cancelled.
-        let code = self.code.unwrap_or(Code::Cancelled);
+        let told = self.code.or_else(|| self.ending.0.get().copied());
+        let code = told.unwrap_or(Code::Cancelled);
         // What nobody has made could have any name.
         let method = if code == Code::Unimplemented {
             "unknown".to_owned()
@@ -301,6 +324,20 @@ impl Collector for Present {
             "Requests that wait or run",
             None,
             load.requests as f64,
+        )?;
+        gauge(
+            &mut encoder,
+            "waiting_requests",
+            "Requests of which nothing has been evaluated yet",
+            None,
+            load.waiting as f64,
+        )?;
+        gauge(
+            &mut encoder,
+            "saturation_ratio",
+            "Predicted time of all that waits or runs, of what may (engine.max_queue_seconds): 1 is full",
+            None,
+            load.saturation,
         )?;
         gauge(
             &mut encoder,

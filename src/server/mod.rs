@@ -21,6 +21,8 @@ mod mirror;
 mod model_service;
 pub mod models;
 mod notified;
+mod open_inference;
+mod openai;
 mod pace;
 mod peers;
 mod repository;
@@ -59,10 +61,11 @@ use crate::engine::{Engine, EngineOptions};
 use crate::models::{Catalogue, ModelState, Models, ServedModel};
 use crate::network::NetworkError;
 use crate::network::onnx::Device;
+use crate::proto::inference::grpc_inference_service_server::{self, GrpcInferenceServiceServer};
 use crate::proto::v1::diffusion_service_server::DiffusionServiceServer;
 use crate::proto::v1::model_service_server::ModelServiceServer;
 use crate::proto::v1::server_service_server::ServerServiceServer;
-use crate::proto::{DESCRIPTORS, v1};
+use crate::proto::{DESCRIPTORS, OPEN_INFERENCE_DESCRIPTORS, v1};
 use caller::Principal;
 use repository::Repository;
 use tls::Tls;
@@ -125,6 +128,8 @@ struct Service {
     told: Arc<v1::GetServerResponse>,
     /// Whether requests are taken: health, for plain HTTP.
     ready: Arc<watch::Sender<bool>>,
+    /// Whether the Open Inference Protocol is spoken.
+    open_inference: bool,
     /// Where models are ordered to come and go; absent where nobody may.
     control: Option<following::Control>,
 }
@@ -188,6 +193,21 @@ impl Service {
         }
     }
 
+    async fn set_health(&self, health: &HealthReporter, status: ServingStatus) {
+        let own = [
+            "",
+            v1::diffusion_service_server::SERVICE_NAME,
+            v1::model_service_server::SERVICE_NAME,
+            v1::server_service_server::SERVICE_NAME,
+        ];
+        let open = self
+            .open_inference
+            .then_some(grpc_inference_service_server::SERVICE_NAME);
+        for name in own.into_iter().chain(open) {
+            health.set_service_status(name, status).await;
+        }
+    }
+
     /// Keeps health at what the models are: down only while none of them can be served.
     async fn report_health(&self, health: HealthReporter) {
         let mut changes = self.engine.changes();
@@ -203,7 +223,7 @@ impl Service {
                 ServingStatus::Serving
             };
             self.ready.send_replace(status == ServingStatus::Serving);
-            set_health(&health, status).await;
+            self.set_health(&health, status).await;
             if changes.changed().await.is_err() {
                 return;
             }
@@ -287,6 +307,7 @@ impl Server {
             unread: Duration::from_secs(config.server.unread_seconds),
             told: Arc::new(server_service::server(config)),
             ready: Arc::new(watch::channel(true).0),
+            open_inference: config.server.open_inference,
             control: (config.server.model_control != Who::Nobody).then_some(control),
         };
         Ok(Self {
@@ -351,6 +372,7 @@ impl Server {
             metrics: Arc::new(metrics::Metrics::new(&service.engine, &service.models)),
             rules: authentication::Rules::of(&self.config.server),
             tokens: self.tokens.clone(),
+            openai: (self.config.server.openai).then(|| openai::routes(service.clone(), &self.config.server)),
         };
         let routes = connections::ByProtocol {
             http1: plain.clone().http1(),
@@ -386,7 +408,7 @@ impl Server {
             );
             engine.drain();
             service.ready.send_replace(false);
-            set_health(&health, ServingStatus::NotServing).await;
+            service.set_health(&health, ServingStatus::NotServing).await;
             if !engine.idle_within(grace).await {
                 tracing::warn!("the grace period is over, ending what still runs");
             }
@@ -422,9 +444,19 @@ impl Server {
             ServerServiceServer::new(self.service.clone())
                 .max_decoding_message_size(server.max_message_bytes),
         );
+        if server.open_inference {
+            let service = GrpcInferenceServiceServer::new(self.service.clone());
+            routes = routes.add_service(service.max_decoding_message_size(server.max_message_bytes));
+        }
         if server.reflection != Who::Nobody {
             let builder = || {
-                tonic_reflection::server::Builder::configure()
+                let builder = tonic_reflection::server::Builder::configure();
+                let builder = if server.open_inference {
+                    builder.register_encoded_file_descriptor_set(OPEN_INFERENCE_DESCRIPTORS)
+                } else {
+                    builder
+                };
+                builder
                     .register_encoded_file_descriptor_set(DESCRIPTORS)
                     .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
                     // Details of errors, so that clients without generated code can show them.
@@ -436,17 +468,6 @@ impl Server {
             }
         }
         routes
-    }
-}
-
-async fn set_health(health: &HealthReporter, status: ServingStatus) {
-    for name in [
-        "",
-        v1::diffusion_service_server::SERVICE_NAME,
-        v1::model_service_server::SERVICE_NAME,
-        v1::server_service_server::SERVICE_NAME,
-    ] {
-        health.set_service_status(name, status).await;
     }
 }
 

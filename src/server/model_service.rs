@@ -16,7 +16,7 @@ use crate::proto::v1;
 use crate::proto::v1::model_service_server::ModelService;
 
 /// Versions that ListModels tells the refusal of; operators look at the log for more.
-const MAX_REFUSED: usize = 100;
+pub(super) const MAX_REFUSED: usize = 100;
 
 impl Service {
     fn describe(&self, principal: &Principal, model: &Arc<ServedModel>, models: &Models) -> v1::Model {

@@ -330,7 +330,12 @@ fn draft(
 }
 
 /// `text`, of these `tokens`, before a gap: a space at its end that is a token of its own is left to the gap.
-fn before_gap(field: &str, tokens: Vec<Token>, text: String, model: &ServedModel) -> Result<Piece, Status> {
+pub(super) fn before_gap(
+    field: &str,
+    tokens: Vec<Token>,
+    text: String,
+    model: &ServedModel,
+) -> Result<Piece, Status> {
     Ok(match without_space(field, &tokens, &text, model)? {
         Some(without) => Piece::OpenText(text, without),
         None => Piece::Text(text, tokens),

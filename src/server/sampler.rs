@@ -97,6 +97,15 @@ pub fn name(arm: &Arm) -> &'static str {
     }
 }
 
+/// The sampler that a text in `field` names, with its defaults.
+pub(super) fn named(field: &str, asked: &str) -> Result<Arm, FieldError> {
+    let found = ALL.iter().find(|(name, _)| *name == asked);
+    found.map(|(_, arm)| *arm).ok_or_else(|| {
+        let names = ALL.map(|(name, _)| name).join(", ");
+        FieldError::new(field, format!("is {asked:?}, must be one of {names}"))
+    })
+}
+
 /// Names of the samplers that models of this graph can be sampled with.
 pub(super) fn that_fit(graph: GraphKind) -> impl Iterator<Item = &'static str> {
     ALL.iter().filter_map(move |(name, arm)| {

@@ -19,8 +19,11 @@ impl Span {
     pub(super) fn begin(path: &str, headers: &HeaderMap) -> Self {
         let caller = global::get_text_map_propagator(|propagator| propagator.extract(&Headers(headers)));
         let method = path.trim_start_matches('/');
-        let mut attributes = vec![KeyValue::new("rpc.system", "grpc")];
-        if let Some((service, method)) = method.rsplit_once('/') {
+        let mut attributes = Vec::new();
+        if path.starts_with("/v1/") {
+            attributes.push(KeyValue::new("url.path", path.to_owned()));
+        } else if let Some((service, method)) = method.rsplit_once('/') {
+            attributes.push(KeyValue::new("rpc.system", "grpc"));
             attributes.push(KeyValue::new("rpc.service", service.to_owned()));
             attributes.push(KeyValue::new("rpc.method", method.to_owned()));
         }

