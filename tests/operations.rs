@@ -22,6 +22,12 @@ const PAGE: &str = include_str!("../deploy/OPERATIONS.md");
 const EXAMPLE: &str = include_str!("../deploy/denoised.example.toml");
 const ALERTS: &str = include_str!("../deploy/alerts.yaml");
 const DASHBOARD: &str = include_str!("../deploy/dashboard.json");
+const ADAPTER: &str = include_str!("../deploy/prometheus-adapter.yaml");
+const SCALED_OBJECT: &str = include_str!("../deploy/chart/templates/scaledobject.yaml");
+const INFERENCE_POOL: &str = include_str!("../deploy/chart/templates/inferencepool.yaml");
+const DEPLOYMENT: &str = include_str!("../deploy/chart/templates/deployment.yaml");
+const GPU_VALUES: &str = include_str!("../deploy/chart/values-gpu.yaml");
+const KSERVE: &str = include_str!("../deploy/kserve.yaml");
 
 /// The rows of the page's table that begins with `heading`, as far as their third cell; the fourth, which must say
 /// something, is for people.
@@ -66,6 +72,25 @@ fn every_setting_is_there_with_what_the_example_says_of_it() {
     assert_eq!(told, settings);
 }
 
+/// What charts and manifests set can be set.
+#[test]
+fn every_variable_of_the_chart_is_a_setting() {
+    let told = settings();
+    let known: BTreeSet<String> = told
+        .iter()
+        .map(|row| row.split('`').nth(1).unwrap().replace('.', "__").to_uppercase())
+        .collect();
+    let mut all = 0;
+    for manifest in [DEPLOYMENT, GPU_VALUES, KSERVE] {
+        let words = manifest.split(|c: char| !c.is_ascii_uppercase() && c != '_');
+        for name in words.filter_map(|word| word.strip_prefix("DENOISED__")) {
+            assert!(known.contains(name), "{name} is no setting");
+            all += 1;
+        }
+    }
+    assert!(all > 15, "{all}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_metric_is_there_and_alerts_watch_nothing_else() {
     let server = TestServer::with_network(&config(), closed_form()).await;
@@ -107,10 +132,18 @@ async fn every_metric_is_there_and_alerts_watch_nothing_else() {
         .lines()
         .filter_map(|line| line.strip_prefix("# HELP ")?.split(' ').next())
         .collect();
-    let words = ALERTS.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    let watching = [ALERTS, ADAPTER, SCALED_OBJECT, INFERENCE_POOL].map(|text| {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let own = words.filter(|word| word.starts_with("denoised_"));
+        assert!(own.count() > 0, "watches nothing: {text}");
+        text
+    });
+    let words = watching
+        .iter()
+        .flat_map(|text| text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'));
     let watched: BTreeSet<&str> = words
         .filter(|word| word.starts_with("denoised_") || word.starts_with("process_"))
-        .map(|word| word.trim_end_matches("_bucket"))
+        .map(|word| word.trim_end_matches("_bucket").trim_end_matches("_sum"))
         .collect();
     assert!(
         watched.len() > 5 && watched.is_subset(&names),

@@ -10,6 +10,7 @@
     reason = "a program"
 )]
 
+mod autoscaling;
 mod deadlines;
 mod device;
 mod engine;
@@ -43,6 +44,8 @@ enum Part {
     Device,
     /// Texts that are scored.
     Scoring,
+    /// Simulated pods: what to scale them by.
+    Autoscaling,
 }
 
 #[derive(Parser)]
@@ -80,6 +83,9 @@ struct Arguments {
     /// Of `--only device`: how PyTorch runs the network: float32, bfloat16, compiled.
     #[arg(long, value_delimiter = ',', default_value = "float32")]
     torch_modes: Vec<String>,
+    /// Of `--only autoscaling`: where its plot goes.
+    #[arg(long)]
+    plot: Option<PathBuf>,
     /// Leave the server under load out.
     #[arg(long)]
     no_load: bool,
@@ -115,6 +121,7 @@ fn main() -> Result<()> {
         eprintln!("SKIPPED: the comparison with PyTorch (--python names no python with torch)");
     }
     match arguments.only {
+        Some(Part::Autoscaling) => return autoscaling::run(arguments.plot.as_deref()),
         Some(Part::Fair) => {
             fair::waiting(arguments.turns)?;
             fair::neighbours(arguments.threads, arguments.turns)?;

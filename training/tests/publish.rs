@@ -11,7 +11,7 @@ use denoised::diffusion::{GraphKind, Schedule};
 use serde_json::json;
 use training::export::{self, Options, TrainedModel};
 use training::model::NetworkConfig;
-use training::publish::{PublishError, publish};
+use training::publish::{PublishError, Same, publish};
 
 /// A bundle of two files outside of any repository.
 fn bundle(root: &Path) -> PathBuf {
@@ -58,9 +58,14 @@ fn versions_count_up_and_hold_what_was_published() {
     let root = tempfile::tempdir().unwrap();
     let (bundle, repository) = (bundle(root.path()), root.path().join("models"));
     let place = repository.to_str().unwrap();
-    assert_eq!(publish(&bundle, place).unwrap().to_string(), "tiny@1");
     assert_eq!(
-        publish(&bundle, &format!("file://{place}")).unwrap().to_string(),
+        publish(&bundle, place, Same::Again).unwrap().to_string(),
+        "tiny@1"
+    );
+    assert_eq!(
+        publish(&bundle, &format!("file://{place}"), Same::Again)
+            .unwrap()
+            .to_string(),
         "tiny@2"
     );
     let [published, original] =
@@ -82,10 +87,29 @@ fn what_others_left_unfinished_is_neither_touched_nor_taken() {
     let unfinished = repository.join("tiny/7");
     fs::create_dir_all(&unfinished).unwrap();
     fs::write(unfinished.join(MODEL), "half of a netw").unwrap();
-    let published = publish(&bundle, repository.to_str().unwrap()).unwrap();
+    let published = publish(&bundle, repository.to_str().unwrap(), Same::Again).unwrap();
     assert_eq!(published.version, 8);
     assert_eq!(versions(&repository), [8]);
     assert!(hidden.is_dir() && unfinished.is_dir());
+}
+
+#[test]
+fn what_is_there_is_not_published_twice() {
+    let root = tempfile::tempdir().unwrap();
+    let (bundle, repository) = (bundle(root.path()), root.path().join("models"));
+    let place = repository.to_str().unwrap();
+    let publish = |same| publish(&bundle, place, same).unwrap().version;
+    assert_eq!([Same::Enough, Same::Enough].map(publish), [1, 1]);
+    assert_eq!([Same::Again, Same::Enough].map(publish), [2, 2]);
+    // Another network under the same name is the newest.
+    let manifest = repository.join("tiny/2").join(MANIFEST);
+    let changed =
+        fs::read_to_string(&manifest)
+            .unwrap()
+            .replacen("\"model.onnx\": \"", "\"model.onnx\": \"0", 1);
+    fs::write(&manifest, changed).unwrap();
+    assert_eq!(publish(Same::Enough), 3);
+    assert_eq!(versions(&repository), [1, 2, 3]);
 }
 
 #[test]
@@ -95,7 +119,7 @@ fn publishers_at_once_get_versions_of_their_own() {
     let place = repository.to_str().unwrap();
     let got: BTreeSet<u64> = thread::scope(|scope| {
         let publishers: Vec<_> = (0..8)
-            .map(|_| scope.spawn(|| publish(&bundle, place).unwrap().version))
+            .map(|_| scope.spawn(|| publish(&bundle, place, Same::Again).unwrap().version))
             .collect();
         publishers.into_iter().map(|p| p.join().unwrap()).collect()
     });
@@ -113,7 +137,7 @@ fn a_damaged_bundle_is_refused() {
     let mut bytes = fs::read(&data).unwrap();
     bytes[100] ^= 1;
     fs::write(&data, bytes).unwrap();
-    let refused = publish(&bundle, repository.to_str().unwrap()).unwrap_err();
+    let refused = publish(&bundle, repository.to_str().unwrap(), Same::Again).unwrap_err();
     assert!(
         matches!(&refused, PublishError::Bundle(BundleError::Hash { file, .. }) if file == "model.onnx.data"),
         "{refused}"
@@ -126,7 +150,7 @@ fn places_that_cannot_be_written_to_are_named() {
     let root = tempfile::tempdir().unwrap();
     let bundle = bundle(root.path());
     for place in ["ftp://somewhere/models", "file://models"] {
-        let refused = publish(&bundle, place).unwrap_err().to_string();
+        let refused = publish(&bundle, place, Same::Again).unwrap_err().to_string();
         assert!(refused.contains(place), "{refused}");
     }
 }
@@ -149,7 +173,9 @@ mod stores {
         let store = InMemory::new();
         let models = Place::from("team/models");
         for version in [1, 2] {
-            let published = publish(&opened, &directory, &store, &models).await.unwrap();
+            let published = publish(&opened, &directory, &store, &models, Same::Again)
+                .await
+                .unwrap();
             assert_eq!(published.version, version);
         }
         // Back in a folder it is a bundle.
@@ -168,6 +194,33 @@ mod stores {
         assert_eq!(Bundle::open(&copy).unwrap().manifest(), opened.manifest());
     }
 
+    /// A job that was killed after it had published is started again.
+    #[tokio::test]
+    async fn what_is_there_is_not_published_twice() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = bundle(root.path());
+        let opened = Bundle::open(&directory).unwrap();
+        let (store, models) = (InMemory::new(), Place::from("models"));
+        let publish = async |same| {
+            let published = publish(&opened, &directory, &store, &models, same).await;
+            published.unwrap().version
+        };
+        assert_eq!(publish(Same::Enough).await, 1);
+        assert_eq!(publish(Same::Enough).await, 1);
+        // One that never came to its end is not there.
+        let half = Place::from("models/tiny/5/model.onnx");
+        store.put(&half, "".into()).await.unwrap();
+        assert_eq!(publish(Same::Enough).await, 1);
+        assert_eq!(publish(Same::Again).await, 6);
+        // Another network under the same name is the newest: the old one counts as new again.
+        let other = Place::from("models/tiny/7/manifest.json");
+        store
+            .put(&other, r#"{"sha256": {"model.onnx": "other"}}"#.into())
+            .await
+            .unwrap();
+        assert_eq!(publish(Same::Enough).await, 8);
+    }
+
     #[tokio::test]
     async fn a_claimed_version_is_never_taken() {
         let root = tempfile::tempdir().unwrap();
@@ -182,7 +235,9 @@ mod stores {
         let publishers = (0..6).map(|_| {
             let (store, models) = (Arc::clone(&store), models.clone());
             let (opened, directory) = (opened.clone(), directory.clone());
-            tokio::spawn(async move { publish(&opened, &directory, store.as_ref(), &models).await })
+            tokio::spawn(
+                async move { publish(&opened, &directory, store.as_ref(), &models, Same::Again).await },
+            )
         });
         let publishers: Vec<_> = publishers.collect();
         let mut got = BTreeSet::new();
@@ -199,7 +254,7 @@ mod stores {
         let opened = Bundle::open(&directory).unwrap();
         fs::write(directory.join(MODEL), "changed since it was opened").unwrap();
         let store = InMemory::new();
-        let refused = publish(&opened, &directory, &store, &Place::default()).await;
+        let refused = publish(&opened, &directory, &store, &Place::default(), Same::Again).await;
         assert!(matches!(
             refused,
             Err(PublishError::Bundle(BundleError::Hash { .. }))

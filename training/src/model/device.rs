@@ -4,8 +4,10 @@
 //! computes the gradients of its part on its copy of the weights, all make one sum of these
 //! ([`sums`](crate::optim::sums)), and the first one takes the step and gives the others the weights.
 //!
-//! Devices of several machines are not among them: Burn 0.22.1 has remote ones (`burn::remote`), but reduces among those of
-//! one server alone ("cross-peer all_reduce is not supported yet").
+//! Devices of several machines are not among them. Burn 0.22.1 has remote ones (`burn::remote`). Tried with two of its
+//! servers: backward passes run there, and gradients that are moved from one to the other and added are those of one process
+//! to the bit; but it reduces among the devices of one server alone ("cross-peer `all_reduce` is not supported yet"), its
+//! CPU backend not even there, and our own operations (`kernels`) would have to be registered with each server.
 
 use burn::tensor::Device;
 use thiserror::Error;

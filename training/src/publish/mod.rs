@@ -11,6 +11,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use denoised::bundle::{Bundle, BundleError};
+use serde_json::Value;
 use thiserror::Error;
 
 /// Versions that are tried before giving up: each was taken by somebody else in between.
@@ -64,16 +65,34 @@ pub enum PublishError {
     },
 }
 
+/// What becomes of a bundle whose model has the same files in its newest version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Same {
+    /// It is published once more.
+    Again,
+    /// Nothing: that version is it. So a job that was killed after it had published may be started again.
+    Enough,
+}
+
 /// Publishes the bundle in the folder `bundle` to `repository`, a folder or a URL.
-pub fn publish(bundle: &Path, repository: &str) -> Result<Published, PublishError> {
+pub fn publish(bundle: &Path, repository: &str, same: Same) -> Result<Published, PublishError> {
     let opened = Bundle::open(bundle)?;
     match repository.split_once("://") {
-        None => directory::publish(&opened, bundle, Path::new(repository)),
-        Some(("file", path)) if path.starts_with('/') => directory::publish(&opened, bundle, Path::new(path)),
+        None => directory::publish(&opened, bundle, Path::new(repository), same),
+        Some(("file", path)) if path.starts_with('/') => {
+            directory::publish(&opened, bundle, Path::new(path), same)
+        }
         Some(("file", _)) => Err(PublishError::Place {
             place: repository.to_owned(),
             problem: "a file URL has three slashes, as in file:///models".to_owned(),
         }),
-        Some(_) => object_store::publish_to_url(&opened, bundle, repository),
+        Some(_) => object_store::publish_to_url(&opened, bundle, repository, same),
     }
+}
+
+/// Whether `manifest`, as it was published, is of the same files as `bundle`.
+fn is_of(manifest: &[u8], bundle: &Bundle) -> bool {
+    let published = serde_json::from_slice::<Value>(manifest);
+    let own = serde_json::to_value(&bundle.manifest().sha256);
+    published.is_ok_and(|published| own.is_ok_and(|own| published["sha256"] == own))
 }

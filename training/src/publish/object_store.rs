@@ -16,7 +16,7 @@ use object_store::path::Path as Place;
 use object_store::{Error as StoreError, ObjectStore, ObjectStoreExt, PutMode, PutOptions, WriteMultipart};
 use sha2::{Digest, Sha256};
 
-use super::{PublishError, Published, TRIES};
+use super::{PublishError, Published, Same, TRIES, is_of};
 
 /// Files up to this size go in one request, larger ones in parts of it.
 const PART: usize = 8 << 20;
@@ -29,7 +29,12 @@ const CLAIMS: &str = ".versions";
 
 /// Publishes `bundle`, which lies in the folder `from`, to `repository`, such as `s3://bucket/models`; credentials and
 /// settings come from the [environment](mod@denoised::store).
-pub fn publish_to_url(bundle: &Bundle, from: &Path, repository: &str) -> Result<Published, PublishError> {
+pub fn publish_to_url(
+    bundle: &Bundle,
+    from: &Path,
+    repository: &str,
+    same: Same,
+) -> Result<Published, PublishError> {
     let place = |problem: String| PublishError::Place {
         place: repository.to_owned(),
         problem,
@@ -40,7 +45,7 @@ pub fn publish_to_url(bundle: &Bundle, from: &Path, repository: &str) -> Result<
         .enable_all()
         .build()
         .map_err(|e| place(e.to_string()))?;
-    runtime.block_on(publish(bundle, from, store.as_ref(), &root))
+    runtime.block_on(publish(bundle, from, store.as_ref(), &root, same))
 }
 
 /// Publishes `bundle`, which lies in the folder `from`, to the repository at `root` of `store`.
@@ -49,9 +54,19 @@ pub async fn publish(
     from: &Path,
     store: &dyn ObjectStore,
     root: &Place,
+    same: Same,
 ) -> Result<Published, PublishError> {
     let name = &bundle.manifest().name;
     let model = root.clone().join(name.as_str());
+    if same == Same::Enough
+        && let Some((version, manifest)) = newest(store, &model).await?
+        && is_of(&manifest, bundle)
+    {
+        return Ok(Published {
+            name: name.clone(),
+            version,
+        });
+    }
     let version = claim(store, &model, name).await?;
     let folder = model.join(version.to_string());
     let uploaded = upload(bundle, from, store, &folder).await;
@@ -65,6 +80,26 @@ pub async fn publish(
         name: name.clone(),
         version,
     })
+}
+
+/// The newest version that readers see, with its manifest.
+async fn newest(store: &dyn ObjectStore, model: &Place) -> Result<Option<(u64, Vec<u8>)>, PublishError> {
+    let listed = store.list_with_delimiter(Some(model)).await?;
+    let folders = listed.common_prefixes.iter();
+    let mut versions: Vec<u64> = folders
+        .filter_map(|place| repository::parse_version(place.filename()?))
+        .collect();
+    versions.sort_unstable();
+    for version in versions.into_iter().rev() {
+        let place = model.clone().join(version.to_string()).join(MANIFEST);
+        match store.get(&place).await {
+            Ok(found) => return Ok(Some((version, found.bytes().await?.to_vec()))),
+            // One that is being published, or never was to its end.
+            Err(StoreError::NotFound { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
 }
 
 /// The next version, which nobody else will be given.
