@@ -10,6 +10,7 @@
 
 mod allowed;
 mod architecture;
+mod balanced;
 mod binary;
 mod cancelling;
 mod connections;

@@ -145,6 +145,7 @@ fn openais_client_and_litellm_are_served_and_told_their_mistakes() {
         ("logprobs", "BadRequestError 400 logprobs: "),
         ("best_of", "BadRequestError 400 best_of: "),
         ("n", "BadRequestError 400 prompt: "),
+        ("none", "BadRequestError 400 n: "),
         ("stops", "BadRequestError 400 stop: "),
         ("unknown", "BadRequestError 400 body: "),
         ("sampler", "BadRequestError 400 sampler: "),

@@ -13,7 +13,7 @@ use tonic_health::pb::health_client::HealthClient;
 
 use super::probe::from_here;
 use super::{Failed, UNAVAILABLE};
-use crate::client::{Bearer, Client, watched};
+use crate::client::{Bearer, Client, balanced_with, watched};
 use crate::config::{Config, LogConfig};
 use crate::server::Server;
 use crate::telemetry::{self, Log};
@@ -28,6 +28,9 @@ pub(super) struct Target {
     /// one goes away. Without, one is started for this command.
     #[arg(long, value_name = "URL", env = "DENOISED_SERVER", value_delimiter = ',')]
     server: Vec<String>,
+    /// Spread calls over all addresses that the name in --server has, as far as the servers there say that they serve.
+    #[arg(long, requires = "server")]
+    balance: bool,
     /// Seconds that a server may take to answer at all, 1 to 3600.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     connect_timeout: u64,
@@ -127,6 +130,23 @@ impl Target {
         let bearer = self.token.as_deref().map(Bearer::new).transpose();
         let bearer = bearer.map_err(|_| Failed::usage("--token: has characters that no token has"))?;
         let bearer = bearer.unwrap_or_default();
+        if self.balance {
+            let [url] = self.server.as_slice() else {
+                return Err(Failed::usage(
+                    "--balance: is for one --server, whose name has several addresses",
+                ));
+            };
+            let channel = balanced_with(url, self.tls()?);
+            let channel = channel.map_err(|error| Failed::usage(format!("--server {url}: {error}")))?;
+            let greeted = self.greets(channel.clone()).await;
+            greeted
+                .map_err(|problem| Failed::unavailable(format!("no server answers at {url}: {problem}")))?;
+            return Ok(Connection {
+                server: InterceptedService::new(channel.clone(), bearer.clone()),
+                client: Client::of([channel]).with_bearer(bearer),
+                own,
+            });
+        }
         let mut nobody = Vec::new();
         for index in 0..endpoints.len() {
             let (url, endpoint) = &endpoints[index];
@@ -152,6 +172,11 @@ impl Target {
     /// is none wait for ever, once in some hundred times.
     async fn greeted(&self, endpoint: &Endpoint) -> Result<Channel, String> {
         let channel = endpoint.connect().await.map_err(|error| root_cause(&error))?;
+        self.greets(channel).await
+    }
+
+    /// `channel`, when what is behind it has answered.
+    async fn greets(&self, channel: Channel) -> Result<Channel, String> {
         let mut health = HealthClient::new(channel.clone());
         let answer = health.check(HealthCheckRequest::default());
         let answered = tokio::time::timeout(Duration::from_secs(self.connect_timeout), answer).await;

@@ -16,6 +16,7 @@
 //! # }
 //! ```
 
+mod balanced;
 mod bearer;
 mod events;
 mod request;
@@ -28,6 +29,7 @@ use tonic::metadata::errors::InvalidMetadataValue;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
+pub use balanced::{BalancedError, balanced, balanced_with, over};
 pub use bearer::Bearer;
 pub use events::{Event, Events, Resumed};
 pub use request::{Request, draft, gap, gap_of, text, tokens};

@@ -11,6 +11,7 @@
 )]
 
 mod autoscaling;
+mod balancing;
 mod deadlines;
 mod device;
 mod engine;
@@ -46,6 +47,8 @@ enum Part {
     Scoring,
     /// Simulated pods: what to scale them by.
     Autoscaling,
+    /// Three servers behind a balancer.
+    Balancing,
 }
 
 #[derive(Parser)]
@@ -83,6 +86,17 @@ struct Arguments {
     /// Of `--only device`: how PyTorch runs the network: float32, bfloat16, compiled.
     #[arg(long, value_delimiter = ',', default_value = "float32")]
     torch_modes: Vec<String>,
+    /// Of `--only balancing`: the program Envoy.
+    #[arg(long)]
+    envoy: Option<PathBuf>,
+    /// Of `--only balancing`: the program HAProxy.
+    #[arg(long)]
+    haproxy: Option<PathBuf>,
+    /// What `--only balancing` starts.
+    #[arg(long, hide = true, requires = "pace")]
+    serve: Option<String>,
+    #[arg(long, hide = true)]
+    pace: Option<PathBuf>,
     /// Of `--only autoscaling`: where its plot goes.
     #[arg(long)]
     plot: Option<PathBuf>,
@@ -117,10 +131,18 @@ pub(crate) fn quartiles(mut values: Vec<f64>) -> [f64; 3] {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    if let (Some(address), Some(pace)) = (&arguments.serve, &arguments.pace) {
+        return balancing::serve(address, pace);
+    }
     if arguments.python.is_none() {
         eprintln!("SKIPPED: the comparison with PyTorch (--python names no python with torch)");
     }
     match arguments.only {
+        Some(Part::Balancing) => {
+            let rows = balancing::run(arguments.envoy.as_deref(), arguments.haproxy.as_deref())?;
+            std::fs::write(&arguments.out, serde_json::to_vec_pretty(&rows)?)?;
+            return Ok(());
+        }
         Some(Part::Autoscaling) => return autoscaling::run(arguments.plot.as_deref()),
         Some(Part::Fair) => {
             fair::waiting(arguments.turns)?;

@@ -96,6 +96,7 @@ print(
                 "logprobs": refused(logprobs=3),
                 "best_of": refused(best_of=4),
                 "n": refused(n=10_000),
+                "none": refused(n=0),
                 "stops": refused(stop=["a", "b", "c", "d", "e"]),
                 "unknown": refused(extra_body={"stepz": 3}),
                 "sampler": refused(extra_body={"sampler": "ddim"}),

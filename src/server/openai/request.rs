@@ -130,6 +130,9 @@ impl Completion {
             serde_json::from_slice(body).map_err(|error| FieldError::new("body", error.to_string()))?;
         let refuse = |field: &str, problem: &str| Err(FieldError::new(field, problem));
         let samples = asked.n.unwrap_or(1);
+        if samples == 0 {
+            return refuse("n", "is 0, must be at least 1");
+        }
         if asked.best_of.is_some_and(|best| best != samples) {
             return refuse("best_of", "must be absent or n: all that is drawn is given");
         }
