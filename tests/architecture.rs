@@ -84,7 +84,7 @@ const ROOT: [Part; 15] = [
     Part {
         folder: "client",
         may_use: &["proto"],
-        never: &["ort::", "tracing::", "tokio::spawn"],
+        never: &["ort::", "tracing::"],
     },
     Part {
         folder: "proto",
