@@ -251,7 +251,7 @@ DEMO_FIT ?=
 DEMO_OUT ?= training/demo/world-english/1
 
 .PHONY: train-demo
-train-demo: prerequisites ## Train the demo model again, from the text to the bundle (four hours of two cores; run again, it goes on).
+train-demo: prerequisites ## Train the demo model again, from the text to the bundle (three hours of two cores; run again, it goes on).
 	training/demo/corpus.sh .corpus/world-english
 	cargo build --release --locked --package training --bin training
 	training="$${CARGO_TARGET_DIR:-target}/release/training"
@@ -263,14 +263,14 @@ train-demo: prerequisites ## Train the demo model again, from the text to the bu
 	export=(--storage f16 --name world-english)
 	# Each run begins with the weights that the one before it ended with.
 	begins=()
-	for run in demo demo-second demo-third; do
+	for run in demo demo-second; do
 		"$$training" fit training/configs/$$run.toml --resume-if-any "$${begins[@]}" $(DEMO_FIT)
 		[[ -e runs/$$run/bundle ]] || "$$training" export training/configs/$$run.toml "$${export[@]}" --out runs/$$run/bundle
 		begins=(--init-from runs/$$run/bundle)
 	done
-	"$$training" evaluate training/configs/demo-third.toml --baselines
+	"$$training" evaluate training/configs/demo-second.toml --baselines
 	rm -rf $(DEMO_OUT)
-	"$$training" export training/configs/demo-third.toml "$${export[@]}" --out $(DEMO_OUT) --measure \
+	"$$training" export training/configs/demo-second.toml "$${export[@]}" --out $(DEMO_OUT) --measure \
 		--defaults '{"sampler": "tweedie", "steps": 128, "temperature": 0.87, "top_p": 0.98}' \
 		--corpus "World English Bible, public domain, https://ebible.org/web/ (Debian sword-text-web by training/demo/corpus.sh; all chapters: sha256 $$(cat .corpus/world-english/*.txt | sha256sum | cut -d' ' -f1))"
 

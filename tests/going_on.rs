@@ -4,11 +4,13 @@ use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 use std::time::Duration;
 
-use denoised::client::{Client, Request, Retry};
+use denoised::client::{Client, Event, Request, Retry};
+use denoised::proto::v1::GenerateRequest;
 use serde_json::Value;
 use tonic::Code;
 
 use crate::binary::{Serving, denoised};
+use crate::support::{TestServer, closed_form, config};
 
 /// How often a server is killed; `DENOISED_KILLS=50` for more.
 fn kills() -> usize {
@@ -140,4 +142,42 @@ async fn a_socket_that_never_answers_is_no_server() {
     let answer = tokio::time::timeout(Duration::from_secs(120), events.next());
     let status = answer.await.expect("it is given up").unwrap().unwrap_err();
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+}
+
+/// A proxy whose server has gone may end an answer without a last word (HAProxy does).
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_without_a_last_word_is_gone_on_with() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = format!("http://{}", listener.local_addr().unwrap());
+    let proxying = tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let service = hyper::service::service_fn(|_| async {
+                let mut response = http::Response::new(axum::body::Body::empty());
+                let grpc = http::HeaderValue::from_static("application/grpc");
+                response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
+                Ok::<_, std::convert::Infallible>(response)
+            });
+            let executor = hyper_util::rt::TokioExecutor::new();
+            let builder = hyper_util::server::conn::auto::Builder::new(executor).http2_only();
+            tokio::spawn(async move {
+                let stream = hyper_util::rt::TokioIo::new(stream);
+                builder.serve_connection(stream, service).await.ok();
+            });
+        }
+    });
+    let server = TestServer::with_network(&config(), closed_form()).await;
+    let client = Client::new([&proxy, &server.url]).unwrap();
+    let mut events = client.run(Request::from(GenerateRequest::default()));
+    let (mut resumed, mut results) = (Vec::new(), 0);
+    while let Some(event) = events.next().await {
+        match event.unwrap() {
+            Event::Resumed(after) => resumed.push(after.after.code()),
+            Event::Result(_) => results += 1,
+            _ => {}
+        }
+    }
+    assert_eq!((resumed, results), (vec![Code::Unknown], 1));
+    proxying.abort();
+    server.stop().await;
 }

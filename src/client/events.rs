@@ -162,7 +162,8 @@ impl Events {
         // A connection that breaks off has a code of tonic's making, and a cause.
         let broken_off = std::error::Error::source(status).is_some();
         let is_still_known = status.code() == Code::AlreadyExists && self.attempt > 0;
-        let is_gone = status.code() == Code::Unavailable || broken_off;
+        // UNKNOWN is of nobody's saying but tonic's, of an answer that a proxy has ended without a last word.
+        let is_gone = matches!(status.code(), Code::Unavailable | Code::Unknown) || broken_off;
         let in_time = self.deadline.is_none_or(|deadline| Instant::now() < deadline);
         (is_gone || is_still_known) && in_time
     }

@@ -5,6 +5,7 @@
 //! client's own, Envoy as a gateway would be configured (least request, health by gRPC), HAProxy (least connections, health
 //! by `/readyz`). Callers resume, as clients should.
 
+use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -244,7 +245,7 @@ fn front(
         let config = format!(
             "defaults\n  mode http\n  timeout connect 1s\n  timeout client 1h\n  timeout server 1h\n\
              frontend f\n  bind {address} proto h2\n  default_backend b\n\
-             backend b\n  balance leastconn\n  option httpchk GET /readyz\n  http-check connect proto h1\n  timeout check 1s\n{servers}"
+             backend b\n  balance leastconn\n  option redispatch 1\n  retries 3\n  option httpchk GET /readyz\n  http-check connect proto h1\n  timeout check 1s\n{servers}"
         );
         std::fs::write(&file, config)?;
         command.arg("-f").arg(&file);
@@ -288,11 +289,20 @@ async fn warm_up(front: &Front, replicas: &[Replica]) -> Result<()> {
     bail!("nobody answers")
 }
 
-/// A request that has ended: when, after how long, and whether it failed.
+/// A request that has ended: when, after how long, and how it failed.
 struct Ended {
     at: f64,
     took: f64,
-    failed: bool,
+    failed: Option<String>,
+}
+
+/// How often requests failed, and how.
+fn failures(ended: &[Ended]) -> BTreeMap<&str, u32> {
+    let mut failures = BTreeMap::new();
+    for failed in ended.iter().filter_map(|ended| ended.failed.as_deref()) {
+        *failures.entry(failed).or_default() += 1;
+    }
+    failures
 }
 
 /// Has `streams` ask one after the other until `over`.
@@ -305,9 +315,13 @@ async fn ask(clients: Vec<Client>, over: Arc<AtomicBool>, started: Instant) -> R
             while !over.load(Ordering::Acquire) {
                 let asked = Instant::now();
                 let mut events = client.run(Request::continuing("").length(LENGTH).steps(STEPS));
-                let mut failed = true;
+                let mut failed = Some("it had no result".to_owned());
                 while let Some(event) = events.next().await {
-                    failed = !matches!(event, Ok(Event::Result(_)));
+                    failed = match event {
+                        Ok(Event::Result(_)) => None,
+                        Ok(Event::Accepted(_) | Event::Frame(_) | Event::Resumed(_)) => failed,
+                        Err(status) => Some(format!("{:?}: {}", status.code(), status.message())),
+                    };
                 }
                 all.lock().push(Ended {
                     at: started.elapsed().as_secs_f64(),
@@ -369,8 +383,9 @@ async fn throughput(
     }
     let seconds = since.elapsed().as_secs_f64();
     over.store(true, Ordering::Release);
-    let failed = asking.await??.iter().filter(|ended| ended.failed).count();
-    ensure!(failed == 0, "{failed} requests failed");
+    let ended = asking.await??;
+    let failed = failures(&ended);
+    ensure!(failed.is_empty(), "requests failed: {failed:?}");
     let all: f64 = own.iter().sum();
     let even = all / servers as f64;
     let uneven = own.iter().map(|own| (own / even - 1.0).abs()).fold(0.0, f64::max);
@@ -429,7 +444,11 @@ async fn fault(
         bail!("requests never ended")
     };
     let ended = ended??;
-    let failed = ended.iter().filter(|ended| ended.failed).count() as f64;
+    let failed = failures(&ended);
+    if !failed.is_empty() {
+        println!("    failed: {failed:?}");
+    }
+    let failed = failed.values().sum::<u32>().into();
     let median = |from: f64, to: f64| {
         let took: Vec<f64> = ended
             .iter()
