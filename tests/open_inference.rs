@@ -1,8 +1,6 @@
 //! The Open Inference Protocol, spoken by Triton's own client and by hand.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
-use std::process::Command;
 
 use denoised::config::{Config, Who};
 use denoised::proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
@@ -20,7 +18,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use crate::binary::{Serving, denoised};
-use crate::support::{TestServer, closed_form, config, gap, infill, publish, skipped};
+use crate::support::{TestServer, closed_form, config, gap, infill, printed_by, publish, python};
 
 const SOUND: &[u8] = include_bytes!("fixtures/networks/float32.onnx");
 /// Positions of the network in [`SOUND`].
@@ -60,26 +58,11 @@ fn request(tokens: Vec<i64>, length: i64, parameters: &[(&str, ParameterChoice)]
 
 #[test]
 fn tritons_own_client_is_served_and_told_its_mistakes() {
-    let python = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".tools/python/bin/python");
-    let import = Command::new(&python)
-        .args(["-c", "import tritonclient.grpc"])
-        .output();
-    if !import.is_ok_and(|output| output.status.success()) {
-        skipped("tritonclient is not installed (make test-tools): Triton's client was not run");
+    let Some(python) = python("python", "tritonclient.grpc") else {
         return;
-    }
+    };
     let server = Serving::start_with(denoised().env("DENOISED__SERVER__OPEN_INFERENCE", "true"));
-    let output = Command::new(&python)
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/tools/triton.py"))
-        .arg(&server.address)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let told = printed_by(&python, "triton.py", &server.address);
     let ready = ["live", "ready", "model_ready", "version_ready", "unknown_ready"].map(|what| &told[what]);
     assert_eq!(
         ready,

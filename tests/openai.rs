@@ -1,8 +1,5 @@
 //! OpenAI's API of completions, spoken by its own client, by litellm, and by hand.
 
-use std::path::PathBuf;
-use std::process::Command;
-
 use denoised::proto::v1::{GenerateRequest, Sampling};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -10,7 +7,7 @@ use tokio::net::TcpStream;
 
 use crate::binary::Serving;
 use crate::plain_http::{ask, get, value};
-use crate::support::{TestServer, closed_form, config, generate, prompt, skipped};
+use crate::support::{TestServer, closed_form, config, generate, printed_by, prompt, python};
 
 /// Posts `body` to `path` and returns status, head and body of the answer.
 async fn post(server: &TestServer, path: &str, body: &str, header: &str) -> (u16, String, String) {
@@ -22,30 +19,11 @@ async fn post(server: &TestServer, path: &str, body: &str, header: &str) -> (u16
 
 #[test]
 fn openais_client_and_litellm_are_served_and_told_their_mistakes() {
-    let python = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".tools/openai/bin/python");
-    let import = Command::new(&python)
-        .args(["-c", "import litellm, openai"])
-        .output();
-    if !import.is_ok_and(|output| output.status.success()) {
-        skipped("openai and litellm are not installed (make test-tools): their clients were not run");
+    let Some(python) = python("openai", "litellm, openai") else {
         return;
-    }
+    };
     let server = Serving::start();
-    let output = Command::new(&python)
-        .arg(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/tests/tools/openai_clients.py"
-        ))
-        .arg(&server.address)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let printed = String::from_utf8(output.stdout).unwrap();
-    let told: Value = serde_json::from_str(printed.lines().last().unwrap()).unwrap();
+    let told = printed_by(&python, "openai_clients.py", &server.address);
     assert_eq!(told["models"], json!(["world-english"]));
     assert_eq!(told["model"], "world-english@1");
 

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -290,4 +291,34 @@ impl ScoreNetwork for Slow {
         std::thread::sleep(Duration::from_millis(self.ms));
         self.network.log_score(batch, read)
     }
+}
+
+/// The Python of the test tools' `environment`, if it has these modules; said loudly where it has not.
+pub fn python(environment: &str, modules: &str) -> Option<PathBuf> {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!(".tools/{environment}/bin/python"));
+    let import = Command::new(&python)
+        .args(["-c", &format!("import {modules}")])
+        .output();
+    if import.is_ok_and(|output| output.status.success()) {
+        return Some(python);
+    }
+    skipped(format_args!(
+        "{modules} not installed (make test-tools): their clients were not run"
+    ));
+    None
+}
+
+/// What the client `script` of the test tools prints, as JSON on its last line, of the server at `address`.
+pub fn printed_by(python: &Path, script: &str, address: &str) -> serde_json::Value {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/tools")
+        .join(script);
+    let output = Command::new(python).arg(script).arg(address).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let printed = String::from_utf8(output.stdout).unwrap();
+    serde_json::from_str(printed.lines().last().unwrap()).unwrap()
 }
