@@ -319,7 +319,19 @@ fn draw(path: &Path, all: &[(&str, Vec<Outcome>)]) -> Result<()> {
             });
             let at = (outcome.pod_hours, outcome.tail);
             chart.draw_series([Circle::new(at, 4, color.filled())])?;
-            let below = if index % 2 == 0 { -14 } else { 6 };
+            // Labels of points that coincide stand above each other.
+            let place = |o: &Outcome| {
+                [
+                    o.pod_hours / (hours.1 - hours.0),
+                    (o.tail.ln()) / (tails.1 / tails.0).ln(),
+                ]
+            };
+            let near = |other: &&Outcome| {
+                let (one, other) = (place(outcome), place(other));
+                (one[0] - other[0]).abs() < 0.2 && (one[1] - other[1]).abs() < 0.06
+            };
+            let above = outcomes[..index].iter().filter(near).count() as i32;
+            let below = -11 * above - 14;
             chart.draw_series([EmptyElement::at(at) + Text::new(name, (6, below), ("sans-serif", 11))])?;
         }
     }
