@@ -259,7 +259,7 @@ test-go: prerequisites tools ## Make a client for Go from the protos and have it
 	@tests/tools/install.sh "$(TOOLS)" go
 	DENOISED_TEST_GO=1 cargo test --workspace --locked --features $(TESTED) --test service other_languages
 
-# Settings of the demo's runs beside those of their files, and where its bundle goes: a trial of a few steps is
+# Settings of the demo's two runs beside those of their files, and where its bundle goes: a trial of a few steps is
 # `make train-demo DEMO_FIT='--set run.steps=20' DEMO_OUT=runs/trial`.
 DEMO_FIT ?=
 DEMO_OUT ?= training/demo/world-english/1
@@ -275,13 +275,9 @@ train-demo: prerequisites ## Train the demo model again, from the text to the bu
 	"$$training" tokenizer --vocab-size 6655 --out .corpus/demo/tokenizer.json "$${corpus[@]}"
 	"$$training" prepare --tokenizer .corpus/demo/tokenizer.json --out .corpus/demo "$${corpus[@]}"
 	export=(--storage f16 --name world-english)
-	# Each run begins with the weights that the one before it ended with.
-	begins=()
-	for run in demo demo-second; do
-		"$$training" fit training/configs/$$run.toml --resume-if-any "$${begins[@]}" $(DEMO_FIT)
-		[[ -e runs/$$run/bundle ]] || "$$training" export training/configs/$$run.toml "$${export[@]}" --out runs/$$run/bundle
-		begins=(--init-from runs/$$run/bundle)
-	done
+	"$$training" fit training/configs/demo.toml --resume-if-any $(DEMO_FIT)
+	[[ -e runs/demo/bundle ]] || "$$training" export training/configs/demo.toml "$${export[@]}" --out runs/demo/bundle
+	"$$training" fit training/configs/demo-second.toml --resume-if-any --init-from runs/demo/bundle $(DEMO_FIT)
 	"$$training" evaluate training/configs/demo-second.toml --baselines
 	rm -rf $(DEMO_OUT)
 	"$$training" export training/configs/demo-second.toml "$${export[@]}" --out $(DEMO_OUT) --measure \

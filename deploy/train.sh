@@ -28,7 +28,20 @@ export TRAINING__DATA__TRAIN=$work/tokens/train.tokens
 export TRAINING__DATA__VALIDATION=$work/tokens/validation.tokens
 export TRAINING__DATA__TOKENIZER=$tokenizer
 export TRAINING__RUN__DIRECTORY=$work/run
-training fit "$run" --resume-if-any
+# A signal is for fit, which saves then and ends well: nothing that is not trained to its end may be published.
+stopped='' fit=''
+trap 'stopped=1; [[ -z $fit ]] || kill -TERM "$fit" 2>/dev/null || true' TERM INT
+training fit "$run" --resume-if-any &
+fit=$!
+status=0
+wait "$fit" || status=$?
+if [[ -n $stopped ]]; then
+    wait "$fit" || true
+    echo "train.sh: stopped by a signal; started again it goes on" >&2
+    exit 143
+fi
+((status == 0)) || exit "$status"
+trap - TERM INT
 
 rm -rf "$work/bundle"
 # shellcheck disable=SC2086

@@ -72,7 +72,14 @@ fn prepared(root: &Path) {
 }
 
 /// The job, on a machine whose disk is `work`, which is empty.
-fn job(root: &Path, work: &str, mirror: &str, repository: &str, training: &Path, store: &Store) -> Command {
+fn job(
+    root: &Path,
+    work: &str,
+    mirror: &str,
+    repository: &str,
+    training: &Path,
+    store: Option<&Store>,
+) -> Command {
     let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/train.sh"));
     command
         .arg(root.join("run.toml"))
@@ -83,7 +90,9 @@ fn job(root: &Path, work: &str, mirror: &str, repository: &str, training: &Path,
         training.parent().unwrap().display(),
         std::env::var("PATH").unwrap()
     );
-    store.known_to(&mut command);
+    if let Some(store) = store {
+        store.known_to(&mut command);
+    }
     command
         .env("PATH", path)
         .env("WORK", root.join(work))
@@ -127,7 +136,7 @@ async fn a_job_that_is_killed_twenty_times_publishes_what_an_undisturbed_one_doe
         mirror.to_str().unwrap(),
         undisturbed.to_str().unwrap(),
         &training,
-        &store,
+        Some(&store),
     )
     .output()
     .unwrap();
@@ -154,7 +163,7 @@ async fn a_job_that_is_killed_twenty_times_publishes_what_an_undisturbed_one_doe
             "s3://bucket/run",
             "s3://bucket/models",
             &training,
-            &store,
+            Some(&store),
         )
         .spawn()
         .unwrap();
@@ -187,7 +196,7 @@ async fn a_job_that_is_killed_twenty_times_publishes_what_an_undisturbed_one_doe
         "s3://bucket/run",
         "s3://bucket/models",
         &training,
-        &store,
+        Some(&store),
     )
     .output()
     .unwrap();
@@ -231,4 +240,40 @@ async fn a_job_that_is_killed_twenty_times_publishes_what_an_undisturbed_one_doe
     assert_eq!(whole.manifest().sha256, broken.manifest().sha256);
     let (code, log) = server.stop();
     assert_eq!(code, Some(0), "{log}");
+}
+
+/// What is not trained to its end is not published, although `fit` ends well when it is told to stop.
+#[test]
+fn a_job_that_is_told_to_stop_publishes_nothing_and_goes_on_later() {
+    let Some(training) = training() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    prepared(root);
+    let [mirror, models] = ["mirror", "models"].map(|name| root.join(name).to_str().unwrap().to_owned());
+    let start = |work: &str| job(root, work, &mirror, &models, &training, None);
+    let mut child = start("first").spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap())
+        .lines()
+        .map(Result::unwrap);
+    assert!(lines.any(|line| line.contains("wrote ") && line.contains("/run/")));
+    // As an engine of containers does: the first process alone is told.
+    let told = Command::new("kill")
+        .args(["-TERM", &child.id().to_string()])
+        .status();
+    assert!(told.unwrap().success());
+    let said: Vec<String> = lines.collect();
+    assert_eq!(child.wait().unwrap().code(), Some(143), "{said:?}");
+    assert!(
+        said.iter()
+            .any(|line| line.contains("train.sh: stopped by a signal")),
+        "{said:?}"
+    );
+    assert!(!Path::new(&models).exists());
+    let output = start("second").output().unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(Path::new(&models).join("text/1/manifest.json").is_file());
 }

@@ -111,6 +111,16 @@ fn openais_client_and_litellm_are_served_and_told_their_mistakes() {
     let stopped = text(&told["stopped"]);
     assert_eq!(stopped, first[..first.find(stop).unwrap()]);
     assert_eq!(told["stopped"]["finish_reason"], "stop");
+    // Of tokens that are not told nothing is told.
+    let offsets = told["stopped"]["logprobs"]["text_offset"].as_array().unwrap();
+    let offsets: Vec<usize> = offsets
+        .iter()
+        .map(|offset| offset.as_u64().unwrap() as usize)
+        .collect();
+    assert!(
+        !offsets.is_empty() && offsets.iter().all(|offset| *offset < stopped.chars().count()),
+        "{offsets:?}"
+    );
     assert!(told["early"].as_str().unwrap().len() > 100);
 
     for (what, says) in [

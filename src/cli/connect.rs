@@ -87,6 +87,9 @@ struct Own {
 impl Target {
     /// This target, or the server that this machine's settings are for.
     pub(super) fn or_own(mut self) -> Result<Self, Failed> {
+        if self.repository.is_some() {
+            return Err(Failed::usage("--repository: is for commands that start a server"));
+        }
         if self.server.is_empty() {
             let config = Config::load(self.config.as_deref(), &[]).map_err(Failed::usage)?;
             let scheme = if config.server.tls_certificate.is_some() {

@@ -96,7 +96,7 @@ impl Access {
     pub(super) fn log(&mut self, code: Code, name: &'static str, total: Duration) {
         let known = &self.notes.0;
         let (request, model) = known.asked.get().map(|(id, model)| (id, model)).unzip();
-        let spent = known.spent.lock();
+        let spent = known.spent.lock().clone();
         let sum = Sum::of(&spent);
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let Some(span) = &mut self.span else {

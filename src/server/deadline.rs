@@ -41,6 +41,19 @@ pub(super) fn deadline(
     }
 }
 
+/// The deadline that protocols ask for which know a time and whether to finish early.
+pub(super) fn asked(ms: Option<u64>, finish_early: bool) -> Option<v1::Deadline> {
+    let on_deadline = if finish_early {
+        v1::OnDeadline::FinishEarly
+    } else {
+        v1::OnDeadline::Fail
+    };
+    (ms.is_some() || finish_early).then(|| v1::Deadline {
+        ms,
+        on_deadline: on_deadline.into(),
+    })
+}
+
 /// The time that a call has, as its `grpc-timeout` says (gRPC over HTTP/2: up to eight digits and a unit).
 pub(super) fn timeout(metadata: &MetadataMap) -> Option<Duration> {
     let text = metadata.get("grpc-timeout")?.to_str().ok()?;

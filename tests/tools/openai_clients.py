@@ -33,7 +33,7 @@ infilled = client.completions.create(
     **{**asked, "prompt": "The king said to", "max_tokens": 6}, suffix=", and went away.", extra_body=ours
 )
 echoed = client.completions.create(**asked, echo=True, extra_body=ours)
-stopped = client.completions.create(**asked, stop=[again.choices[0].text[5:9], "never"], extra_body=ours)
+stopped = client.completions.create(**asked, stop=[again.choices[0].text[5:9], "never"], logprobs=0, extra_body=ours)
 several = client.completions.create(**{**asked, "prompt": ["In the beginning", "My son,"]}, extra_body=ours)
 early = client.completions.create(
     **{**asked, "max_tokens": 100}, extra_body={"steps": 4096, "deadline_ms": 1500, "finish_early": True}

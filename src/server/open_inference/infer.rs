@@ -12,6 +12,7 @@ use crate::proto::inference::infer_parameter::ParameterChoice;
 use crate::proto::v1;
 use crate::proto::v1::event::Event;
 use crate::server::Service;
+use crate::server::deadline;
 use crate::server::diffusion_service::{Arrival, Events, Filling};
 use crate::server::request::drawn_seed;
 
@@ -35,14 +36,7 @@ impl Service {
         );
         let read = move || Ok(Canvases::read(&inputs, &raw, &served, &limits)?);
         let mut canvases = self.text.run(read).await?;
-        let deadline = (parameters.timeout_ms.is_some() || parameters.finish_early).then(|| v1::Deadline {
-            ms: parameters.timeout_ms,
-            on_deadline: if parameters.finish_early {
-                v1::OnDeadline::FinishEarly.into()
-            } else {
-                v1::OnDeadline::Fail.into()
-            },
-        });
+        let deadline = deadline::asked(parameters.timeout_ms, parameters.finish_early);
         let seed = parameters.sampling.seed.unwrap_or_else(drawn_seed);
         let mut running = Vec::with_capacity(canvases.templates.len());
         for (seed, template) in (0..)

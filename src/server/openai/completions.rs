@@ -1,6 +1,7 @@
 //! `/v1/completions`: every prompt is a request of its own; answered whole, or as server-sent events.
 
 use std::convert::Infallible;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -28,6 +29,7 @@ use crate::server::metrics::Ending;
 use crate::server::request::tokenizer;
 use crate::server::status::FieldError;
 use crate::server::template::MASKED;
+use crate::server::text::TextThreads;
 
 /// Answers a request for completions.
 pub(super) async fn complete(State(face): State<Arc<Face>>, request: Request) -> Result<Response, Refusal> {
@@ -65,7 +67,7 @@ pub(super) async fn complete(State(face): State<Arc<Face>>, request: Request) ->
             include_usage,
             frames,
         } => Ok(answer.stream(running, include_usage, frames)),
-        Told::Whole { logprobs } => answer.whole(running, logprobs).await,
+        Told::Whole { logprobs } => answer.whole(running, logprobs, &face.service.frame_text).await,
     }
 }
 
@@ -172,21 +174,17 @@ impl Answer {
         text.strip_suffix(suffix).unwrap_or(text)
     }
 
-    /// Whether the network has ended the document before the canvas was full.
-    fn has_ended(&self, result: &v1::CanvasResult) -> bool {
+    /// Whether the network has ended the document, of a canvas of these `tokens`. A suffix is there all the same.
+    fn has_ended(&self, tokens: &[Token], committed_at: &[u32]) -> bool {
         let end = self.model.manifest().end_of_document;
-        let mut drawn = result
-            .tokens
-            .iter()
-            .zip(&result.committed_at)
-            .filter(|(_, at)| **at > 0);
+        let mut drawn = tokens.iter().zip(committed_at).filter(|(_, at)| **at > 0);
         self.asked.suffix.is_none() && drawn.any(|(token, _)| Some(*token) == end)
     }
 
     /// The choice that `result` is, of which `order` has told the beginning.
     fn choice(&self, prompt: usize, result: &v1::CanvasResult, order: &mut InOrder) -> Choice {
         let text = order.last(self.completion(prompt, result.text.as_deref().unwrap_or_default()));
-        let ended = order.has_stopped() || self.has_ended(result);
+        let ended = order.has_stopped() || self.has_ended(&result.tokens, &result.committed_at);
         Choice {
             text,
             finish_reason: if ended { "stop" } else { "length" },
@@ -194,7 +192,12 @@ impl Answer {
     }
 
     /// Waits for all results.
-    async fn whole(mut self, running: Vec<Events>, logprobs: bool) -> Result<Response, Refusal> {
+    async fn whole(
+        mut self,
+        running: Vec<Events>,
+        logprobs: bool,
+        texts: &TextThreads,
+    ) -> Result<Response, Refusal> {
         let mut events = merged(running);
         let mut choices = Vec::new();
         while let Some((prompt, event)) = events.next().await {
@@ -208,15 +211,19 @@ impl Answer {
             };
             let choice = self.choice(prompt, &result, &mut InOrder::new(self.asked.stops.clone()));
             let index = self.index(prompt, result.canvas);
-            let logprobs = if logprobs {
-                self.logprobs(prompt, &result)?
-            } else {
-                Value::Null
-            };
             let before = if self.asked.echo {
                 self.asked.prompts.get(prompt).cloned().unwrap_or_default()
             } else {
                 String::new()
+            };
+            let logprobs = if logprobs {
+                let begin = before.chars().count();
+                let end = begin + choice.text.chars().count();
+                let (model, ends) = (Arc::clone(&self.model), self.asked.suffix.is_none());
+                let read = move || self::logprobs(&model, &result, ends, begin..end);
+                texts.run(read).await?
+            } else {
+                Value::Null
             };
             choices.push((
                 index,
@@ -233,40 +240,6 @@ impl Answer {
         let mut object = self.object(&choices);
         object["usage"] = self.usage();
         Ok(answer(&object))
-    }
-
-    /// The tokens that were drawn, as text, with their log-probabilities.
-    fn logprobs(&self, prompt: usize, result: &v1::CanvasResult) -> Result<Value, Status> {
-        let tokenizer: &TextTokenizer = tokenizer(&self.model)?;
-        let end = self.model.manifest().end_of_document;
-        let (mut tokens, mut values, mut offsets) = (Vec::new(), Vec::new(), Vec::new());
-        let mut offset = if self.asked.echo {
-            self.asked
-                .prompts
-                .get(prompt)
-                .map_or(0, |prompt| prompt.chars().count())
-        } else {
-            0
-        };
-        for (at, (token, value)) in result.tokens.iter().zip(&result.log_probabilities).enumerate() {
-            if result.committed_at.get(at).is_none_or(|step| *step == 0) {
-                continue;
-            }
-            if self.asked.suffix.is_none() && Some(*token) == end {
-                break;
-            }
-            let text = one(tokenizer, &result.tokens[..at], *token)?;
-            offsets.push(offset);
-            offset += text.chars().count();
-            tokens.push(text);
-            values.push(*value);
-        }
-        Ok(json!({
-            "tokens": tokens,
-            "token_logprobs": values,
-            "top_logprobs": null,
-            "text_offset": offsets,
-        }))
     }
 
     /// Tells what happens as it happens.
@@ -419,14 +392,41 @@ impl Telling {
         let Some(Content::Keyframe(keyframe)) = &frame.content else {
             return true;
         };
-        let end = self.answer.model.manifest().end_of_document;
-        let mut drawn = keyframe
-            .tokens
-            .iter()
-            .zip(&keyframe.committed_at)
-            .filter(|(_, at)| **at > 0);
-        self.answer.asked.suffix.is_none() && drawn.any(|(token, _)| Some(*token) == end)
+        self.answer.has_ended(&keyframe.tokens, &keyframe.committed_at)
     }
+}
+
+/// The tokens that were drawn, as text, with their log-probabilities and where they stand in the characters of the text, of
+/// which `told` are told: what comes after them is left out. `ends`: a document ends where its token says so.
+fn logprobs(
+    model: &ServedModel,
+    result: &v1::CanvasResult,
+    ends: bool,
+    told: Range<usize>,
+) -> Result<Value, Status> {
+    let tokenizer: &TextTokenizer = tokenizer(model)?;
+    let end_of_document = model.manifest().end_of_document.filter(|_| ends);
+    let (mut tokens, mut values, mut offsets) = (Vec::new(), Vec::new(), Vec::new());
+    let mut offset = told.start;
+    for (at, (token, value)) in result.tokens.iter().zip(&result.log_probabilities).enumerate() {
+        if result.committed_at.get(at).is_none_or(|step| *step == 0) {
+            continue;
+        }
+        if Some(*token) == end_of_document || offset >= told.end {
+            break;
+        }
+        let text = one(tokenizer, &result.tokens[..at], *token)?;
+        offsets.push(offset);
+        offset += text.chars().count();
+        tokens.push(text);
+        values.push(*value);
+    }
+    Ok(json!({
+        "tokens": tokens,
+        "token_logprobs": values,
+        "top_logprobs": null,
+        "text_offset": offsets,
+    }))
 }
 
 fn chunk(object: &Value) -> String {

@@ -9,6 +9,7 @@ use tonic::Status;
 use crate::config::LimitsConfig;
 use crate::models::ServedModel;
 use crate::proto::v1;
+use crate::server::deadline;
 use crate::server::request::{before_gap, drawn_seed, encode_within};
 use crate::server::sampler;
 use crate::server::status::FieldError;
@@ -205,15 +206,7 @@ impl Completion {
             ));
         }
         let seed = asked.seed.unwrap_or_else(drawn_seed);
-        let deadline =
-            (asked.deadline_ms.is_some() || asked.finish_early == Some(true)).then(|| v1::Deadline {
-                ms: asked.deadline_ms,
-                on_deadline: if asked.finish_early == Some(true) {
-                    v1::OnDeadline::FinishEarly.into()
-                } else {
-                    v1::OnDeadline::Fail.into()
-                },
-            });
+        let deadline = deadline::asked(asked.deadline_ms, asked.finish_early == Some(true));
         Ok(Self {
             model: asked.model.unwrap_or_default(),
             prompts,
