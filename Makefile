@@ -94,6 +94,18 @@ test-mutants: prerequisites ## Read files and messages that are almost right, of
 fuzz: prerequisites ## Have libFuzzer look for more such, of each kind for ten minutes (FUZZ_SECONDS).
 	tests/fuzz.sh $(FUZZ_SECONDS)
 
+.PHONY: page
+page: ## Build the page for browsers from src/page (needs Node.js).
+	cd src/page
+	npm ci --silent --no-audit --no-fund --ignore-scripts
+	npm run --silent generate
+	npm run --silent check
+	npm run --silent build
+
+.PHONY: test-web
+test-web: prerequisites tools test-tools ## Have Chromium use the page (SCREENSHOTS=folder: and keep pictures).
+	cargo test --locked --workspace --features $(TESTED) --test service -- page::
+
 # A python with torch and safetensors, to compare with: `make bench BENCH_PYTHON=venv/bin/python`.
 BENCH_PYTHON ?=
 

@@ -52,6 +52,8 @@ pub struct ServerConfig {
     pub open_inference: bool,
     /// Whether OpenAI's API of completions is spoken, over plain HTTP.
     pub openai: bool,
+    /// Whether there is a page for browsers, and gRPC-Web, which it speaks.
+    pub page: bool,
     /// Who may ask `/metrics` for numbers for Prometheus.
     pub metrics: Who,
     /// The server's certificate and those between it and its authority, in PEM; empty for no TLS.
@@ -89,6 +91,7 @@ impl Default for ServerConfig {
             model_control: Who::Nobody,
             open_inference: false,
             openai: true,
+            page: true,
             metrics: Who::Admins,
             tls_certificate: None,
             tls_key: None,

@@ -275,6 +275,7 @@ async fn unknown_things_are_not_found() {
     names_field(&empty, "request_id");
     let tokens = DetokenizeRequest {
         tokens: vec![u32::MAX],
+        pieces: true,
         model: None,
     };
     names_field(

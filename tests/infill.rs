@@ -103,10 +103,14 @@ async fn clamped_tokens_stay_where_they_are() {
         .client()
         .detokenize(DetokenizeRequest {
             tokens: tokens.clone(),
+            pieces: true,
             model: None,
         })
         .await;
-    assert_eq!(detokenized.unwrap().into_inner().text, text);
+    let detokenized = detokenized.unwrap().into_inner();
+    assert_eq!(detokenized.text, text);
+    assert_eq!(detokenized.pieces.len(), tokens.len());
+    assert_eq!(detokenized.pieces.concat(), text);
     let template = vec![gap(3), Part::Tokens(TokenList { ids: tokens.clone() }), gap(2)];
     let answer = infill(&mut server.client(), request(parts(template)))
         .await

@@ -35,6 +35,7 @@ mod object_store;
 mod open_inference;
 mod openai;
 mod operations;
+mod page;
 mod picker;
 mod plain_http;
 mod readme;

@@ -364,6 +364,7 @@ async fn right_ones(channel: &Showing) -> Vec<(&'static str, Vec<u8>)> {
             DetokenizeRequest {
                 model: Some(model()),
                 tokens: vec![5, 6, 7, 8],
+                pieces: true,
             }
             .encode_to_vec(),
         ),

@@ -143,6 +143,20 @@ impl TextTokenizer {
             None => self.decode(tokens),
         }
     }
+
+    /// Text that each of `tokens` adds to those before it; nothing for special tokens and for those that are `skipped`.
+    pub fn pieces(&self, tokens: &[Token], skipped: Option<Token>) -> Result<Vec<String>, TokenizerError> {
+        let mut before = Vec::with_capacity(tokens.len());
+        let mut piece = |&token: &Token| {
+            if Some(token) == skipped {
+                return Ok(String::new());
+            }
+            let piece = self.decode_after(&before, &[token])?;
+            before.push(token);
+            Ok(piece)
+        };
+        tokens.iter().map(&mut piece).collect()
+    }
 }
 
 #[cfg(test)]
@@ -199,6 +213,7 @@ pub(crate) mod tests {
         assert_eq!(tokenizer.decode(&[1, 2]).unwrap(), "sea was");
         assert_eq!(tokenizer.decode_after(&[0], &[1, 2]).unwrap(), " sea was");
         assert_eq!(tokenizer.decode_after(&[], &[1, 2]).unwrap(), "sea was");
+        assert_eq!(tokenizer.pieces(&[1, 2], None).unwrap(), ["sea", " was"]);
     }
 
     /// As GPT-2 has it: a space is a letter of the token that it stands before, and tokens are bytes.
@@ -221,6 +236,8 @@ pub(crate) mod tests {
         assert_eq!(tokenizer.decode(&[0, 1]).unwrap(), "the sea");
         assert_eq!(tokenizer.decode(&[1]).unwrap(), " sea", "it is the token's own");
         assert_eq!(tokenizer.decode_after(&[0], &[1, 0]).unwrap(), " seathe");
+        let pieces = tokenizer.pieces(&[0, 8, 1, 1, 2, 3], Some(8)).unwrap();
+        assert_eq!(pieces, ["the", "", " sea", " sea", "\u{fffd}", "\u{fffd}"]);
         // The two bytes of one character, together and on both sides of a seam.
         assert_eq!(tokenizer.decode_after(&[0], &[2, 3]).unwrap(), "\u{e9}");
         assert_eq!(tokenizer.decode_after(&[0, 2], &[3, 1]).unwrap(), "\u{fffd} sea");

@@ -95,7 +95,13 @@ impl Detokenize {
         let model = model(self.options.model.as_deref())?;
         let connection = self.options.target.connect().await?;
         let mut client = DiffusionServiceClient::new(connection.server.clone());
-        let answer = client.detokenize(DetokenizeRequest { model, tokens }).await;
+        let answer = client
+            .detokenize(DetokenizeRequest {
+                model,
+                tokens,
+                pieces: false,
+            })
+            .await;
         drop(client);
         let printed = answer
             .map_err(Failed::from)

@@ -425,17 +425,21 @@ impl DiffusionService for Service {
             let problem = format!("has {tokens} tokens, at most {max} are allowed");
             return Err(FieldError::new("tokens", problem).into());
         }
-        let tokens: Vec<u32> = asked
-            .tokens
-            .into_iter()
-            .filter(|t| Some(*t) != model.manifest().mask_token)
-            .collect();
-        let tokens = request::tokens("tokens", tokens, &model)?;
+        let mask = model.manifest().mask_token;
+        let is_text = |token: &u32| Some(*token) != mask;
+        let text = asked.tokens.iter().copied().filter(is_text).collect();
+        let text = request::tokens("tokens", text, &model)?;
         let decode = move || {
-            let text = request::tokenizer(&model)?.decode(&tokens);
-            text.map_err(|e| FieldError::new("tokens", e.to_string()).into())
+            let tokenizer = request::tokenizer(&model)?;
+            let pieces = if asked.pieces {
+                tokenizer.pieces(&asked.tokens, mask)
+            } else {
+                Ok(Vec::new())
+            };
+            let decoded = tokenizer.decode(&text).and_then(|text| Ok((text, pieces?)));
+            decoded.map_err(|e| FieldError::new("tokens", e.to_string()).into())
         };
-        let text = self.text.run(decode).await?;
-        Ok(Response::new(v1::DetokenizeResponse { text }))
+        let (text, pieces) = self.text.run(decode).await?;
+        Ok(Response::new(v1::DetokenizeResponse { text, pieces }))
     }
 }

@@ -10,9 +10,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::sync::watch;
 use tonic::service::Routes;
+use tonic_web::GrpcWebLayer;
 
 use super::authentication::{self, Rules};
 use super::metrics::{Format, Metrics};
+use super::page;
 use super::tokens::Tokens;
 use crate::config::Who;
 
@@ -29,16 +31,30 @@ pub(super) struct Plain {
     pub(super) tokens: Option<Tokens>,
     /// OpenAI's API, where it is spoken.
     pub(super) openai: Option<Router>,
+    /// Whether there is a page for browsers.
+    pub(super) page: bool,
 }
 
 impl Plain {
-    /// Routes for clients that speak HTTP/1.
-    pub(super) fn http1(self) -> Router {
-        self.routes(Router::new()).fallback(elsewhere)
+    /// Routes for clients that speak HTTP/1; of gRPC's calls those of browsers, where there is a page for them.
+    pub(super) fn http1(self, routes: Routes) -> Router {
+        let grpc = if self.page {
+            self.grpc(routes).layer(middleware::from_fn(of_browsers))
+        } else {
+            Router::new()
+        };
+        self.routes(grpc).fallback(elsewhere)
     }
 
-    /// Routes for clients that speak HTTP/2: gRPC, counted, and the same.
+    /// Routes for clients that speak HTTP/2: gRPC and the same.
     pub(super) fn http2(self, routes: Routes) -> Router {
+        let grpc = self.grpc(routes);
+        self.routes(grpc)
+    }
+
+    /// gRPC, counted, and where there is a page gRPC-Web, which is gRPC inside of what browsers can say. Nothing allows
+    /// other origins to use it: a browser asks before it sends them such calls, and gets no answer.
+    fn grpc(&self, routes: Routes) -> Router {
         let counted = middleware::from_fn_with_state(Arc::clone(&self.metrics), count);
         let grpc = routes
             .into_axum_router()
@@ -47,7 +63,11 @@ impl Plain {
                 authentication::require,
             ))
             .layer(counted);
-        self.routes(grpc)
+        if self.page {
+            grpc.layer(GrpcWebLayer::new())
+        } else {
+            grpc
+        }
     }
 
     fn routes(self, router: Router) -> Router {
@@ -65,6 +85,11 @@ impl Plain {
         let plain = match self.openai {
             Some(openai) => plain.merge(openai.layer(required).layer(counted)),
             None => plain,
+        };
+        let plain = if self.page {
+            plain.merge(page::routes())
+        } else {
+            plain
         };
         let identify = middleware::from_fn_with_state(self.tokens, authentication::identify);
         router.merge(plain).layer(identify).with_state(())
@@ -100,8 +125,18 @@ async fn metrics(State(plain): State<Plain>, headers: HeaderMap) -> Response {
 }
 
 async fn elsewhere() -> (StatusCode, &'static str) {
-    let hint = "this port speaks gRPC over HTTP/2; over plain HTTP there are /healthz, /readyz, /metrics and, unless it is off, /v1\n";
+    let hint = "this port speaks gRPC over HTTP/2; over plain HTTP there are /healthz, /readyz, /metrics and, unless they are off, the page for browsers at / and /v1\n";
     (StatusCode::NOT_FOUND, hint)
+}
+
+/// gRPC-Web alone passes: gRPC needs HTTP/2.
+async fn of_browsers(request: Request, next: Next) -> Response {
+    let kind = request.headers().get(header::CONTENT_TYPE);
+    if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc-web")) {
+        next.run(request).await
+    } else {
+        elsewhere().await.into_response()
+    }
 }
 
 async fn count(State(metrics): State<Arc<Metrics>>, mut request: Request, next: Next) -> Response {

@@ -24,6 +24,7 @@ mod notified;
 mod open_inference;
 mod openai;
 mod pace;
+mod page;
 mod peers;
 mod repository;
 pub(crate) mod request;
@@ -372,11 +373,13 @@ impl Server {
             metrics: Arc::new(metrics::Metrics::new(&service.engine, &service.models)),
             rules: authentication::Rules::of(&self.config.server),
             tokens: self.tokens.clone(),
+            page: self.config.server.page,
             openai: (self.config.server.openai).then(|| openai::routes(service.clone(), &self.config.server)),
         };
+        let grpc = self.routes().add_service(health_service);
         let routes = connections::ByProtocol {
-            http1: plain.clone().http1(),
-            http2: plain.http2(self.routes().add_service(health_service)),
+            http1: plain.clone().http1(grpc.clone()),
+            http2: plain.http2(grpc),
         };
         let engine = Arc::clone(&service.engine);
         let grace = Duration::from_secs(self.config.server.drain_grace_seconds);

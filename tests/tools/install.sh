@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the programs that some tests drive the server and the chart with, into the given folder:
-# python/ (a virtual environment, with grpcio), openai/ (another, with clients of OpenAI's API), node/ (packages of gRPC), helm/, prometheus/, and links to every program under bin/.
+# python/ (a virtual environment, with grpcio), openai/ (another, with clients of OpenAI's API), node/ (packages of gRPC), helm/, prometheus/, chromium/ (where the machine has none), and links to every program under bin/.
 # `install.sh FOLDER go` installs Go too, with gRPC's packages as Debian has them: 400 MB, and a minute of two cores when
 # the client is first compiled, so that only `make test-go` asks for it.
 #
@@ -141,6 +141,48 @@ openai() {
     "$tools/openai/bin/python" -m pip --disable-pip-version-check --quiet install --requirement "$here/requirements-openai.txt"
 }
 
+# What the page for browsers is made with, and what drives it in the tests.
+page() {
+    local folder
+    for folder in src tests; do
+        npm ci --silent --no-audit --no-fund --ignore-scripts --prefix "$here/../../$folder/page"
+    done
+}
+
+# A browser: the machine's, or Debian's with all that it needs and the machine lacks, unpacked beside it.
+chromium() {
+    local own work
+    if own=$(type -P chromium) && [[ $own != "$tools/bin/chromium" ]]; then
+        ln -sfn "$own" "$tools/bin/chromium"
+        return
+    fi
+    work=$(mktemp -d "$tools/chromium.XXXXXX")
+    # shellcheck disable=SC2064
+    trap "rm -rf '$work'" EXIT
+    mkdir -p "$work/archives/partial" "$work/cache"
+    local download=(apt-get install --quiet --yes --no-install-recommends --download-only
+        --option "Dir::Cache::archives=$work/archives" --option Debug::NoLocking=1 chromium fontconfig-config fonts-dejavu-core)
+    "${download[@]}" || { apt-get update && "${download[@]}"; }
+    local package
+    for package in "$work"/archives/*.deb; do
+        dpkg -x "$package" "$work"
+    done
+    rm -rf "$work/archives" "$tools/chromium"
+    printf '<fontconfig><dir>%s</dir><dir>/usr/share/fonts</dir><cachedir>%s</cachedir></fontconfig>' \
+        "$tools/chromium/usr/share/fonts" "$tools/chromium/cache" >"$work/fonts.conf"
+    mv -T "$work" "$tools/chromium"
+    cat >"$tools/chromium/run" <<EOF
+#!/bin/sh
+libraries="$tools/chromium/usr/lib/$(uname -m)-linux-gnu"
+export LD_LIBRARY_PATH="\$libraries:\$libraries/pulseaudio"
+export FONTCONFIG_FILE="$tools/chromium/fonts.conf"
+exec "$tools/chromium/usr/lib/chromium/chromium" "\$@"
+EOF
+    chmod +x "$tools/chromium/run"
+    "$tools/chromium/run" --version
+    ln -sfn ../chromium/run "$tools/bin/chromium"
+}
+
 # A virtual environment is tied to its folder: one that was copied from elsewhere is made anew.
 once python "$(printf '%s' "$tools" | cksum | tr ' ' -)" environment
 if [[ -x $tools/python/bin/python ]]; then
@@ -152,12 +194,14 @@ fi
 once helm "$helm_package_version" helm
 once openai "$(cksum <"$here/requirements-openai.txt" | tr ' ' -)-$(printf '%s' "$tools" | cksum | tr ' ' -)" openai
 once node "$grpc_js_version-$proto_loader_version-$(cksum <<<"${custom_resources[*]}" | tr ' ' -)" node
+once page "$(cat "$here"/../../{src,tests}/page/package-lock.json | cksum | tr ' ' -)" page
+once chromium "$(printf '%s' "$tools" | cksum | tr ' ' -)" chromium
 once promtool debian promtool
 if [[ $with_go == go ]]; then
     once go "$go_version" go
 fi
 
-for name in buf cargo-deny grpcurl hadolint helm kubernetes-validate promtool shellcheck; do
+for name in buf cargo-deny chromium grpcurl hadolint helm kubernetes-validate promtool shellcheck; do
     [[ -x $tools/bin/$name ]] || echo "test tools: MISSING $name: the tests that need it will be skipped" >&2
 done
 if ((${#missing[@]})); then
