@@ -49,6 +49,7 @@ mod soak;
 mod starting;
 mod strangers;
 mod support;
+mod terminal;
 mod tls;
 mod tokens;
 mod traces;

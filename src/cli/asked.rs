@@ -7,7 +7,7 @@ use crate::proto::v1::generate_request::PromptAs;
 use crate::proto::v1::sampling::Sampler;
 use crate::proto::v1::{
     Deadline, EntropyBounded, Euler, FramePolicy, GenerateRequest, InfillRequest, OnDeadline, Remask,
-    Sampling, Tweedie,
+    Sampling, TemplatePart, Tweedie,
 };
 use crate::server::sampler;
 
@@ -100,9 +100,20 @@ impl Asked {
         }
         let template = template::parse(text).map_err(|e| Failed::usage(format!("template: {e}")))?;
         Ok(InfillRequest {
-            model: tokens::model(self.model.as_deref())?,
-            template: template.parts,
             token_sets: template.token_sets,
+            ..self.filling_parts(template.parts, frames)?
+        })
+    }
+
+    /// A request that fills the gaps of `template`.
+    pub(super) fn filling_parts(
+        &self,
+        template: Vec<TemplatePart>,
+        frames: FramePolicy,
+    ) -> Result<InfillRequest, Failed> {
+        Ok(InfillRequest {
+            model: tokens::model(self.model.as_deref())?,
+            template,
             sampling: Some(self.sampling()?),
             frames: Some(frames),
             deadline: self.deadline(),

@@ -3,21 +3,22 @@
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use futures_util::stream::{BoxStream, StreamExt};
 use tonic::Status;
 
 use super::asked::Asked;
+use super::canvas::Snapshot;
 use super::connect::{Connection, Target};
-use super::view::View;
+use super::pieces::Pieces;
+use super::record::Recorder;
+use super::view::{self, View};
 use super::{Failed, INTERRUPTED, input, json};
+use crate::client::states::States;
 use crate::client::{self, Event, Retry};
 use crate::proto::v1::{CanvasResult, FramePolicy, frame_policy};
-
-/// Milliseconds between two drawings of a canvas on a terminal: what eyes can follow.
-const REDRAW_MS: u32 = 40;
 
 /// Options of both commands.
 #[derive(Debug, Args)]
@@ -35,9 +36,12 @@ pub(super) struct Generate {
     /// Show intermediate states.
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     live: Live,
-    /// On a terminal, show every state for so many milliseconds, however fast the server is; 0 to 60000.
+    /// On a terminal, show every state for so many milliseconds, however fast the server is; 0 to 60000, 40 by default.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(..=60_000))]
     pace: Option<u32>,
+    /// Write every state to a file, which `denoised replay` shows again and turns into an animated SVG.
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
     /// The prompt; for infill the template, where [[N]] is a gap of N tokens, [[N| yes| no]] one that is filled from
     /// these, [[~some text]] a draft to begin with, \[ a bracket that opens no gap and \\ a backslash. With - it is
     /// read from standard input.
@@ -86,23 +90,21 @@ impl Generate {
 
     fn frames(&self) -> FramePolicy {
         let view = self.view();
-        let when = if self.json || !matches!(view, View::Off) {
+        let when = if self.json || self.record.is_some() || !matches!(view, View::Off) {
             frame_policy::When::OnChange
         } else {
             frame_policy::When::Never
         };
         FramePolicy {
             when: when.into(),
-            min_interval_ms: Some(match view {
-                View::Terminal(_) if self.pace.is_none() => REDRAW_MS,
-                View::Terminal(_) | View::Blocks { .. } | View::Off => 0,
-            }),
+            // Every state, however slowly it is shown.
+            min_interval_ms: Some(0),
             ..FramePolicy::default()
         }
     }
 
     fn view(&self) -> View {
-        let terminal = io::stdout().is_terminal();
+        let terminal = io::stdout().is_terminal() && view::is_terminal();
         match self.live {
             _ if self.json => View::Off,
             Live::Auto | Live::Always if terminal => View::terminal(),
@@ -117,63 +119,69 @@ impl Generate {
 
     /// Shows the events and leaves terminal and server in order, whatever happened.
     async fn finish(&self, connection: Connection, request: client::Request) -> Result<(), Failed> {
-        let mut view = self.view();
+        let mut seen = Seen {
+            view: self.view(),
+            recorder: self.record.as_deref().map(Recorder::create).transpose()?,
+            pieces: Pieces::new(connection.server.clone()),
+            states: States::default(),
+            finished: BTreeMap::new(),
+            started: Instant::now(),
+        };
         let retry = Retry {
             times: self.retries,
             ..Retry::default()
         };
         let client = connection.client.clone();
         let events = client.with_retry(retry).run(request).into_stream().boxed();
+        let mut out = io::stdout();
         let shown = tokio::select! {
-            shown = self.show(events, &mut view) => shown,
-            // The stream is dropped, which cancels the request.
+            shown = self.show(events, &mut seen) => shown,
+            // The stream is dropped, which cancels the request; what stands there stays.
             _ = tokio::signal::ctrl_c() => Err(Failed { code: INTERRUPTED, message: String::new() }),
         };
-        let cleared = Failed::unless_closed(view.clear(&mut io::stdout()));
+        let left = match &shown {
+            Err(Failed {
+                code: INTERRUPTED, ..
+            }) => seen.view.leave(&mut out),
+            _ => seen.view.clear(&mut out),
+        };
+        // What is finished is shown even when the rest failed.
+        let printed = match (left, self.json) {
+            (Ok(()), false) => self.print(&seen.finished, &mut out),
+            (left, _) => left,
+        };
+        let recorded = seen.recorder.map_or(Ok(()), Recorder::end);
+        drop(seen.pieces);
         let closed = connection.close().await;
-        shown.and(cleared).and(closed)
+        shown
+            .and(Failed::unless_closed(printed))
+            .and(recorded)
+            .and(closed)
     }
 
-    async fn show(&self, events: Events, view: &mut View) -> Result<(), Failed> {
-        let pace = match (self.pace, &view) {
-            (Some(pace), View::Terminal(_)) => Duration::from_millis(pace.into()),
-            _ => Duration::ZERO,
+    async fn show(&self, events: Events, seen: &mut Seen) -> Result<(), Failed> {
+        let pace = match &seen.view {
+            View::Terminal(_) => Duration::from_millis(self.pace.unwrap_or(view::PACE).into()),
+            View::Off | View::Blocks { .. } => Duration::ZERO,
         };
-        let mut events = if pace.is_zero() {
-            events
-        } else {
-            read_ahead(events)
-        };
+        let mut events = read_ahead(events, seen.started);
         let mut out = io::stdout();
-        let mut finished = BTreeMap::new();
-        let mut ended = Ok(());
-        while let Some(event) = events.next().await {
+        while let Some((event, seconds)) = events.next().await {
             let is_frame = matches!(event, Ok(Event::Frame(_)));
-            let shown = match event {
-                Ok(event) if self.json => print_line(&event, &mut finished, &mut out),
-                Ok(Event::Frame(frame)) => view.show(&frame, &mut out),
-                Ok(Event::Result(result)) => {
-                    finished.insert(result.canvas, result);
-                    Ok(())
-                }
-                Ok(Event::Accepted(_)) => Ok(()),
-                // A line beneath a drawing would move it.
-                Ok(Event::Resumed(_)) if matches!(view, View::Terminal(_)) => Ok(()),
-                Ok(Event::Resumed(resumed)) => {
-                    let told = Failed::from(resumed.after).message;
-                    writeln!(
-                        io::stderr(),
-                        "denoised: {told}; going on ({} of {})",
-                        resumed.attempt,
-                        resumed.of
-                    )
-                }
-                Err(status) => {
-                    ended = Err(status.into());
-                    break;
-                }
+            let event = event?;
+            if let Event::Result(result) = &event {
+                seen.finished.insert(result.canvas, result.clone());
+            }
+            let shown = if self.json {
+                print_line(&event, &mut out)
+            } else {
+                tell(&event, &mut seen.view, &mut out)
             };
-            match shown.and_then(|()| out.flush()) {
+            let drawn = match seen.snapshot(&event, seconds).await? {
+                Some(snapshot) => seen.view.draw(snapshot, &mut out),
+                None => Ok(()),
+            };
+            match shown.and(drawn).and_then(|()| out.flush()) {
                 Ok(()) if is_frame && !pace.is_zero() => tokio::time::sleep(pace).await,
                 Ok(()) => {}
                 // Nobody reads any more, so nothing more is asked for.
@@ -181,17 +189,10 @@ impl Generate {
                 Err(error) => return Err(Failed::software(error)),
             }
         }
-        if ended.is_ok() && finished.is_empty() {
-            ended = Err(Failed::software("the server ended the answer without a result"));
+        if seen.finished.is_empty() {
+            return Err(Failed::software("the server ended the answer without a result"));
         }
-        if self.json {
-            return ended;
-        }
-        // What is finished is shown even when the rest failed.
-        let printed = view
-            .clear(&mut out)
-            .and_then(|()| self.print(&finished, &mut out));
-        ended.and(Failed::unless_closed(printed))
+        Ok(())
     }
 
     fn print(&self, finished: &BTreeMap<u32, CanvasResult>, out: &mut impl Write) -> io::Result<()> {
@@ -209,15 +210,60 @@ impl Generate {
     }
 }
 
+/// What has been seen of a request, and where it is shown.
+struct Seen {
+    view: View,
+    recorder: Option<Recorder>,
+    pieces: Pieces,
+    states: States,
+    finished: BTreeMap<u32, CanvasResult>,
+    started: Instant,
+}
+
+impl Seen {
+    /// The state that `event` tells, where somebody draws or records it.
+    async fn snapshot(&mut self, event: &Event, seconds: f64) -> Result<Option<Snapshot>, Failed> {
+        if self.recorder.is_none() && !matches!(self.view, View::Terminal(_)) {
+            return Ok(None);
+        }
+        let frame = match event {
+            Event::Accepted(accepted) => {
+                self.pieces.are_of(accepted.model.clone());
+                return Ok(None);
+            }
+            Event::Frame(frame) => frame,
+            Event::Result(_) | Event::Resumed(_) => return Ok(None),
+        };
+        self.pieces.learn(frame).await;
+        self.states.frame(frame.clone());
+        let newest = self.states.newest(frame.canvas);
+        let snapshot = newest.and_then(|newest| Snapshot::of(newest, &self.pieces, seconds));
+        if let (Some(recorder), Some(snapshot)) = (&mut self.recorder, &snapshot) {
+            recorder.take(snapshot)?;
+        }
+        Ok(snapshot)
+    }
+}
+
 /// States that are kept to be shown later, at most; a server shows a slow reader the newest state only.
 const AHEAD: usize = 4096;
 
-/// The same events, read as fast as the server sends them.
-fn read_ahead(mut events: Events) -> Events {
+/// The same events, read as fast as the server sends them, with the seconds after which they came.
+fn read_ahead(mut events: Events, started: Instant) -> BoxStream<'static, (Result<Event, Status>, f64)> {
     let (sender, receiver) = tokio::sync::mpsc::channel(AHEAD);
     tokio::spawn(async move {
-        while let Some(event) = events.next().await {
-            if sender.send(event).await.is_err() {
+        loop {
+            // Whoever has stopped listening wants no more of the server either.
+            let event = tokio::select! {
+                event = events.next() => event,
+                () = sender.closed() => return,
+            };
+            let Some(event) = event else { return };
+            if sender
+                .send((event, started.elapsed().as_secs_f64()))
+                .await
+                .is_err()
+            {
                 return;
             }
         }
@@ -229,19 +275,27 @@ fn read_ahead(mut events: Events) -> Events {
     futures_util::stream::unfold(receiver, next).boxed()
 }
 
-fn print_line(
-    event: &Event,
-    finished: &mut BTreeMap<u32, CanvasResult>,
-    out: &mut impl Write,
-) -> io::Result<()> {
+/// Tells people of an event, outside of a drawing.
+fn tell(event: &Event, view: &mut View, out: &mut impl Write) -> io::Result<()> {
+    match event {
+        Event::Frame(frame) => view.show(frame, out),
+        Event::Result(_) | Event::Accepted(_) => Ok(()),
+        // A line beneath a drawing would move it.
+        Event::Resumed(_) if matches!(view, View::Terminal(_)) => Ok(()),
+        Event::Resumed(resumed) => {
+            let told = Failed::from(resumed.after.clone()).message;
+            let (attempt, of) = (resumed.attempt, resumed.of);
+            writeln!(io::stderr(), "denoised: {told}; going on ({attempt} of {of})")
+        }
+    }
+}
+
+fn print_line(event: &Event, out: &mut impl Write) -> io::Result<()> {
     let line: json::Line<'_> = match event {
         Event::Accepted(accepted) => accepted.as_ref().into(),
         Event::Resumed(resumed) => resumed.into(),
         Event::Frame(frame) => frame.into(),
-        Event::Result(result) => {
-            finished.insert(result.canvas, result.clone());
-            result.into()
-        }
+        Event::Result(result) => result.into(),
     };
     writeln!(out, "{}", serde_json::to_string(&line)?)
 }

@@ -1,15 +1,16 @@
 //! The live view: all canvases of a request, redrawn in place on a terminal.
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::time::Instant;
 
-use crossterm::style::{Attribute, Color, Print, ResetColor, SetAttribute, SetForegroundColor};
-use crossterm::terminal::{Clear, ClearType};
-use crossterm::{cursor, queue};
+use ratatui::backend::IntoCrossterm;
+use ratatui::crossterm::style::{ContentStyle, PrintStyledContent, StyledContent};
+use ratatui::crossterm::terminal::{Clear, ClearType};
+use ratatui::crossterm::{cursor, queue, terminal};
+use ratatui::text::Line;
 
-use super::cells::{Cell, Look, cells, wrap};
-use crate::proto::v1::Frame;
+use super::canvas::Snapshot;
+use super::layout::Looks;
+use super::screen::Screen;
 
 /// Columns and rows of a terminal that does not tell its size.
 const FALLBACK: (u16, u16) = (80, 24);
@@ -19,133 +20,71 @@ const LEAST_COLUMNS: u16 = 8;
 /// A drawing, and what has to be gone over to draw it again.
 #[derive(Debug)]
 pub(super) struct Live {
-    colour: bool,
-    /// Lines that the last drawing took; 0 when nothing is drawn and the cursor is shown.
-    drawn: u16,
-    canvases: BTreeMap<u32, Canvas>,
-    started: Instant,
-}
-
-/// The newest state of one canvas.
-#[derive(Debug, Default)]
-struct Canvas {
-    text: String,
-    cells: Vec<Cell>,
-    step: u32,
-    total: u32,
-    masked: u32,
-    nfe: u32,
+    screen: Screen,
+    /// Columns of the lines that the last drawing has; none when nothing is drawn and the cursor is shown.
+    drawn: Vec<u16>,
 }
 
 impl Live {
     pub(super) fn new() -> Self {
+        Self::with(Looks::wanted())
+    }
+
+    fn with(looks: Looks) -> Self {
         Self {
-            // See no-color.org: any value but the empty one.
-            colour: std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()),
-            drawn: 0,
-            canvases: BTreeMap::new(),
-            started: Instant::now(),
+            screen: Screen::new(looks),
+            drawn: Vec::new(),
         }
     }
 
-    pub(super) fn show(&mut self, frame: &Frame, out: &mut impl Write) -> io::Result<()> {
-        let canvas = self.canvases.entry(frame.canvas).or_default();
-        let text = frame.text.clone().unwrap_or_default();
-        *canvas = Canvas {
-            cells: cells(&text, &canvas.text),
-            text,
-            step: frame.step,
-            total: frame.total,
-            masked: frame.masked,
-            nfe: frame.nfe,
-        };
-        let (columns, rows) = crossterm::terminal::size().unwrap_or(FALLBACK);
-        self.draw(columns.max(LEAST_COLUMNS), rows, out)
+    pub(super) fn show(&mut self, snapshot: Snapshot, out: &mut impl Write) -> io::Result<()> {
+        self.screen.put(snapshot);
+        let (columns, rows) = size();
+        self.draw(columns, rows, out)
     }
 
     /// Takes the view away and gives the cursor back.
     pub(super) fn clear(&mut self, out: &mut impl Write) -> io::Result<()> {
-        if self.drawn > 0 {
-            self.rewind(out)?;
+        if !self.drawn.is_empty() {
+            let (columns, _) = size();
+            self.rewind(columns, out)?;
+        }
+        self.leave(out)
+    }
+
+    /// Leaves the view where it is and gives the cursor back.
+    pub(super) fn leave(&mut self, out: &mut impl Write) -> io::Result<()> {
+        if !self.drawn.is_empty() {
             queue!(out, cursor::Show)?;
-            self.drawn = 0;
+            self.drawn.clear();
         }
         out.flush()
     }
 
     fn draw(&mut self, columns: u16, rows: u16, out: &mut impl Write) -> io::Result<()> {
-        self.rewind(out)?;
-        let mut lines = Vec::new();
-        for (number, canvas) in &self.canvases {
-            if self.canvases.len() > 1 {
-                lines.push(plain(&format!("--- canvas {number}")));
-            }
-            lines.extend(wrap(&canvas.cells, columns.into()));
-        }
-        // One row for the status line, one for the cursor below it.
+        self.rewind(columns, out)?;
+        let mut lines = self.screen.lines(columns.into());
+        // One row for the progress, one for the cursor below it.
         let room = usize::from(rows).saturating_sub(2).max(1);
         let hidden = lines.len().saturating_sub(room);
         lines.truncate(room);
+        lines.push(self.screen.progress(columns.into(), hidden));
         for line in &lines {
-            self.line(line, out)?;
+            print(line, out)?;
         }
-        let mut status = plain(&self.status(hidden));
-        // A status of two rows would not be gone over by the next drawing.
-        status.truncate(columns.into());
-        let status: String = status.iter().map(|(c, _)| c).collect();
-        if self.colour {
-            queue!(out, SetForegroundColor(Color::Cyan), Print(status), ResetColor)?;
-        } else {
-            queue!(out, Print(status))?;
-        }
-        queue!(out, Print("\n"))?;
-        self.drawn = lines.len() as u16 + 1;
+        self.drawn = lines.iter().map(|line| line.width() as u16).collect();
         out.flush()
     }
 
-    fn status(&self, hidden: usize) -> String {
-        let sum = |of: fn(&Canvas) -> u32| self.canvases.values().map(|c| u64::from(of(c))).sum::<u64>();
-        let more = if hidden > 0 {
-            format!("  ({hidden} more lines)")
-        } else {
-            String::new()
-        };
-        format!(
-            "step {}/{}  masked {}  NFE {}  {:.1} s{more}",
-            sum(|canvas| canvas.step),
-            sum(|canvas| canvas.total),
-            sum(|canvas| canvas.masked),
-            sum(|canvas| canvas.nfe),
-            self.started.elapsed().as_secs_f64()
-        )
-    }
-
-    fn line(&self, line: &[Cell], out: &mut impl Write) -> io::Result<()> {
-        for run in line.chunk_by(|a, b| a.1 == b.1) {
-            let text: String = run.iter().map(|(c, _)| c).collect();
-            let attribute = match run.first() {
-                Some((_, Look::Masked)) if self.colour => Some(Attribute::Dim),
-                Some((_, Look::Fresh)) if self.colour => Some(Attribute::Bold),
-                _ => None,
-            };
-            match attribute {
-                Some(attribute) => {
-                    queue!(
-                        out,
-                        SetAttribute(attribute),
-                        Print(text),
-                        SetAttribute(Attribute::Reset)
-                    )?;
-                }
-                None => queue!(out, Print(text))?,
-            }
-        }
-        queue!(out, Print("\n"))
-    }
-
-    fn rewind(&self, out: &mut impl Write) -> io::Result<()> {
-        if self.drawn > 0 {
-            queue!(out, cursor::MoveToPreviousLine(self.drawn))?;
+    /// Goes back to where the drawing began; in a terminal that has become narrower its lines have wrapped.
+    fn rewind(&self, columns: u16, out: &mut impl Write) -> io::Result<()> {
+        let rows: u16 = self
+            .drawn
+            .iter()
+            .map(|width| width.div_ceil(columns).max(1))
+            .sum();
+        if rows > 0 {
+            queue!(out, cursor::MoveToPreviousLine(rows))?;
         } else {
             queue!(out, cursor::Hide)?;
         }
@@ -153,30 +92,55 @@ impl Live {
     }
 }
 
-fn plain(text: &str) -> Vec<Cell> {
-    text.chars().map(|c| (c, Look::Plain)).collect()
+/// Columns and rows of the terminal.
+fn size() -> (u16, u16) {
+    match terminal::size() {
+        Ok((columns, rows)) if columns > 0 && rows > 0 => (columns.max(LEAST_COLUMNS), rows),
+        _ => FALLBACK,
+    }
+}
+
+fn print(line: &Line<'_>, out: &mut impl Write) -> io::Result<()> {
+    for span in &line.spans {
+        let style: ContentStyle = line.style.patch(span.style).into_crossterm();
+        if style == ContentStyle::default() {
+            write!(out, "{}", span.content)?;
+        } else {
+            queue!(out, PrintStyledContent(StyledContent::new(style, &span.content)))?;
+        }
+    }
+    writeln!(out)
 }
 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use super::super::canvas::{Held, Position};
     use super::*;
 
-    fn live(colour: bool) -> Live {
-        Live {
-            colour,
-            ..Live::new()
-        }
-    }
-
-    fn frame(canvas: u32, text: &str) -> Frame {
-        Frame {
+    /// A canvas of these texts, of which the empty ones are masked.
+    fn snapshot(canvas: u32, texts: &[&str]) -> Snapshot {
+        let position = |text: &&str| Position {
+            text: (*text).to_owned(),
+            held: if text.is_empty() {
+                Held::Masked
+            } else {
+                Held::Given
+            },
+        };
+        Snapshot {
             canvas,
             step: 1,
             total: 9,
-            text: Some(text.to_owned()),
-            ..Frame::default()
+            positions: texts.iter().map(position).collect(),
+            ..Snapshot::default()
         }
+    }
+
+    fn shown(live: &mut Live, snapshot: Snapshot) -> String {
+        let mut out = Vec::new();
+        live.show(snapshot, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
     }
 
     fn drawn(live: &mut Live, columns: u16, rows: u16) -> String {
@@ -187,11 +151,16 @@ mod tests {
 
     #[test]
     fn a_redraw_goes_back_over_every_line_it_drew() {
-        let mut live = live(false);
-        live.show(&frame(0, "one\ntwo"), &mut Vec::new()).unwrap();
-        assert_eq!(live.drawn, 3);
+        let mut live = Live::with(Looks::Plain);
+        shown(&mut live, snapshot(0, &["one\ntwo"]));
+        assert_eq!(live.drawn.len(), 3);
         let again = drawn(&mut live, 80, 24);
         assert!(again.starts_with("\u{1b}[3F\u{1b}[J"), "{again:?}");
+        // Narrower, the line of progress has become several.
+        let wide = live.drawn[2];
+        let again = drawn(&mut live, 20, 24);
+        let rows = 2 + wide.div_ceil(20);
+        assert!(again.starts_with(&format!("\u{1b}[{rows}F\u{1b}[J")), "{again:?}");
         let mut out = Vec::new();
         live.clear(&mut out).unwrap();
         let out = String::from_utf8(out).unwrap();
@@ -199,22 +168,22 @@ mod tests {
     }
 
     #[test]
-    fn masks_are_dim_fresh_text_is_bold_and_neither_without_colour() {
-        let show = |colour| {
-            let (mut live, mut out) = (live(colour), Vec::new());
-            live.show(&frame(0, "a░░"), &mut Vec::new()).unwrap();
-            live.show(&frame(0, "ab░"), &mut out).unwrap();
-            String::from_utf8(out).unwrap()
-        };
-        assert!(show(true).contains("a\u{1b}[1mb\u{1b}[0m\u{1b}[2m░\u{1b}[0m\n"));
-        assert!(show(false).contains("ab░\n"));
+    fn masks_are_dim_and_nothing_has_colour_where_none_is_wanted() {
+        let positions = ["a", ""];
+        let coloured = shown(&mut Live::with(Looks::Coloured), snapshot(0, &positions));
+        assert!(coloured.contains("a\u{1b}[2m ░░░░\u{1b}[0m\n"), "{coloured:?}");
+        let plain = shown(&mut Live::with(Looks::Plain), snapshot(0, &positions));
+        assert!(
+            plain.contains("a ░░░░\nstep 1/9") && !plain.contains("[2m"),
+            "{plain:?}"
+        );
     }
 
     #[test]
     fn canvases_are_stacked_as_far_as_they_fit() {
-        let mut live = live(false);
+        let mut live = Live::with(Looks::Plain);
         for canvas in 0..3 {
-            live.show(&frame(canvas, "x\ny"), &mut Vec::new()).unwrap();
+            shown(&mut live, snapshot(canvas, &["x\ny"]));
         }
         let all = drawn(&mut live, 80, 24);
         assert!(
@@ -226,14 +195,14 @@ mod tests {
             few.contains("--- canvas 1\nx\ny\nstep") && few.contains("(3 more lines)"),
             "{few}"
         );
-        assert_eq!(live.drawn, 7);
+        assert_eq!(live.drawn.len(), 7);
     }
 
     #[test]
-    fn the_status_stays_in_its_row() {
-        let mut live = live(false);
-        live.show(&frame(0, "x"), &mut Vec::new()).unwrap();
-        let status = drawn(&mut live, 8, 24).lines().last().unwrap().to_owned();
-        assert_eq!(status, "step 1/9");
+    fn the_progress_stays_in_its_row() {
+        let mut live = Live::with(Looks::Plain);
+        shown(&mut live, snapshot(0, &["x"]));
+        let progress = drawn(&mut live, 8, 24).lines().last().unwrap().to_owned();
+        assert_eq!(progress, "step 1/9");
     }
 }

@@ -5,16 +5,24 @@
 
 mod asked;
 mod bench;
-mod cells;
+mod canvas;
 mod connect;
 mod generate;
 mod input;
 mod json;
+mod layout;
 mod live;
+mod manual;
 mod models;
+mod pieces;
+mod play;
 mod probe;
+mod record;
+mod replay;
 mod score;
+mod screen;
 mod serve;
+mod svg;
 mod template;
 mod token;
 mod tokens;
@@ -61,6 +69,12 @@ enum Command {
     /// Fill the gaps of a template such as "My name is [[8]] and I am [[12]]."
     #[command(after_help = EXIT_CODES)]
     Infill(generate::Infill),
+    /// Edit a canvas on the terminal, noise parts of it and denoise them again.
+    #[command(after_help = EXIT_CODES)]
+    Play(play::Play),
+    /// Show a recorded run again, or turn it into an animated SVG.
+    #[command(after_help = EXIT_CODES)]
+    Replay(replay::Replay),
     /// Say how likely texts are.
     #[command(after_help = EXIT_CODES)]
     Score(score::Score),
@@ -88,6 +102,12 @@ enum Command {
     /// Say whether a server takes requests, by the exit code.
     #[command(after_help = EXIT_CODES)]
     Probe(probe::Probe),
+    /// Print what a shell completes commands and options with.
+    #[command(after_help = EXIT_CODES)]
+    Completions(manual::Completions),
+    /// Write manual pages to a folder.
+    #[command(after_help = EXIT_CODES)]
+    Manual(manual::Manual),
     /// Make tokens for those who may call a server.
     #[command(after_help = EXIT_CODES)]
     Token(token::Token),
@@ -218,6 +238,8 @@ pub fn main() -> ExitCode {
             Command::Serve(serve) => serve.run().await,
             Command::Generate(generate) => generate.run().await,
             Command::Infill(infill) => infill.run().await,
+            Command::Play(play) => play.run().await,
+            Command::Replay(replay) => replay.run().await,
             Command::Score(score) => score.run().await,
             Command::Choose(choose) => choose.run().await,
             Command::Models(models) => models.run().await,
@@ -227,6 +249,8 @@ pub fn main() -> ExitCode {
             Command::Detokenize(detokenize) => detokenize.run().await,
             Command::Bench(bench) => bench.run().await,
             Command::Probe(probe) => probe.run().await,
+            Command::Completions(completions) => completions.run(),
+            Command::Manual(manual) => manual.run(),
             Command::Token(token) => token.run(),
         }
     });

@@ -3,8 +3,17 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
+use super::canvas::Snapshot;
 use super::live::Live;
 use crate::proto::v1::Frame;
+
+/// Milliseconds that a state is shown for on a terminal: what eyes can follow.
+pub(super) const PACE: u32 = 40;
+
+/// Whether standard output, being a terminal, can be drawn on.
+pub(super) fn is_terminal() -> bool {
+    std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb")
+}
 
 /// States that a pipe is shown of every canvas, about.
 const BLOCKS: u64 = 8;
@@ -37,6 +46,7 @@ impl View {
         Self::Terminal(Live::new())
     }
 
+    /// Tells a state, in a pipe.
     pub(super) fn show(&mut self, frame: &Frame, out: &mut impl Write) -> io::Result<()> {
         match self {
             Self::Off => Ok(()),
@@ -57,11 +67,27 @@ impl View {
                 )?;
                 writeln!(out, "{}", frame.text.as_deref().unwrap_or_default())
             }
-            Self::Terminal(live) => live.show(frame, out),
+            Self::Terminal(_) => Ok(()),
         }
     }
 
-    /// Leaves the terminal as it was, without the live view.
+    /// Draws a state, on a terminal.
+    pub(super) fn draw(&mut self, snapshot: Snapshot, out: &mut impl Write) -> io::Result<()> {
+        match self {
+            Self::Off | Self::Blocks { .. } => Ok(()),
+            Self::Terminal(live) => live.show(snapshot, out),
+        }
+    }
+
+    /// Leaves what is drawn where it is.
+    pub(super) fn leave(&mut self, out: &mut impl Write) -> io::Result<()> {
+        match self {
+            Self::Off | Self::Blocks { .. } => Ok(()),
+            Self::Terminal(live) => live.leave(out),
+        }
+    }
+
+    /// Takes what is drawn away.
     pub(super) fn clear(&mut self, out: &mut impl Write) -> io::Result<()> {
         match self {
             Self::Off | Self::Blocks { .. } => Ok(()),

@@ -20,7 +20,7 @@ mod balanced;
 mod bearer;
 mod events;
 mod request;
-mod states;
+pub(crate) mod states;
 
 use std::sync::Arc;
 use std::time::Duration;

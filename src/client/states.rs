@@ -7,7 +7,7 @@ use crate::proto::{bits, v1};
 
 /// What has come of a request: enough to go on from on any server.
 #[derive(Clone, Debug, Default)]
-pub(super) struct States {
+pub(crate) struct States {
     accepted: Option<v1::Accepted>,
     /// With a keyframe each.
     frames: BTreeMap<u32, v1::Frame>,
@@ -18,7 +18,7 @@ pub(super) struct States {
 
 impl States {
     /// Takes note of the first event; whether it is news.
-    pub(super) fn accepted(&mut self, accepted: &v1::Accepted) -> bool {
+    pub(crate) fn accepted(&mut self, accepted: &v1::Accepted) -> bool {
         let is_first = self.accepted.is_none();
         if is_first {
             self.accepted = Some(accepted.clone());
@@ -27,7 +27,7 @@ impl States {
     }
 
     /// Takes note of a frame; whether it is news.
-    pub(super) fn frame(&mut self, mut frame: v1::Frame) -> bool {
+    pub(crate) fn frame(&mut self, mut frame: v1::Frame) -> bool {
         frame.text = None;
         if let Some(Content::Keyframe(key)) = &frame.content {
             let is_masked = |(at, _): &(usize, &u32)| {
@@ -64,12 +64,12 @@ impl States {
     }
 
     /// Takes note of a result; whether it is news.
-    pub(super) fn result(&mut self, result: &v1::CanvasResult) -> bool {
+    pub(crate) fn result(&mut self, result: &v1::CanvasResult) -> bool {
         self.finished.insert(result.canvas)
     }
 
     /// Whether all results have come.
-    pub(super) fn is_whole(&self) -> bool {
+    pub(crate) fn is_whole(&self) -> bool {
         let samples = self
             .accepted
             .as_ref()
@@ -78,8 +78,13 @@ impl States {
         self.finished.len() >= samples as usize
     }
 
+    /// The newest state of a canvas, with a keyframe.
+    pub(crate) fn newest(&self, canvas: u32) -> Option<&v1::Frame> {
+        self.frames.get(&canvas)
+    }
+
     /// What to go on from, once the request was accepted.
-    pub(super) fn resume(&self) -> Option<v1::Resume> {
+    pub(crate) fn resume(&self) -> Option<v1::Resume> {
         let accepted = self.accepted.clone()?;
         let running = self
             .frames
