@@ -13,6 +13,7 @@ mod architecture;
 mod balanced;
 mod binary;
 mod cancelling;
+mod clients;
 mod connections;
 mod deadlines;
 mod defaults;

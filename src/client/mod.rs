@@ -20,6 +20,7 @@ mod balanced;
 mod bearer;
 mod events;
 mod request;
+mod scoring;
 pub(crate) mod states;
 
 use std::sync::Arc;
@@ -33,6 +34,7 @@ pub use balanced::{BalancedError, balanced, balanced_with, over};
 pub use bearer::Bearer;
 pub use events::{Event, Events, Resumed};
 pub use request::{Request, draft, gap, gap_of, text, tokens};
+pub use scoring::{Candidate, Service};
 
 /// How often a client goes on after a server has gone away, and how long it waits before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
