@@ -161,6 +161,17 @@ proto-image: ## Take the protos as they are for what later ones must not break; 
 doc: prerequisites ## Build the API documentation, warnings as errors.
 	RUSTDOCFLAGS="$${RUSTDOCFLAGS:-} -D warnings" cargo doc --workspace --no-deps --locked --features $(TESTED)
 
+MDBOOK_VERSION := 0.5.4
+
+.PHONY: docs
+docs: prerequisites ## Write the book (deploy/docs) to target/book (compiles mdbook once).
+	python3 deploy/docs/api.py proto > deploy/docs/src/api.md
+	cp src/diffusion/sampler/measured.svg deploy/docs/src/measured.svg
+	cargo install --quiet --locked --root "$(TOOLS)/cargo" --version $(MDBOOK_VERSION) mdbook
+	book="$$(realpath -m "$${CARGO_TARGET_DIR:-target}")/book"
+	"$(TOOLS)/cargo/bin/mdbook" build deploy/docs --dest-dir "$$book"
+	echo "$$book/index.html"
+
 .PHONY: chart-test
 chart-test: ## Lint, render and validate the Helm chart (skipped by name where a tool is missing).
 	@deploy/test-chart.sh

@@ -20,7 +20,7 @@ fn printed(output: &Output) -> String {
 }
 
 /// A folder that the Python package is installed to, and a Python that finds it.
-fn installed(modules: &str) -> Option<(tempfile::TempDir, Command)> {
+pub(crate) fn installed(modules: &str) -> Option<(tempfile::TempDir, Command)> {
     let python = python("python", modules)?;
     let folder = tempfile::tempdir().unwrap();
     let install = [

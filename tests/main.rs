@@ -18,6 +18,7 @@ mod connections;
 mod deadlines;
 mod defaults;
 mod determinism;
+mod docs;
 mod drafts;
 mod errors;
 mod foreign_client;

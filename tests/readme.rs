@@ -22,14 +22,14 @@ fn commands() -> Vec<String> {
 }
 
 /// A folder with a letter to fill.
-fn folder() -> TempDir {
+pub(crate) fn folder() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("letter.txt"), "Dear[[3]], I am[[4]].\n").unwrap();
     folder
 }
 
 /// Runs a command line as a shell does.
-fn run(command: &str, server: &Serving, folder: &TempDir) -> Output {
+pub(crate) fn run(command: &str, server: &Serving, folder: &TempDir) -> Output {
     let bin = std::path::Path::new(env!("CARGO_BIN_EXE_denoised"))
         .parent()
         .unwrap();

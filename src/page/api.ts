@@ -6,6 +6,8 @@ import { signal } from "@preact/signals";
 import { DiffusionService } from "./made/denoised/v1/diffusion_service_pb";
 import { ModelService } from "./made/denoised/v1/model_service_pb";
 
+/** What went wrong, in words; empty while nothing has. */
+export const problem = signal("");
 /** The caller's token: in memory alone, and gone with the page. */
 export const token = signal("");
 /** Why a token is asked for; empty while none is. */

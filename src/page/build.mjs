@@ -1,5 +1,5 @@
 // Builds the page into the folder that the server embeds, or into another one: node build.mjs [FOLDER].
-import { copyFile, mkdir } from "node:fs/promises";
+import { mkdir } from "node:fs/promises";
 import path from "node:path";
 import { build } from "esbuild";
 
@@ -27,4 +27,3 @@ await build({
   minify: true,
   logLevel: "warning",
 });
-for (const file of ["index.html", "icon.svg"]) await copyFile(path.join(here, file), path.join(out, file));

@@ -2,7 +2,8 @@
 import { signal, useSignal } from "@preact/signals";
 import { render } from "preact";
 import { useEffect } from "preact/hooks";
-import { models, told } from "./api";
+import { models, problem, told } from "./api";
+import { copy } from "./copy";
 import { Editor } from "./editor";
 import type { Model } from "./made/denoised/v1/model_service_pb";
 import { PACES, follow, isPlaying, pace, play, run, scrub, shown } from "./player";
@@ -13,7 +14,6 @@ import { COLOURS, CanvasView, Legend, colours } from "./view";
 import { Candidates, rank } from "./weigh";
 
 const served = signal<Model[]>([]);
-const problem = signal("");
 /** What to do once there is a token. */
 let afterToken = () => {};
 
@@ -165,7 +165,7 @@ function RunView({ run }: { run: Run }) {
             Rank by likelihood
           </button>
         )}
-        <button type="button" onClick={() => void navigator.clipboard?.writeText(location.href)}>
+        <button type="button" onClick={() => void copy(location.href)}>
           Copy link
         </button>
       </div>

@@ -3,6 +3,7 @@ import { signal } from "@preact/signals";
 import { useRef } from "preact/hooks";
 import type { Canvas, State } from "./canvas";
 import { stateAt } from "./canvas";
+import { copy } from "./copy";
 import type { Selection } from "./parts";
 import { templateOf, textOf } from "./parts";
 import { shown } from "./player";
@@ -55,7 +56,7 @@ export function CanvasView({ run, canvas, at, worth, onEdit }: Props) {
         {worth === undefined ? "" : ` · ${worth}`}
       </p>
       <div class="row">
-        <button type="button" onClick={() => void navigator.clipboard?.writeText(text)}>
+        <button type="button" onClick={() => void copy(text)}>
           Copy
         </button>
         <button type="button" onClick={() => onEdit(written(templateOf(state, pieces)), false)}>

@@ -20,7 +20,7 @@ const ASSETS: [Asset; 4] = [
     Asset {
         path: "/",
         content_type: "text/html; charset=utf-8",
-        bytes: include_bytes!("../page/built/index.html"),
+        bytes: include_bytes!("../page/index.html"),
     },
     Asset {
         path: "/page.css",
@@ -35,7 +35,7 @@ const ASSETS: [Asset; 4] = [
     Asset {
         path: "/icon.svg",
         content_type: "image/svg+xml",
-        bytes: include_bytes!("../page/built/icon.svg"),
+        bytes: include_bytes!("../page/icon.svg"),
     },
 ];
 

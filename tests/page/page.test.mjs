@@ -174,7 +174,10 @@ test("a link gives the same text again", async (t) => {
   await denoised(page);
   const text = await heard(page).textContent();
   assert.match(text, /^The son of.+ went to.+\.$/s);
-  const link = page.url();
+  await page.context().grantPermissions(["clipboard-read", "clipboard-write"]);
+  await button(page, "Copy link").click();
+  const link = await page.evaluate(() => navigator.clipboard.readText());
+  assert.equal(link, page.url());
   assert.match(link, /seed=\d+/);
   const other = await open(t, link);
   await other.getByLabel("Shown in").selectOption("0");
@@ -312,6 +315,15 @@ test("samples are ranked and candidates chosen", async (t) => {
   await rows.first().waitFor();
   assert.match(await rows.nth(0).textContent(), /^said 9\d\.\d %|^said 100\.0 %/);
   assert.match(await rows.nth(1).textContent(), /^elephant \d\.\d %/);
+});
+
+test("what cannot be copied is said", async (t) => {
+  const page = await open(t, server.url);
+  await fill(page, "The[[4]].");
+  await denoised(page);
+  await page.evaluate(() => Object.defineProperty(navigator, "clipboard", { value: undefined }));
+  await button(page, "Copy").click();
+  await page.locator(".problem", { hasText: "does not let this page copy" }).waitFor();
 });
 
 test("mistakes are told in words that name them", async (t) => {
