@@ -116,7 +116,8 @@ impl<'a> Writer<'a> {
 
     /// Rows of the embedding, `[batch, length, width]`, and the whole of it where the head shares it.
     fn embed(&mut self, tokens: &Value) -> Result<(Value, Option<Value>), ExportError> {
-        if self.config.tie_embeddings {
+        // In whole numbers the head has a matrix of its own.
+        if self.config.tie_embeddings && self.storage != Storage::Int8 {
             let embedding = self.weight(EMBEDDING)?;
             let x = self.graph.node("Gather", &[&embedding, tokens], vec![]);
             return Ok((x, Some(embedding)));
@@ -139,13 +140,16 @@ impl<'a> Writer<'a> {
 
     /// The linear layer at the end: `[rows, width]` to `[rows, states]`.
     fn head(&mut self, x: &Value, embedding: Option<&Value>) -> Result<Value, ExportError> {
-        let Some(embedding) = embedding else {
-            return self.affine(x, "output_layer.linear");
+        let y = match embedding {
+            Some(embedding) => {
+                let weight = self
+                    .graph
+                    .node("Transpose", &[embedding], vec![ints("perm", &[1, 0])]);
+                self.graph.node("MatMul", &[x, &weight], vec![])
+            }
+            None if self.config.tie_embeddings => self.quantized_product(x, EMBEDDING)?,
+            None => self.product(x, "output_layer.linear")?,
         };
-        let weight = self
-            .graph
-            .node("Transpose", &[embedding], vec![ints("perm", &[1, 0])]);
-        let y = self.graph.node("MatMul", &[x, &weight], vec![]);
         self.biased(&y, "output_layer.linear")
     }
 
@@ -357,16 +361,20 @@ impl<'a> Writer<'a> {
         Ok(self.graph.node("Add", &[x, &bias], vec![]))
     }
 
-    /// `x W` with a weight of a block, where nearly all time goes: in whole numbers if the storage is.
+    /// `x W` with a weight of a block or of the head, where nearly all time goes: in whole numbers if the storage is.
     fn product(&mut self, x: &Value, layer: &str) -> Result<Value, ExportError> {
         let name = format!("{layer}.weight");
         if self.storage != Storage::Int8 {
             return self.linear(x, layer);
         }
         debug_assert!(is_product(&name), "{name}");
-        let weight = self.tensor(&name)?.transposed();
-        self.graph
-            .quantized_product(x, &name, &weight.shape, &weight.data)
+        self.quantized_product(x, &name)
+    }
+
+    /// `x W` in whole numbers, with a weight that the reference keeps as `[out, in]`.
+    fn quantized_product(&mut self, x: &Value, name: &str) -> Result<Value, ExportError> {
+        let weight = self.tensor(name)?.transposed();
+        self.graph.quantized_product(x, name, &weight.shape, &weight.data)
     }
 
     /// `x W`, with the layer's weight, which the reference keeps as `[out, in]`.
@@ -395,10 +403,11 @@ impl<'a> Writer<'a> {
 /// all of the time. The modulation has one row per sequence and decides how much each branch counts.
 pub(super) fn is_product(name: &str) -> bool {
     let products = ["attn_qkv", "attn_out", "mlp.0", "mlp.2"];
-    name.starts_with("blocks.")
+    let is_of_block = name.starts_with("blocks.")
         && products
             .iter()
-            .any(|part| name.ends_with(&format!("{part}.weight")))
+            .any(|part| name.ends_with(&format!("{part}.weight")));
+    is_of_block || name == "output_layer.linear.weight"
 }
 
 /// Splits the last axis in two.

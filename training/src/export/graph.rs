@@ -26,9 +26,9 @@ const ALIGNMENT: u64 = 4096;
 const CHUNK: usize = 1 << 16;
 /// Largest magnitude of a number of 8 bits that stands for an activation.
 const MAX_ACTIVATION: f32 = 127.0;
-/// Largest magnitude of a weight. Processors without VNNI add two products at a time in 16 bits, which hold two of 255
-/// times this and no more.
-const MAX_WEIGHT: f32 = 64.0;
+/// Largest magnitude of a number of 8 bits that stands for a weight. Processors without VNNI add two products at a time in
+/// 16 bits, which would not hold them: there the server asks ONNX Runtime for sums that do.
+const MAX_WEIGHT: f32 = 127.0;
 /// The zero of a uint8 that is used as a signed number.
 const ZERO_UINT8: u8 = 128;
 /// Smallest step between quantised numbers, so that a row of zeros can be divided by it.
@@ -193,19 +193,25 @@ impl<'a> Builder<'a> {
         self.store(&weight, DataType::Int8, shape, quantized);
         let weight_step = self.floats(&format!("{name}.step"), &[outputs], &steps);
 
-        let magnitude = self.node("Abs", &[x], vec![]);
+        // The largest magnitude, without a copy of x: [.., 1].
         let last = self.ints(&[-1]);
-        let largest = self.node("ReduceMax", &[&magnitude, &last], vec![]); // [.., 1]
         let part = self.float(1.0 / MAX_ACTIVATION);
-        let step = self.node("Mul", &[&largest, &part], vec![]);
-        let least = self.float(LEAST_STEP);
-        let step = self.node("Max", &[&step, &least], vec![]);
+        let largest = self.node("ReduceMax", &[x, &last], vec![]);
+        let largest = self.node("Mul", &[&largest, &part], vec![]);
+        let part = self.float(-1.0 / MAX_ACTIVATION);
+        let least = self.node("ReduceMin", &[x, &last], vec![]);
+        let least = self.node("Mul", &[&least, &part], vec![]);
+        let floor = self.float(LEAST_STEP);
+        let step = self.node("Max", &[&largest, &least, &floor], vec![]);
         let x = self.node("Div", &[x, &step], vec![]);
         let (one, zero) = (self.float(1.0), self.byte(ZERO_UINT8));
         let x = self.node("QuantizeLinear", &[&x, &one, &zero], vec![]);
-        let y = self.node("MatMulInteger", &[&x, &weight, &zero], vec![]);
-        let y = self.float_of(&y);
-        let y = self.node("Mul", &[&y, &weight_step], vec![]);
+        // One operator for the product and the steps of the columns: sums in whole numbers need not be written.
+        let y = self.contributed(
+            "MatMulIntegerToFloat",
+            &[&x, &weight, &one, &weight_step, &zero],
+            vec![],
+        );
         Ok(self.node("Mul", &[&y, &step], vec![]))
     }
 
