@@ -78,5 +78,5 @@ try next:
   $denoised generate --seed 3 "My son,"         # on a terminal, watch it denoise
   $denoised infill "The king looked at[[6]] and asked, \"Who[[12]]?\""
   $denoised generate --num-samples 4 --json "Blessed"
-  $denoised serve                               # and any gRPC client: see README.md
+  $denoised serve                               # then open http://127.0.0.1:50051/ in a browser
 END

@@ -334,7 +334,7 @@ impl Server {
         format!("{scheme}://{}", self.address)
     }
 
-    /// Models, workers and device in one line.
+    /// Models, workers, devices and where the page is, in one line.
     pub fn summary(&self) -> String {
         let models = self.service.models.now();
         let default = models.default_model();
@@ -351,8 +351,13 @@ impl Server {
             .collect();
         let engine = &self.config.engine;
         let devices: Vec<String> = engine.devices.iter().map(ToString::to_string).collect();
+        let page = if self.config.server.page {
+            format!("; a page for browsers at {}/", self.url())
+        } else {
+            String::new()
+        };
         format!(
-            "models {}; {} worker(s) of {} thread(s) on {}",
+            "models {}; {} worker(s) of {} thread(s) on {}{page}",
             names.join(", "),
             engine.workers * engine.devices.len(),
             engine.threads(),

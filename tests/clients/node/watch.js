@@ -1,4 +1,5 @@
-// Watches text come out of noise: node watch.js ADDRESS "My name is" 6 "." (numbers are gaps of so many tokens).
+// Watches text come out of noise: node watch.js ADDRESS "My name is" 6 "." (numbers are gaps of so many tokens), after
+// `npm install` in this folder.
 const path = require("node:path");
 const grpc = require("@grpc/grpc-js");
 const loader = require("@grpc/proto-loader");
