@@ -164,7 +164,14 @@ impl Generate {
             View::Terminal(_) => Duration::from_millis(self.pace.unwrap_or(view::PACE).into()),
             View::Off | View::Blocks { .. } => Duration::ZERO,
         };
-        let mut events = read_ahead(events, seen.started);
+        let started = seen.started;
+        let mut events = if pace.is_zero() {
+            // Whoever reads slowly is sent the newest states.
+            let timed = move |event| (event, started.elapsed().as_secs_f64());
+            events.map(timed).boxed()
+        } else {
+            read_ahead(events, started)
+        };
         let mut out = io::stdout();
         while let Some((event, seconds)) = events.next().await {
             let is_frame = matches!(event, Ok(Event::Frame(_)));

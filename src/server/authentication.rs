@@ -8,7 +8,6 @@ use axum::response::{IntoResponse, Response};
 
 use super::caller::Principal;
 use super::openai;
-use super::page;
 use super::status;
 use super::tokens::{Tokens, Unknown};
 use crate::config::{ServerConfig, Who};
@@ -53,7 +52,6 @@ impl Rules {
             "/inference.GRPCInferenceService/ServerLive" | "/inference.GRPCInferenceService/ServerReady" => {
                 Who::Everybody
             }
-            _ if page::is_asset(path) => Who::Everybody,
             _ if path.starts_with("/grpc.health.v1.Health/") => Who::Everybody,
             _ if path.starts_with("/grpc.reflection.") => self.reflection,
             _ => Who::Callers,

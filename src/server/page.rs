@@ -56,12 +56,7 @@ const HEADERS: [(HeaderName, &str); 5] = [
     (header::CACHE_CONTROL, "no-cache"),
 ];
 
-/// Whether `path` is the page's: it is the same for everybody, and asks for a token itself where one is needed.
-pub(super) fn is_asset(path: &str) -> bool {
-    ASSETS.iter().any(|asset| asset.path == path)
-}
-
-/// Serves the page's files.
+/// Serves the page's files, to everybody: they are the same for all, and the page asks for a token where one is needed.
 pub(super) fn routes() -> Router {
     ASSETS.iter().fold(Router::new(), |router, asset| {
         let tag = format!("\"{}\"", sha256(asset.bytes));
