@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::binary::Serving;
@@ -19,10 +20,14 @@ fn printed(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
+/// The package is built in its own folder, where there is room for one.
+static INSTALLING: Mutex<()> = Mutex::new(());
+
 /// A folder that the Python package is installed to, and a Python that finds it.
 pub(crate) fn installed(modules: &str) -> Option<(tempfile::TempDir, Command)> {
     let python = python("python", modules)?;
     let folder = tempfile::tempdir().unwrap();
+    let alone = INSTALLING.lock();
     let install = [
         "-m",
         "pip",
@@ -38,6 +43,7 @@ pub(crate) fn installed(modules: &str) -> Option<(tempfile::TempDir, Command)> {
         .args([folder.path(), &clients().join("python")])
         .output();
     printed(&installing.unwrap());
+    drop(alone);
     let mut command = Command::new(python);
     command.env("PYTHONPATH", folder.path());
     Some((folder, command))
