@@ -1,23 +1,16 @@
 //! The clients and examples of `tests/clients`, each used as it says that it is.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use crate::binary::Serving;
+use crate::binary::{Serving, succeeds};
 use crate::support::{python, skipped};
 
 fn clients() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients")
-}
-
-#[track_caller]
-fn printed(output: &Output) -> String {
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{error}");
-    String::from_utf8(output.stdout.clone()).unwrap()
 }
 
 /// The package is built in its own folder, where there is room for one.
@@ -42,7 +35,7 @@ pub(crate) fn installed(modules: &str) -> Option<(tempfile::TempDir, Command)> {
         .arg("--target")
         .args([folder.path(), &clients().join("python")])
         .output();
-    printed(&installing.unwrap());
+    succeeds(&installing.unwrap());
     drop(alone);
     let mut command = Command::new(python);
     command.env("PYTHONPATH", folder.path());
@@ -56,7 +49,7 @@ fn the_python_package_installs_and_does_what_its_readme_says() {
     };
     let server = Serving::start();
     let script = clients().join("../tools/python_client.py");
-    let told = printed(&command.arg(script).arg(&server.address).output().unwrap());
+    let told = succeeds(&command.arg(script).arg(&server.address).output().unwrap());
     let told: Value = serde_json::from_str(&told).unwrap();
     let kinds: Vec<&str> = told["kinds"]
         .as_array()
@@ -132,7 +125,7 @@ fn the_python_package_installs_and_does_what_its_readme_says() {
         command.env("PYTHONPATH", &path).current_dir(&path);
         command
     };
-    assert!(printed(&run().args(["-c", &shown]).output().unwrap()).contains("My name is"));
+    assert!(succeeds(&run().args(["-c", &shown]).output().unwrap()).contains("My name is"));
     let config = clients().join("python/pyproject.toml");
     let mut typed = run();
     typed
@@ -147,7 +140,7 @@ fn the_python_package_installs_and_does_what_its_readme_says() {
     );
 }
 
-/// Every server that the client talks to goes away, one in the middle of its answer.
+/// The first of two servers is killed in the middle of its answer.
 #[test]
 fn the_python_client_goes_on_when_a_server_goes_away() {
     let Some((_folder, mut command)) = installed("grpc_tools") else {
@@ -181,7 +174,7 @@ print(steps == sorted(steps))
         &first.id().to_string(),
     ]);
     command = command.env("GRPC_ENABLE_FORK_SUPPORT", "0");
-    assert_eq!(printed(&command.output().unwrap()).trim(), "True");
+    assert_eq!(succeeds(&command.output().unwrap()).trim(), "True");
 }
 
 #[test]
@@ -195,7 +188,7 @@ fn a_run_is_plotted() {
         .arg(clients().join("python/examples/plot.py"))
         .arg(&server.address)
         .arg(&picture);
-    assert!(printed(&plotting.output().unwrap()).starts_with("In the beginning"));
+    assert!(succeeds(&plotting.output().unwrap()).starts_with("In the beginning"));
     let bytes = std::fs::read(&picture).unwrap();
     assert!(
         bytes.starts_with(b"\x89PNG") && bytes.len() > 10_000,
@@ -220,7 +213,7 @@ fn the_example_for_node_watches() {
             .env("NODE_PATH", &modules);
         node.output().unwrap()
     };
-    let told = printed(&watch(&["My name is", "6", "."]));
+    let told = succeeds(&watch(&["My name is", "6", "."]));
     let lines: Vec<&str> = told.lines().collect();
     assert_eq!(lines[0], "world-english@1, seed 1");
     assert!(
@@ -258,7 +251,7 @@ fn the_examples_in_rust_solve_what_they_say() {
     let url = format!("http://{}", server.address);
     let run = |name: &str, arguments: &[&str]| {
         let arguments = [&[url.as_str()], arguments].concat();
-        Some(printed(&example(name, &arguments)?.output().unwrap()))
+        Some(succeeds(&example(name, &arguments)?.output().unwrap()))
     };
     let Some(form) = run("form", &[]) else { return };
     let form: Value = serde_json::from_str(&form).unwrap();
@@ -311,7 +304,7 @@ fn the_examples_in_rust_solve_what_they_say() {
     std::fs::write(&typed, "In the beginning\nAnd the king said\n").unwrap();
     let mut completing = example("complete", &[&url]).unwrap();
     completing.stdin(std::fs::File::open(&typed).unwrap());
-    let completed = printed(&completing.output().unwrap());
+    let completed = succeeds(&completing.output().unwrap());
     assert_eq!(completed.lines().count(), 2, "{completed}");
     assert!(completed.contains(" evaluations, "), "{completed}");
 }

@@ -9,6 +9,7 @@ use prost::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::binary::succeeds;
 use crate::plain_http::{ask, get, value};
 use crate::support::{TestServer, closed_form, config, generate, skipped};
 use crate::tokens::token;
@@ -239,16 +240,6 @@ fn node(folder: &str, others: &[&Path]) -> Option<Command> {
     Some(node)
 }
 
-fn succeeds(command: &mut Command) {
-    let output = command.output().unwrap();
-    let told = [output.stdout, output.stderr].concat();
-    assert!(
-        output.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&told)
-    );
-}
-
 #[test]
 fn the_page_works_in_a_browser() {
     let chromium = Path::new(env!("CARGO_MANIFEST_DIR")).join(".tools/bin/chromium");
@@ -258,7 +249,7 @@ fn the_page_works_in_a_browser() {
     node.args(["--test", "page.test.mjs"])
         .env("DENOISED_BINARY", env!("CARGO_BIN_EXE_denoised"))
         .env("CHROMIUM", chromium);
-    succeeds(&mut node);
+    succeeds(&node.output().unwrap());
 }
 
 #[test]
@@ -270,10 +261,12 @@ fn what_is_served_is_what_the_sources_make() {
     }
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/page");
     succeeds(
-        Command::new("sh")
+        &Command::new("sh")
             .args(["-c", script])
             .arg(out.path())
-            .current_dir(&folder),
+            .current_dir(&folder)
+            .output()
+            .unwrap(),
     );
     for file in ["page.css", "page.js"] {
         let (served, made) = (folder.join("built").join(file), out.path().join(file));

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::binary::Serving;
+use crate::binary::{Serving, succeeds};
 use crate::support::{python, skipped};
 
 /// What came of a command in a terminal of 80 columns.
@@ -32,9 +32,7 @@ fn seen(arguments: &[&str], environment: &[(&str, &str)], steps: &Value) -> Opti
         .envs(environment.iter().copied())
         .output()
         .unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{error}");
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let report: Value = serde_json::from_str(&succeeds(&output)).unwrap();
     let lines = |lines: &Value| -> Vec<String> {
         let lines = lines.as_array().unwrap().iter();
         lines.map(|line| line.as_str().unwrap().to_owned()).collect()
@@ -158,12 +156,7 @@ fn a_recording_is_replayed_without_a_server_and_becomes_a_picture() {
             .args(arguments)
             .output()
             .unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        String::from_utf8(output.stdout).unwrap()
+        succeeds(&output)
     };
     let file = recording.to_str().unwrap();
     let text = run(&[

@@ -1,7 +1,7 @@
 //! `denoised generate` and `denoised infill`.
 
 use std::collections::BTreeMap;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -104,7 +104,7 @@ impl Generate {
     }
 
     fn view(&self) -> View {
-        let terminal = io::stdout().is_terminal() && view::is_terminal();
+        let terminal = view::can_draw();
         match self.live {
             _ if self.json => View::Off,
             Live::Auto | Live::Always if terminal => View::terminal(),

@@ -68,13 +68,6 @@ pub(super) struct Layout {
     starts: BTreeSet<usize>,
 }
 
-impl Layout {
-    /// Positions that lines begin with, but for those after line feeds.
-    pub(super) fn starts(&self) -> impl DoubleEndedIterator<Item = usize> {
-        std::iter::once(0).chain(self.starts.iter().copied())
-    }
-}
-
 /// Text that no line breaks: a word, of one position or more.
 #[derive(Debug, Default)]
 struct Word {
@@ -158,6 +151,11 @@ impl Layout {
             }
         }
         lines.into_iter().map(Line::from).collect()
+    }
+
+    /// Positions that lines begin with, but for those after line feeds.
+    pub(super) fn starts(&self) -> impl Iterator<Item = usize> {
+        std::iter::once(0).chain(self.starts.iter().copied())
     }
 }
 

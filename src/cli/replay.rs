@@ -1,7 +1,7 @@
 //! `denoised replay`: a recording once more, on the terminal or as an animated SVG.
 
 use std::collections::BTreeMap;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ impl Replay {
     }
 
     async fn show(&self, mut recording: Recording) -> Result<(), Failed> {
-        let mut view = if view::is_terminal() && io::stdout().is_terminal() {
+        let mut view = if view::can_draw() {
             View::terminal()
         } else {
             View::Off

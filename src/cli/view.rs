@@ -1,7 +1,7 @@
 //! Shows canvases while they denoise: in place on a terminal, as blocks of text in a pipe.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use super::canvas::Snapshot;
 use super::live::Live;
@@ -10,9 +10,9 @@ use crate::proto::v1::Frame;
 /// Milliseconds that a state is shown for on a terminal: what eyes can follow.
 pub(super) const PACE: u32 = 40;
 
-/// Whether standard output, being a terminal, can be drawn on.
-pub(super) fn is_terminal() -> bool {
-    std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb")
+/// Whether standard output is a terminal that can be drawn on.
+pub(super) fn can_draw() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb")
 }
 
 /// States that a pipe is shown of every canvas, about.

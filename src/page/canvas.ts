@@ -22,6 +22,8 @@ export interface State {
 /** The states of a canvas, oldest first, and its result once it is there. */
 export interface Canvas {
   states: State[];
+  /** The mask token, once a masked position was seen. */
+  mask?: number;
   result?: { text: string; early: boolean };
 }
 
@@ -30,8 +32,9 @@ const MAX_KEPT = 1_000_000;
 
 const bit = (bits: Uint8Array, at: number) => (((bits[at >> 3] ?? 0) >> (at & 7)) & 1) === 1;
 
-/** The canvas once `frame` has come; `mask` is the model's mask token. */
-export function withFrame(canvas: Canvas, frame: Frame, mask: number | undefined): Canvas {
+/** The canvas once `frame` has come. */
+export function withFrame(canvas: Canvas, frame: Frame): Canvas {
+  let { mask } = canvas;
   const { step, total, t, sigma, nfe } = frame;
   const before = canvas.states.at(-1);
   let state: State;
@@ -42,6 +45,7 @@ export function withFrame(canvas: Canvas, frame: Frame, mask: number | undefined
       masked: tokens.map((_, at) => bit(masked, at)),
       clamped: tokens.map((_, at) => bit(clamped, at)),
     };
+    mask ??= tokens[state.masked.indexOf(true)];
   } else if (frame.content.case === "delta" && before) {
     const delta = frame.content.value;
     state = {
@@ -62,7 +66,7 @@ export function withFrame(canvas: Canvas, frame: Frame, mask: number | undefined
   const states = canvas.states.filter((known) => known.step < step);
   states.push(state);
   const kept = states.length * state.tokens.length;
-  return { ...canvas, states: kept > MAX_KEPT ? states.filter((_, at) => at % 2 === 0 || at === states.length - 1) : states };
+  return { ...canvas, mask, states: kept > MAX_KEPT ? states.filter((_, at) => at % 2 === 0 || at === states.length - 1) : states };
 }
 
 /** The canvas once its result has come: the last state is whole. */
@@ -74,7 +78,7 @@ export function withResult(canvas: Canvas, result: CanvasResult): Canvas {
     const { tokens, committedAt, logProbabilities, nfe } = result;
     states.push({ ...last, step: last.total, t: 0, sigma: 0, nfe, tokens, committedAt, logProbabilities, masked: tokens.map(() => false) });
   }
-  return { states, result: { text: result.text ?? "", early } };
+  return { ...canvas, states, result: { text: result.text ?? "", early } };
 }
 
 /** The newest state that is no later than `step`. */

@@ -86,7 +86,8 @@ function RunView({ run }: { run: Run }) {
   const worth = useSignal<{ of: Run; nats: number[] } | undefined>(undefined);
   const canvases = run.canvases.value;
   const accepted = run.accepted.value;
-  const { total, newest } = { total: run.total.value, newest: run.newest.value };
+  const total = run.total.value;
+  const newest = run.newest.value;
   const step = Math.min(shown.value, newest);
   const isWhole = run.phase.value === "done" && step === newest;
   const nats = worth.value?.of === run ? worth.value.nats : undefined;

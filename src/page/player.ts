@@ -20,7 +20,8 @@ let last = 0;
 function tick(now: number) {
   const current = run.value;
   if (!isPlaying.value || !current) return;
-  const { newest, total } = { newest: current.newest.value, total: current.total.value };
+  const newest = current.newest.value;
+  const total = current.total.value;
   const passed = (now - last) / 1000;
   last = now;
   exact = pace.value === 0 ? newest : Math.min(newest, exact + (passed * total) / pace.value);

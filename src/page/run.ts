@@ -50,7 +50,7 @@ export class Run {
   /** Runs until the end, and begins again where the server was gone in between. */
   async start() {
     for (let tries = 0; ; ) {
-      const known = this.#come.reduce((sum, { states }) => sum + states.length, 0);
+      const known = this.#seen();
       try {
         await this.#stream();
         this.#show();
@@ -62,8 +62,7 @@ export class Run {
           this.phase.value = "stopped";
           return;
         }
-        const hasMoved = this.#come.reduce((sum, { states }) => sum + states.length, 0) > known;
-        tries = hasMoved ? 1 : tries + 1;
+        tries = this.#seen() > known ? 1 : tries + 1;
         if (!isGone(error) || tries > MAX_TRIES) {
           this.message.value = told(error);
           this.phase.value = "failed";
@@ -75,6 +74,11 @@ export class Run {
         this.#asked = this.#rest();
       }
     }
+  }
+
+  /** How many states have been seen. */
+  #seen(): number {
+    return this.#come.reduce((sum, { states }) => sum + states.length, 0);
   }
 
   /** Ends the run; what stands there stays. */
@@ -90,7 +94,7 @@ export class Run {
     next.#come = this.#come.map((canvas) => {
       const states = canvas.states.filter((state) => state.step <= step);
       const ended = canvas.result && states.at(-1)?.step === canvas.states.at(-1)?.step;
-      return ended ? canvas : { states };
+      return ended ? canvas : { states, mask: canvas.mask };
     });
     next.accepted.value = accepted;
     next.pieces.value = this.pieces.value;
@@ -136,7 +140,7 @@ export class Run {
       }
       case "frame": {
         const { canvas } = event.value;
-        this.#put(canvas, withFrame(this.#come[canvas] ?? { states: [] }, event.value, this.model()?.maskToken));
+        this.#put(canvas, withFrame(this.#come[canvas] ?? { states: [] }, event.value));
         break;
       }
       case "result": {

@@ -1,52 +1,23 @@
-//! `denoised play`: a canvas that is edited, noised and denoised again, as often as one likes.
+//! The canvas of `denoised play` and who stands where in it: what keys do, and how it is drawn.
 
-use std::io::{self, IsTerminal, Write};
-use std::time::{Duration, Instant};
-
-use clap::Args;
-use futures_util::stream::StreamExt;
-use ratatui::crossterm::event::{self, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::Frame;
+use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::layout::{Constraint, Layout as Rows};
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::Line;
 use ratatui::widgets::{Block, Paragraph, Wrap};
-use ratatui::{DefaultTerminal, Frame};
-use tokio::sync::mpsc;
 
-use super::asked::Asked;
-use super::canvas::{Held, Position, Snapshot};
-use super::connect::{Connection, Target};
-use super::layout::{Layout, Looks};
-use super::pieces::Pieces;
-use super::{Failed, view};
-use crate::client::states::States;
-use crate::client::{self, Event};
-use crate::proto::v1::frame::Content;
+use crate::cli::Failed;
+use crate::cli::canvas::{Held, Position, Snapshot};
+use crate::cli::layout::{Layout, Looks};
+use crate::client;
 use crate::proto::v1::template_part::Part;
-use crate::proto::v1::{Draft, FramePolicy, Gap, TemplatePart, TokenList, draft, frame_policy};
+use crate::proto::v1::{Draft, Gap, TemplatePart, TokenList, draft};
 
-/// How long one waits for a key before one looks whether the session is over.
-const LOOK: Duration = Duration::from_millis(100);
-/// Keys that wait, and texts that can be gone back to, at most.
-const KEYS: usize = 64;
+/// Texts that can be gone back to, at most.
 const HISTORY: usize = 100;
 
 const HELP: &str = "arrows move · space selects · g gap · n noise again · i insert · d delete · e edit · u undo · enter denoises · q quits";
-
-/// Options of `denoised play`.
-#[derive(Debug, Args)]
-pub(super) struct Play {
-    #[command(flatten)]
-    target: Target,
-    #[command(flatten)]
-    asked: Asked,
-    /// Milliseconds that each state is shown for; 0 to 60000.
-    #[arg(long, value_name = "MS", default_value_t = view::PACE, value_parser = clap::value_parser!(u32).range(..=60_000))]
-    pace: u32,
-    /// What to begin with: a prompt, or a template as `denoised infill` takes it.
-    #[arg(value_name = "TEXT", default_value = "In the beginning[[30]].")]
-    text: String,
-}
 
 /// What happens to a position with the next denoising.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +37,7 @@ struct Cell {
 
 /// The canvas and who stands where in it.
 #[derive(Debug, Default)]
-struct Session {
+pub(super) struct Session {
     cells: Vec<Cell>,
     step: u32,
     cursor: usize,
@@ -75,13 +46,13 @@ struct Session {
     before: Vec<Vec<Cell>>,
     /// A template that is being typed.
     typed: Option<String>,
-    told: String,
+    pub(super) told: String,
     layout: Layout,
 }
 
 /// What a key asks for.
 #[derive(Debug, PartialEq, Eq)]
-enum Wanted {
+pub(super) enum Wanted {
     Nothing,
     /// The canvas with its marks.
     Denoise,
@@ -90,165 +61,12 @@ enum Wanted {
     Quit,
 }
 
-impl Play {
-    pub(super) async fn run(self) -> Result<(), Failed> {
-        if !io::stdout().is_terminal() || !io::stdin().is_terminal() || !view::is_terminal() {
-            return Err(Failed::usage("play needs a terminal; generate and infill do not"));
-        }
-        let connection = self.target.connect().await?;
-        let mut session = Session::default();
-        let mut terminal = ratatui::try_init().map_err(Failed::software)?;
-        let played = self.play(&connection, &mut session, &mut terminal).await;
-        ratatui::restore();
-        let text = Failed::unless_closed(writeln!(io::stdout(), "{}", session.text()));
-        played.and(text).and(connection.close().await)
-    }
-
-    async fn play(
-        &self,
-        connection: &Connection,
-        session: &mut Session,
-        terminal: &mut DefaultTerminal,
-    ) -> Result<(), Failed> {
-        let mut keys = keys();
-        let mut wanted = Wanted::Begin(self.text.clone());
-        loop {
-            let request = match wanted {
-                Wanted::Nothing => None,
-                Wanted::Quit => return Ok(()),
-                Wanted::Begin(text) => session.said(self.beginning(&text)),
-                Wanted::Denoise => match session.template() {
-                    Some(template) => session.said(self.asked.filling_parts(template, frames())),
-                    None => {
-                        "mark something first: g makes a gap, n noises again".clone_into(&mut session.told);
-                        None
-                    }
-                },
-            };
-            if let Some(request) = request {
-                self.denoise(connection, session, terminal, &mut keys, request)
-                    .await?;
-            }
-            terminal
-                .draw(|frame| session.draw(frame))
-                .map_err(Failed::software)?;
-            let Some(key) = keys.recv().await else {
-                return Ok(());
-            };
-            wanted = session.press(key);
-        }
-    }
-
-    /// The request that `text` stands for, as a prompt or as a template.
-    fn beginning(&self, text: &str) -> Result<client::Request, Failed> {
-        if text.contains("[[") {
-            Ok(self.asked.filling(text, frames())?.into())
-        } else {
-            Ok(self.asked.continuing(text.to_owned(), frames())?.into())
-        }
-    }
-
-    /// Shows what comes of `request`; Escape ends it, and what stands there then stays.
-    async fn denoise(
-        &self,
-        connection: &Connection,
-        session: &mut Session,
-        terminal: &mut DefaultTerminal,
-        keys: &mut mpsc::Receiver<KeyEvent>,
-        request: client::Request,
-    ) -> Result<(), Failed> {
-        session.remember();
-        let mut pieces = Pieces::new(connection.server.clone());
-        let mut states = States::default();
-        let started = Instant::now();
-        let mut events = connection.client.clone().run(request).into_stream();
-        loop {
-            let event = tokio::select! {
-                key = keys.recv() => match key {
-                    Some(key) if is_stop(key) => {
-                        "stopped; enter goes on with what is masked".clone_into(&mut session.told);
-                        return Ok(());
-                    }
-                    Some(_) => continue,
-                    None => return Ok(()),
-                },
-                event = events.next() => event,
-            };
-            match event {
-                None => return Ok(()),
-                Some(Err(status)) => {
-                    session.told = Failed::from(status).message;
-                    return Ok(());
-                }
-                Some(Ok(Event::Accepted(accepted))) => pieces.are_of(accepted.model.clone()),
-                Some(Ok(Event::Frame(frame))) => {
-                    pieces.learn(&frame).await;
-                    states.frame(frame.clone());
-                    if let Some(newest) = states.newest(frame.canvas)
-                        && let Some(Content::Keyframe(key)) = &newest.content
-                        && let Some(snapshot) = Snapshot::of(newest, &pieces, started.elapsed().as_secs_f64())
-                    {
-                        session.take(&key.tokens, snapshot);
-                    }
-                    terminal
-                        .draw(|frame| session.draw(frame))
-                        .map_err(Failed::software)?;
-                    tokio::time::sleep(Duration::from_millis(self.pace.into())).await;
-                }
-                Some(Ok(Event::Result(result))) => {
-                    session.told = format!("{} evaluations, seed {}", result.nfe, result.seed);
-                }
-                Some(Ok(Event::Resumed(_))) => {}
-            }
-        }
-    }
-}
-
-/// Every state, of a single canvas, as tokens.
-fn frames() -> FramePolicy {
-    FramePolicy {
-        when: frame_policy::When::OnChange.into(),
-        min_interval_ms: Some(0),
-        text: frame_policy::Text::None.into(),
-        ..FramePolicy::default()
-    }
-}
-
-/// Keys as they are pressed.
-fn keys() -> mpsc::Receiver<KeyEvent> {
-    let (sender, receiver) = mpsc::channel(KEYS);
-    // Reading blocks: a thread of its own, which ends with the session.
-    std::thread::spawn(move || {
-        while !sender.is_closed() {
-            let key = match event::poll(LOOK) {
-                Ok(true) => event::read(),
-                Ok(false) => continue,
-                Err(error) => Err(error),
-            };
-            let sent = match key {
-                Ok(event::Event::Key(key)) if key.kind == KeyEventKind::Press => sender.blocking_send(key),
-                // Nothing is asked for, but what is there is drawn again.
-                Ok(_) => sender.blocking_send(KeyEvent::new(KeyCode::Null, KeyModifiers::NONE)),
-                Err(_) => return,
-            };
-            if sent.is_err() {
-                return;
-            }
-        }
-    });
-    receiver
-}
-
-fn is_stop(key: KeyEvent) -> bool {
-    key.code == KeyCode::Esc || is_interrupt(key)
-}
-
-fn is_interrupt(key: KeyEvent) -> bool {
+pub(super) fn is_interrupt(key: KeyEvent) -> bool {
     key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL)
 }
 
 impl Session {
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let positions = self.cells.iter().map(|cell| cell.position.clone()).collect();
         let snapshot = Snapshot {
             positions,
@@ -258,7 +76,10 @@ impl Session {
     }
 
     /// A request, or why there is none.
-    fn said<T: Into<client::Request>>(&mut self, request: Result<T, Failed>) -> Option<client::Request> {
+    pub(super) fn said<T: Into<client::Request>>(
+        &mut self,
+        request: Result<T, Failed>,
+    ) -> Option<client::Request> {
         match request {
             Ok(request) => Some(request.into()),
             Err(failed) => {
@@ -269,7 +90,7 @@ impl Session {
     }
 
     /// The canvas as it is becomes one that can be gone back to.
-    fn remember(&mut self) {
+    pub(super) fn remember(&mut self) {
         if self.before.len() == HISTORY {
             self.before.remove(0);
         }
@@ -278,7 +99,7 @@ impl Session {
         self.told.clear();
     }
 
-    fn take(&mut self, tokens: &[u32], snapshot: Snapshot) {
+    pub(super) fn take(&mut self, tokens: &[u32], snapshot: Snapshot) {
         let cells = tokens.iter().zip(snapshot.positions);
         self.cells = cells
             .map(|(&token, position)| Cell {
@@ -296,7 +117,7 @@ impl Session {
     }
 
     /// The canvas with what is marked in it; nothing where nothing is.
-    fn template(&self) -> Option<Vec<TemplatePart>> {
+    pub(super) fn template(&self) -> Option<Vec<TemplatePart>> {
         let is_marked = self.cells.iter().any(|cell| cell.mark != Mark::Stays);
         let runs = self.cells.chunk_by(|a, b| a.mark == b.mark);
         let part = |run: &[Cell]| {
@@ -326,7 +147,7 @@ impl Session {
     }
 
     #[expect(clippy::wildcard_enum_match_arm, reason = "most keys mean nothing here")]
-    fn press(&mut self, key: KeyEvent) -> Wanted {
+    pub(super) fn press(&mut self, key: KeyEvent) -> Wanted {
         if is_interrupt(key) {
             return Wanted::Quit;
         }
@@ -427,7 +248,7 @@ impl Session {
         self.go_to(selected.start);
     }
 
-    fn draw(&mut self, frame: &mut Frame<'_>) {
+    pub(super) fn draw(&mut self, frame: &mut Frame<'_>) {
         let [text, told, help] =
             Rows::vertical([Constraint::Min(3), Constraint::Length(1), Constraint::Length(2)])
                 .areas(frame.area());
