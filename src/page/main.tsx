@@ -3,6 +3,7 @@ import { signal, useSignal } from "@preact/signals";
 import { render } from "preact";
 import { useEffect } from "preact/hooks";
 import { models, problem, told } from "./api";
+import { COLOURS, colours } from "./cells";
 import { copy } from "./copy";
 import { Editor } from "./editor";
 import type { Model } from "./made/denoised/v1/model_service_pb";
@@ -10,7 +11,7 @@ import { PACES, follow, isPlaying, pace, play, run, scrub, shown } from "./playe
 import { Run } from "./run";
 import { change, fromLink, isTyped, request, resolved, settings, toLink } from "./settings";
 import { TokenDialog } from "./token";
-import { COLOURS, CanvasView, Legend, colours } from "./view";
+import { CanvasView, Legend } from "./view";
 import { Candidates, rank } from "./weigh";
 
 const served = signal<Model[]>([]);

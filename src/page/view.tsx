@@ -1,25 +1,12 @@
 // A canvas as it stands after the step that is shown.
-import { signal } from "@preact/signals";
-import { useRef } from "preact/hooks";
-import type { Canvas, State } from "./canvas";
+import { Cells, colours, selection } from "./cells";
+import type { Canvas } from "./canvas";
 import { stateAt } from "./canvas";
 import { copy } from "./copy";
-import type { Selection } from "./parts";
 import { templateOf, textOf } from "./parts";
 import { shown } from "./player";
 import type { Run } from "./run";
 import { written } from "./template";
-
-/** What colours tell. */
-export const COLOURS = { certainty: "how sure it was", time: "when it came", none: "nothing" } as const;
-export const colours = signal<keyof typeof COLOURS>("certainty");
-
-/** Shades of a colour. */
-const SHADES = 5;
-/** Log-probabilities between shades, surest first: nine in ten, one in two, one in eight, one in fifty. */
-const SURE = [Math.log(0.9), Math.log(0.5), Math.log(1 / 8), Math.log(1 / 50)];
-
-const selection = signal<Selection | undefined>(undefined);
 
 interface Props {
   run: Run;
@@ -32,7 +19,6 @@ interface Props {
 
 /** A canvas with what can be done with it. */
 export function CanvasView({ run, canvas, at, worth, onEdit }: Props) {
-  const cells = useRef<HTMLParagraphElement>(null);
   const state = stateAt(canvas, shown.value);
   const pieces = run.pieces.value.known.value;
   if (!state) return <section class="canvas" aria-label={`Sample ${at + 1}`}>waiting …</section>;
@@ -42,13 +28,7 @@ export function CanvasView({ run, canvas, at, worth, onEdit }: Props) {
   const edit = (kind: "gap" | "draft") => onEdit(written(templateOf(state, pieces, selected, kind)), true);
   return (
     <section class="canvas" aria-label={`Sample ${at + 1}`}>
-      <p ref={cells} class="cells" aria-hidden="true" onPointerUp={() => select(cells.current, at)}>
-        {state.tokens.map((token, position) => (
-          <span class={looks(state, position)} data-at={position} title={tells(state, position)}>
-            {state.masked[position] ? "░░" : word(pieces.get(token) ?? "·")}
-          </span>
-        ))}
-      </p>
+      <Cells state={state} pieces={pieces} at={at} />
       <p class="heard">{text}</p>
       <p class="facts">
         {state.masked.filter(Boolean).length} of {state.tokens.length} masked · {state.nfe} evaluations
@@ -80,47 +60,6 @@ export function CanvasView({ run, canvas, at, worth, onEdit }: Props) {
       </div>
     </section>
   );
-}
-
-/** A token's text, of which the space before it has no colour. */
-function word(piece: string) {
-  const bare = piece.trimStart();
-  return [piece.slice(0, piece.length - bare.length), <span>{bare}</span>];
-}
-
-/** Takes the positions that the browser's selection covers. */
-function select(cells: HTMLElement | null, canvas: number) {
-  const chosen = document.getSelection();
-  selection.value = undefined;
-  if (!cells || !chosen || chosen.isCollapsed) return;
-  const positions = [...cells.children].flatMap((cell, at) => (chosen.containsNode(cell, true) ? [at] : []));
-  const [first, last] = [positions.at(0), positions.at(-1)];
-  if (first !== undefined && last !== undefined) selection.value = { canvas, from: first, to: last + 1 };
-}
-
-/** The classes of a position. */
-function looks(state: State, at: number): string {
-  if (state.masked[at]) return "cell masked";
-  if (state.clamped[at]) return "cell clamped";
-  const committed = state.committedAt[at] ?? 0;
-  const fresh = committed === state.step && committed > 0 ? " fresh" : "";
-  if (committed === 0 || colours.value === "none") return `cell${fresh}`;
-  const logProbability = state.logProbabilities[at] ?? 0;
-  const shade =
-    colours.value === "certainty"
-      ? SURE.filter((limit) => logProbability < limit).length
-      : Math.min(SHADES - 1, Math.floor((SHADES * committed) / (state.total + 1)));
-  return `cell ${colours.value}-${shade}${fresh}`;
-}
-
-/** What a position tells when it is pointed at. */
-function tells(state: State, at: number): string {
-  if (state.masked[at]) return "masked";
-  if (state.clamped[at]) return "given";
-  const committed = state.committedAt[at] ?? 0;
-  if (committed === 0) return "as it was";
-  const percent = 100 * Math.exp(state.logProbabilities[at] ?? 0);
-  return `step ${committed} of ${state.total}, probability ${percent < 1 ? percent.toPrecision(1) : percent.toFixed(0)} %`;
 }
 
 /** What the shades mean. */

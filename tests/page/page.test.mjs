@@ -215,6 +215,55 @@ test("a selection becomes a gap, and text is edited where it stands", async (t) 
   assert.ok(edited.startsWith("And the") && edited.endsWith(text.slice(text.indexOf(" up") + 3)), edited);
 });
 
+test("tokens are selected with the keyboard alone", async (t) => {
+  const page = await open(t, server.url);
+  await fill(page, "And the man went up to the house of the king, and the king said to him[[8]].", { seed: 5 });
+  await denoised(page);
+  const text = await heard(page).textContent();
+  const tokens = page.getByRole("listbox", { name: "Tokens of sample 1" });
+  const active = () => tokens.evaluate((list) => document.getElementById(list.getAttribute("aria-activedescendant")).textContent);
+  await page.getByRole("button", { name: "Copy link" }).focus();
+  await page.keyboard.press("Tab");
+  assert.equal(await tokens.evaluate((list) => list === document.activeElement), true);
+  const press = async (...keys) => {
+    for (const key of keys) await page.keyboard.press(key);
+  };
+  await press("ArrowRight", "ArrowRight");
+  assert.equal(await active(), " man");
+  await press("Shift+ArrowRight", "Shift+ArrowRight", "Shift+ArrowLeft");
+  assert.deepEqual(await tokens.locator("[aria-selected=true]").allTextContents(), [" man", " went"]);
+  await press("ArrowRight");
+  assert.equal(await tokens.locator("[aria-selected=true]").count(), 0);
+  await press("Shift+ArrowLeft", "Shift+ArrowLeft", "Shift+ArrowLeft");
+  assert.deepEqual(await tokens.locator("[aria-selected=true]").allTextContents(), [" the", " man", " went", " up"]);
+  await press("Escape", "End");
+  assert.equal(await active(), ".");
+  await press("Space", "Control+a");
+  assert.equal(await tokens.locator("[aria-selected=false]").count(), 0);
+  await press("Home", "ArrowUp");
+  assert.equal(await active(), "And");
+
+  // A line down and up again.
+  await page.setViewportSize({ width: 360, height: 900 });
+  const top = () =>
+    tokens.evaluate((list) => {
+      const cell = document.getElementById(list.getAttribute("aria-activedescendant"));
+      return Math.round(cell.getClientRects()[0].top - list.getBoundingClientRect().top);
+    });
+  const line = await top();
+  await press("ArrowRight", "ArrowRight", "ArrowDown");
+  const below = await top();
+  assert.ok(below > line, `${below} under ${line}`);
+  await press("ArrowUp");
+  assert.equal(await top(), line);
+  assert.equal(await active(), " man");
+
+  await press("Shift+ArrowRight", "Shift+ArrowRight");
+  while (await button(page, "Make selection a gap").last().evaluate((button) => button !== document.activeElement)) await press("Tab");
+  await press("Enter");
+  assert.equal(await page.getByLabel("Text and gaps").inputValue(), text.replace(" man went up", "[[3]]"));
+});
+
 test("a run is stopped in its middle, and goes on from there", async (t) => {
   const page = await open(t, server.url);
   const fields = { length: 128, steps: 2000, sampler: "theta_trapezoidal", seed: 9 };
@@ -350,6 +399,8 @@ test("nothing is inaccessible, in both themes and on a phone", async (t) => {
       await page.getByText("Candidates for a gap").click();
       await button(page, "Choose").click();
       await page.locator(".candidates tbody tr").first().waitFor();
+      await page.getByRole("listbox").first().focus();
+      for (const key of ["ArrowRight", "ArrowRight", "Shift+ArrowRight"]) await page.keyboard.press(key);
       await check(page, `${colorScheme}-${width}`);
       await page.locator(".editor details").evaluate((details) => (details.open = false));
       await page.getByLabel("Colours tell").selectOption("time");
