@@ -4,6 +4,7 @@
 mod chain;
 mod common;
 mod evaluate;
+mod export_measures;
 mod export_parity;
 mod fine_tuning;
 mod fit;

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use denoised::bundle::{Defaults, Manifest};
+use denoised::bundle::{Bundle, Defaults, Manifest};
 use denoised::diffusion::Token;
 use training::config::RunConfig;
 use training::data::TokenFile;
-use training::export::{self, Options, Storage, TrainedModel};
+use training::export::{self, Measure, Options, Storage, TrainedModel};
 use training::fit::checkpoint::Which;
 use training::model::device::DeviceName;
 
@@ -37,8 +37,8 @@ pub(crate) struct Arguments {
     /// '{"sampler": "first-hitting", "temperature": 0.9}'.
     #[arg(long, value_name = "JSON", value_parser = defaults)]
     defaults: Option<Defaults>,
-    /// Also bound the likelihood of the run's held-out text, as `evaluate --baselines` does, and write that into the
-    /// manifest.
+    /// Also bound the likelihood of the run's held-out text under the bundle, as `evaluate --baselines` does under the
+    /// run, and write that into the manifest; with f16 and int8 beside the bound of the weights as they were.
     #[arg(long)]
     measure: bool,
     /// Where --measure runs the network: `cpu`, or `cuda:N`.
@@ -69,14 +69,16 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Storage::F32 => Vec::new(),
         Storage::F16 | Storage::Int8 => held_out(&config, run.network.config().length)?,
     };
-    let mut provenance = run.provenance(&corpus);
-    if measure {
-        provenance["validation"] = run.measures()?;
-    }
+    let provenance = run.provenance(&corpus);
+    let measures = |bundle: &Bundle| {
+        run.measures(bundle, storage, device)
+            .map_err(|error| format!("{error:#}"))
+    };
     let options = Options {
         storage,
         defaults,
         text: &text,
+        measure: measure.then_some(Measure(&measures)),
         ..Options::default()
     };
     let model = TrainedModel {
@@ -91,12 +93,13 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     };
     let manifest = export::bundle_with(&out, model, &options)?;
     println!(
-        "{}: {}, {} states, length {}, {storage}{}",
+        "{}: {}, {} states, length {}, {storage}{}{}",
         out.display(),
         manifest.name,
         manifest.vocab_size,
         manifest.max_length,
-        difference(&manifest)
+        difference(&manifest),
+        bound(&manifest)
     );
     Ok(())
 }
@@ -126,4 +129,23 @@ fn difference(manifest: &Manifest) -> String {
         ),
         _ => String::new(),
     }
+}
+
+/// How good the bundle is, for people.
+fn bound(manifest: &Manifest) -> String {
+    let validation = &manifest.provenance["validation"];
+    let of = |key: &str| validation[key].as_f64();
+    let (Some(bits), Some(error)) = (of("bound_bits_per_byte"), of("standard_error_bits_per_byte")) else {
+        return String::new();
+    };
+    let float32 = of("bound_bits_per_byte_of_f32").map(|float32| {
+        format!(
+            ", {:+.3} % beside f32's {float32:.4}",
+            100.0 * (bits / float32 - 1.0)
+        )
+    });
+    format!(
+        "; held-out text {bits:.4} ± {error:.4} bits per byte{}",
+        float32.unwrap_or_default()
+    )
 }

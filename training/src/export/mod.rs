@@ -104,6 +104,9 @@ pub enum ExportError {
     /// The bundle cannot be written.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    /// What [`Measure`] says.
+    #[error("how good the bundle is cannot be measured: {0}")]
+    Measure(String),
 }
 
 /// The network as an ONNX file: inputs `tokens` int64 `[batch, length]`, `sigma` float32 `[batch]` (where
@@ -191,6 +194,16 @@ pub struct TrainedModel<'a> {
     pub provenance: serde_json::Value,
 }
 
+/// Says how good a bundle is, as it will be served, for `provenance.validation` of its manifest.
+#[derive(Clone, Copy)]
+pub struct Measure<'a>(pub &'a dyn Fn(&Bundle) -> Result<serde_json::Value, String>);
+
+impl fmt::Debug for Measure<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Measure")
+    }
+}
+
 /// How to write a bundle.
 #[derive(Debug, Clone, Copy)]
 pub struct Options<'a> {
@@ -202,6 +215,8 @@ pub struct Options<'a> {
     pub defaults: Option<Defaults>,
     /// Clean sequences to measure the cost of the storage on; without, random tokens.
     pub text: &'a [Vec<Token>],
+    /// Measures the bundle before anybody sees it.
+    pub measure: Option<Measure<'a>>,
 }
 
 impl Default for Options<'_> {
@@ -211,6 +226,7 @@ impl Default for Options<'_> {
             external_above: EXTERNAL_ABOVE,
             defaults: None,
             text: &[],
+            measure: None,
         }
     }
 }
@@ -233,7 +249,7 @@ pub fn bundle_with(
     model: TrainedModel<'_>,
     options: &Options<'_>,
 ) -> Result<Manifest, ExportError> {
-    if options.storage != Storage::F32 {
+    if options.storage != Storage::F32 || options.measure.is_some() {
         // A missing runtime is told before anything is written.
         onnx::runtime()?;
     }
@@ -257,6 +273,9 @@ pub fn bundle_with(
         export["difference_from_f32"] = json!(measured);
     }
     manifest.provenance = with_export(model.provenance, export);
+    if let Some(Measure(measure)) = options.measure {
+        manifest.provenance["validation"] = measure(&candidate).map_err(ExportError::Measure)?;
+    }
     writer.describe(&mut manifest)?;
     writer.commit(directory)?;
     Ok(manifest)
