@@ -119,6 +119,11 @@ pub struct ModelsConfig {
     pub cache: Option<PathBuf>,
     /// Megabytes of versions that are kept there.
     pub cache_megabytes: u64,
+    /// Folder in which networks are kept as ONNX Runtime has prepared them for this machine; empty for none.
+    #[serde(deserialize_with = "empty_is_none")]
+    pub prepared: Option<PathBuf>,
+    /// Megabytes of networks that are kept there.
+    pub prepared_megabytes: u64,
     /// `name` or `name@version` that requests get which name no model; empty for the first one.
     #[serde(deserialize_with = "empty_is_none")]
     pub default: Option<String>,
@@ -140,6 +145,8 @@ impl Default for ModelsConfig {
             repository: None,
             cache: None,
             cache_megabytes: 20_480,
+            prepared: None,
+            prepared_megabytes: 20_480,
             default: None,
             pin: Vec::new(),
             demo: true,
@@ -154,6 +161,11 @@ impl ModelsConfig {
         for (key, value, wanted) in [
             ("models.memory_megabytes", self.memory_megabytes, "0 to 1048576"),
             ("models.cache_megabytes", self.cache_megabytes, "1 to 1048576"),
+            (
+                "models.prepared_megabytes",
+                self.prepared_megabytes,
+                "1 to 1048576",
+            ),
         ] {
             if value > 1 << 20 {
                 return Err(ConfigError::Range {
@@ -394,8 +406,9 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let at_least_one: [(&'static str, u64); 14] = [
+        let at_least_one: [(&'static str, u64); 15] = [
             ("models.cache_megabytes", self.models.cache_megabytes),
+            ("models.prepared_megabytes", self.models.prepared_megabytes),
             (
                 "server.max_concurrent_streams",
                 self.server.max_concurrent_streams.into(),

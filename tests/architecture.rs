@@ -303,7 +303,7 @@ fn few_files_touch_networks_and_the_proto() {
     assert_eq!(who("engine", ".log_score("), ["pass"]);
     assert_eq!(who("engine", ".network()"), ["worker"]);
     assert_eq!(who("models", ".network("), ["sessions"]);
-    assert_eq!(who("network", "ort::"), ["onnx"]);
+    assert_eq!(who("network", "ort::"), ["onnx", "prepared", "runtime"]);
     assert_eq!(
         who("engine", "SamplerKind::"),
         Vec::<String>::new(),

@@ -40,6 +40,7 @@ mod operations;
 mod page;
 mod picker;
 mod plain_http;
+mod prepared;
 mod readme;
 mod repository;
 mod resume;

@@ -21,6 +21,7 @@ struct Alive {
 struct Counted {
     network: ClosedForm,
     alive: Arc<Alive>,
+    shares_weights: bool,
 }
 
 impl Counted {
@@ -30,6 +31,7 @@ impl Counted {
         Self {
             network: ClosedForm::new(manifest(GraphKind::Absorbing).graph(), sentences()),
             alive: Arc::clone(alive),
+            shares_weights: false,
         }
     }
 }
@@ -47,6 +49,10 @@ impl ScoreNetwork for Counted {
         read: &mut dyn FnMut(ScoreRows<'_>),
     ) -> Result<(), NetworkError> {
         self.network.log_score(batch, read)
+    }
+
+    fn shares_weights(&self) -> bool {
+        self.shares_weights
     }
 }
 
@@ -88,6 +94,44 @@ fn models_take_turns_in_a_memory_that_is_too_small_for_all() {
         .iter()
         .filter(|model| engine.state(model) == ModelState::Ready);
     assert!(ready.count() <= 2 && idle(&engine));
+}
+
+/// Networks that have their weights in common have room beside each other where one has, and take it as long as there is
+/// one of them.
+#[test]
+fn common_weights_take_memory_once() {
+    let alive = Arc::new(Alive::default());
+    let sharing = |version| {
+        let alive = Arc::clone(&alive);
+        let network: NetworkSource = Box::new(move || {
+            let mut network = Counted::new(&alive);
+            network.shares_weights = true;
+            Ok(Box::new(network))
+        });
+        let model = ServedModel::without_bundle(manifest(GraphKind::Absorbing), version, network);
+        Arc::new(model.with_bytes(10))
+    };
+    let models = [1, 2].map(sharing);
+    let engine = Engine::start(EngineOptions {
+        network_bytes: 15,
+        ..options(3)
+    })
+    .unwrap();
+    let in_memory = |count| {
+        let started = Instant::now();
+        while alive.now.load(Ordering::Acquire) != count {
+            assert!(started.elapsed() < Duration::from_secs(20), "{alive:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    // They take turns: one's networks all leave before the other's come.
+    for round in 0..3 {
+        for model in &models {
+            tokens(&mut engine.admit(request(model, round)).unwrap());
+            in_memory(3);
+        }
+    }
+    assert!(alive.most.load(Ordering::Acquire) <= 3, "{alive:?}");
 }
 
 #[test]

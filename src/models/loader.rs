@@ -1,7 +1,7 @@
 //! Puts networks into memory: every load has a thread of its own, and all of them share a budget of bytes.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -79,16 +79,36 @@ pub(super) struct Charge<W: Waiting> {
     loader: Weak<Loader<W>>,
     pub(super) device: usize,
     bytes: u64,
-    /// How many networks its model has on each device.
-    placed: Arc<[AtomicUsize]>,
+    model: Arc<ServedModel>,
+    /// What its model has on each device.
+    placed: Arc<[Placed]>,
+}
+
+/// What a model has on a device.
+#[derive(Debug, Default)]
+pub(super) struct Placed {
+    /// Networks.
+    pub(super) networks: AtomicUsize,
+    /// Bytes of networks that are gone, while others have their weights still.
+    left_behind: AtomicU64,
 }
 
 impl<W: Waiting> Drop for Charge<W> {
     fn drop(&mut self) {
-        self.placed[self.device].fetch_sub(1, Ordering::AcqRel);
-        if let Some(loader) = self.loader.upgrade() {
-            loader.memory.lock().taken[self.device] -= self.bytes;
+        let placed = &self.placed[self.device];
+        let Some(loader) = self.loader.upgrade() else {
+            placed.networks.fetch_sub(1, Ordering::AcqRel);
+            return;
+        };
+        let mut memory = loader.memory.lock();
+        let is_last = placed.networks.fetch_sub(1, Ordering::AcqRel) == 1;
+        if is_last || !self.model.shares_weights() {
+            let left_behind = placed.left_behind.swap(0, Ordering::AcqRel);
+            memory.taken[self.device] -= self.bytes + left_behind;
+            drop(memory);
             loader.look_again();
+        } else {
+            placed.left_behind.fetch_add(self.bytes, Ordering::AcqRel);
         }
     }
 }
@@ -258,18 +278,24 @@ impl<W: Waiting> Loader<W> {
                 budget: memory.budget,
             });
         }
-        let placed = |device: usize| sessions.placed[device].load(Ordering::Acquire);
-        let fits = |device: &usize| bytes <= memory.budget.saturating_sub(memory.taken[*device]);
+        let placed = |device: usize| sessions.placed[device].networks.load(Ordering::Acquire);
+        let needed = |device: usize| {
+            let has_weights = sessions.model.shares_weights() && placed(device) > 0;
+            if has_weights { 0 } else { bytes }
+        };
+        let fits = |device: &usize| needed(*device) <= memory.budget.saturating_sub(memory.taken[*device]);
         let device = devices
             .filter(fits)
             .min_by_key(|&device| (placed(device), memory.taken[device]));
         if let Some(device) = device {
+            let bytes = needed(device);
             memory.taken[device] += bytes;
-            sessions.placed[device].fetch_add(1, Ordering::AcqRel);
+            sessions.placed[device].networks.fetch_add(1, Ordering::AcqRel);
             return Room::Taken(Charge {
                 loader: Weak::clone(&self.own),
                 device,
                 bytes,
+                model: Arc::clone(&sessions.model),
                 placed: Arc::clone(&sessions.placed),
             });
         }

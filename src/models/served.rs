@@ -22,6 +22,8 @@ pub struct ServedModel {
     bytes: u64,
     /// Shape of outputs; known when a network has been loaded.
     output: OnceLock<Output>,
+    /// Whether its networks have their weights in common; known when a network has been loaded.
+    shares_weights: AtomicBool,
     /// Whether it is served to nobody new any more.
     retired: AtomicBool,
 }
@@ -37,6 +39,7 @@ impl ServedModel {
             networks: vec![network],
             bytes: bundle.weight_bytes(),
             output: OnceLock::new(),
+            shares_weights: AtomicBool::new(false),
             retired: AtomicBool::new(false),
         })
     }
@@ -50,6 +53,7 @@ impl ServedModel {
             networks: vec![network],
             bytes: 0,
             output: OnceLock::new(),
+            shares_weights: AtomicBool::new(false),
             retired: AtomicBool::new(false),
         }
     }
@@ -97,6 +101,11 @@ impl ServedModel {
         self.bytes
     }
 
+    /// Whether a network takes no memory worth speaking of beside another one on its device.
+    pub fn shares_weights(&self) -> bool {
+        self.shares_weights.load(Ordering::Acquire)
+    }
+
     pub(super) fn retire(&self) {
         self.retired.store(true, Ordering::Release);
     }
@@ -118,6 +127,8 @@ impl ServedModel {
         };
         let network = source()?;
         self.output.get_or_init(|| network.output());
+        self.shares_weights
+            .store(network.shares_weights(), Ordering::Release);
         Ok(network)
     }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::loader::{Charge, Loader, Put, Room, Waiting};
+use super::loader::{Charge, Loader, Placed, Put, Room, Waiting};
 use super::memory::Stay;
 use super::{ModelState, ServedModel};
 use crate::network::{NetworkError, ScoreNetwork};
@@ -73,7 +73,7 @@ impl<W: Waiting> std::fmt::Debug for Session<W> {
 pub struct Sessions<W: Waiting> {
     pub(super) model: Arc<ServedModel>,
     /// How many there are on each device.
-    pub(super) placed: Arc<[AtomicUsize]>,
+    pub(super) placed: Arc<[Placed]>,
     /// Guards what follows. Held for moves only, never while a session is loaded, run or dropped.
     held: Mutex<Held<W>>,
 }
@@ -118,7 +118,7 @@ impl<W: Waiting> Sessions<W> {
         let now = Instant::now();
         Self {
             model: Arc::clone(model),
-            placed: (0..devices).map(|_| AtomicUsize::new(0)).collect(),
+            placed: (0..devices).map(|_| Placed::default()).collect(),
             held: Mutex::new(Held {
                 idle: Vec::new(),
                 count: 0,

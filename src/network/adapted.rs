@@ -85,6 +85,10 @@ impl<N: ScoreNetwork + 'static> ScoreNetwork for Adapted<N> {
         self.network.output()
     }
 
+    fn shares_weights(&self) -> bool {
+        self.network.shares_weights()
+    }
+
     fn stop_handle(&self) -> Option<Arc<dyn Stop>> {
         self.network.stop_handle()
     }

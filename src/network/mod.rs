@@ -196,6 +196,11 @@ pub trait ScoreNetwork: Send {
         Output::default()
     }
 
+    /// Whether it has its weights in common with the other networks of its model on its device.
+    fn shares_weights(&self) -> bool {
+        false
+    }
+
     /// Returns what ends evaluations of this network that take too long, where something can.
     fn stop_handle(&self) -> Option<Arc<dyn Stop>> {
         None

@@ -3,18 +3,24 @@
 //! Inputs are found by name, so that foreign exporters need no agreement about order; the contract is
 //! in the README. The runtime is a shared library that is loaded once per process ([`runtime`]).
 
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, mpsc};
+#[cfg(feature = "serve")]
+mod prepared;
+mod runtime;
+
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use half::f16;
-use ort::environment::Environment;
-use ort::session::builder::GraphOptimizationLevel;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{RunOptions, Session};
 use ort::value::{DynValue, TensorElementType, TensorRef, ValueType};
 
+#[cfg(feature = "serve")]
+pub use prepared::{Prepared, PreparedError};
+pub use runtime::{disable_telemetry, runtime};
+
 use super::{Batch, NetworkError, Output, ScoreNetwork, ScoreRows, Stop};
-use crate::bundle::{Bundle, ModelBytes};
+use crate::bundle::{Bundle, Manifest, ModelBytes};
 
 /// Where an [`OnnxNetwork`] runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,7 +92,18 @@ pub struct OnnxNetwork {
     takes_sigma: bool,
     takes_positions: bool,
     half: bool,
+    weights: Weights,
     run: Run,
+}
+
+/// Where the weights of a session are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Weights {
+    /// In memory of its own.
+    Own,
+    /// In a file that all sessions of the network map.
+    #[cfg(feature = "serve")]
+    Mapped,
 }
 
 /// Positions of the canvas that a network is tried with when it is loaded.
@@ -115,8 +132,30 @@ impl OnnxNetwork {
     /// Loads the network of `bundle`, checks it against its manifest and evaluates it once: what cannot run is
     /// told now, and what the runtime sets up at first is not a request's to wait for.
     pub fn load(bundle: &Bundle, options: &OnnxOptions) -> Result<Self, NetworkError> {
-        let mut network = Self::open(bundle, options)?;
+        let network = Self::new(open_session(bundle, options)?, bundle.manifest())?;
+        network.tried(bundle.manifest())
+    }
+
+    /// The same from a folder of prepared networks, whose weights are shared with all others that come from there. What
+    /// is not there yet is prepared; where that cannot be, it is loaded as without.
+    #[cfg(feature = "serve")]
+    pub fn load_prepared(
+        bundle: &Bundle,
+        options: &OnnxOptions,
+        prepared: &Prepared,
+    ) -> Result<Self, NetworkError> {
         let manifest = bundle.manifest();
+        match prepared.session(bundle, options) {
+            Some(session) => {
+                let mut network = Self::new(session, manifest)?;
+                network.weights = Weights::Mapped;
+                network.tried(manifest)
+            }
+            None => Self::load(bundle, options),
+        }
+    }
+
+    fn tried(mut self, manifest: &Manifest) -> Result<Self, NetworkError> {
         let length = manifest.max_length.min(TRIAL);
         let token = manifest.mask_token.unwrap_or(0);
         let trial = Batch {
@@ -126,13 +165,13 @@ impl OnnxNetwork {
             positions: &[0],
         };
         let (over, timer) = mpsc::sync_channel::<()>(0);
-        let run = network.run.clone();
+        let run = self.run.clone();
         std::thread::spawn(move || {
             if timer.recv_timeout(TRIAL_TIME) == Err(mpsc::RecvTimeoutError::Timeout) {
                 run.stop();
             }
         });
-        let tried = network.log_score(&trial, &mut |_| {});
+        let tried = self.log_score(&trial, &mut |_| {});
         drop(over);
         tried.map_err(|error| match error {
             NetworkError::Run(problem) => {
@@ -144,12 +183,10 @@ impl OnnxNetwork {
             | NetworkError::Room { .. }
             | NetworkError::Memory(_)) => error,
         })?;
-        Ok(network)
+        Ok(self)
     }
 
-    fn open(bundle: &Bundle, options: &OnnxOptions) -> Result<Self, NetworkError> {
-        let session = open_session(bundle, options)?;
-        let manifest = bundle.manifest();
+    fn new(session: Session, manifest: &Manifest) -> Result<Self, NetworkError> {
         let contract = |message: String| NetworkError::Contract(message);
         for input in session.inputs() {
             let wanted = match input.name() {
@@ -208,6 +245,7 @@ impl OnnxNetwork {
             takes_sigma,
             takes_positions,
             half,
+            weights: Weights::Own,
             run: Run(Arc::new(
                 RunOptions::new().map_err(|e| NetworkError::Load(e.to_string()))?,
             )),
@@ -283,6 +321,10 @@ impl ScoreNetwork for OnnxNetwork {
         }
     }
 
+    fn shares_weights(&self) -> bool {
+        self.weights != Weights::Own
+    }
+
     fn stop_handle(&self) -> Option<Arc<dyn Stop>> {
         Some(Arc::new(self.run.clone()))
     }
@@ -322,28 +364,37 @@ fn element_type(value: &ValueType) -> Option<TensorElementType> {
     }
 }
 
+fn refused(error: impl std::fmt::Display) -> NetworkError {
+    NetworkError::Load(error.to_string())
+}
+
+/// A session with a copy of the bundle's weights of its own.
 fn open_session(bundle: &Bundle, options: &OnnxOptions) -> Result<Session, NetworkError> {
-    fn load(e: impl std::fmt::Display) -> NetworkError {
-        NetworkError::Load(e.to_string())
-    }
-    let mut builder = Session::builder(runtime()?)
-        .map_err(load)?
+    let builder = session_builder(options)?
         .with_optimization_level(GraphOptimizationLevel::All)
-        .map_err(load)?
+        .map_err(refused)?;
+    commit(builder, bundle)
+}
+
+/// What all sessions with these options have in common.
+fn session_builder(options: &OnnxOptions) -> Result<SessionBuilder, NetworkError> {
+    #[cfg_attr(not(feature = "cuda"), expect(unused_mut, reason = "a provider is added"))]
+    let mut builder = Session::builder(runtime()?)
+        .map_err(refused)?
         .with_intra_threads(options.threads)
-        .map_err(load)?
+        .map_err(refused)?
         // Products of 8-bit matrices: without, processors that lack VNNI saturate sums at 16 bits. On others they take
         // twice as long with it.
         .with_config_entry("session.x64quantprecision", if has_vnni() { "0" } else { "1" })
-        .map_err(load)?
+        .map_err(refused)?
         // Numbers of rows differ from step to step; a plan of memory for each would be kept for good.
         .with_memory_pattern(false)
-        .map_err(load)?
+        .map_err(refused)?
         // Idle threads must sleep: other workers share the cores.
         .with_intra_op_spinning(false)
-        .map_err(load)?;
+        .map_err(refused)?;
     match options.device {
-        Device::Cpu => {}
+        Device::Cpu => Ok(builder),
         #[cfg(feature = "cuda")]
         Device::Cuda(id) => {
             // ONNX Runtime would round the factors of products to TF32, ten bits: enough to change tokens.
@@ -352,18 +403,23 @@ fn open_session(bundle: &Bundle, options: &OnnxOptions) -> Result<Session, Netwo
                 .with_tf32(false)
                 .build()
                 .error_on_failure();
-            builder = builder.with_execution_providers([provider]).map_err(load)?;
+            builder = builder.with_execution_providers([provider]).map_err(refused)?;
+            Ok(builder)
         }
         #[cfg(not(feature = "cuda"))]
-        Device::Cuda(_) => return Err(load("this binary was built without the feature \"cuda\"")),
+        Device::Cuda(_) => Err(refused("this binary was built without the feature \"cuda\"")),
     }
-    let ModelBytes { model, external } = bundle.model().map_err(load)?;
+}
+
+/// Makes the session of what the bundle holds.
+fn commit(mut builder: SessionBuilder, bundle: &Bundle) -> Result<Session, NetworkError> {
+    let ModelBytes { model, external } = bundle.model().map_err(refused)?;
     for (name, bytes) in external {
         builder = builder
             .with_external_initializer_file_in_memory(name, bytes)
-            .map_err(load)?;
+            .map_err(refused)?;
     }
-    builder.commit_from_memory(&model).map_err(load)
+    builder.commit_from_memory(&model).map_err(refused)
 }
 
 /// Whether the processor sums products of 8-bit numbers in 32 bits.
@@ -376,96 +432,6 @@ fn has_vnni() -> bool {
 #[cfg(not(target_arch = "x86_64"))]
 const fn has_vnni() -> bool {
     true
-}
-
-/// The variable that ONNX Runtime looks at when it starts.
-const DISABLE_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
-
-/// Keeps ONNX Runtime from telling its makers about machine and models. From 1.29 on the official libraries of all
-/// systems do, also without being asked: while the library starts it writes an identifier below the home folder and
-/// sends a first report, before there is anything to say no to. This variable alone turns all of it off
-/// (microsoft/onnxruntime#27379), and programs set it first of all; for their tests `.cargo/config.toml` does.
-///
-/// # Safety
-/// No other thread may run: it could read variables meanwhile.
-#[expect(
-    unsafe_code,
-    clippy::disallowed_methods,
-    reason = "a library takes it from nowhere else"
-)]
-pub unsafe fn disable_telemetry() {
-    // SAFETY: as above.
-    unsafe { std::env::set_var(DISABLE_TELEMETRY, "1") };
-}
-
-/// ONNX Runtime, loaded on first use. See also [`disable_telemetry`].
-///
-/// # Errors
-/// One line that says where the library was looked for and which command fetches it.
-pub fn runtime() -> Result<&'static Environment, NetworkError> {
-    static RUNTIME: OnceLock<Result<Environment, String>> = OnceLock::new();
-    RUNTIME
-        .get_or_init(|| {
-            let path = library_path()?;
-            let help = "run `make tools`, or set ORT_DYLIB_PATH to an ONNX Runtime 1.31 library";
-            let environment = ort::init_from(&path)
-                .map_err(|e| format!("{}: {}; {help}", path.display(), first_line(&e.to_string())))?
-                .with_name("denoised")
-                .with_telemetry(false);
-            // Its own way is to write to standard error and to wait for it, with all passes waiting for the one that does.
-            #[cfg(feature = "serve")]
-            let environment = environment.with_logger(std::sync::Arc::new(log));
-            environment
-                .build()
-                .map_err(|e| format!("{}: {}; {help}", path.display(), first_line(&e.to_string())))
-        })
-        .as_ref()
-        .map_err(|message| NetworkError::Runtime(message.clone()))
-}
-
-/// What ONNX Runtime has to say, in the process's log.
-#[cfg(feature = "serve")]
-fn log(level: ort::logging::LogLevel, _category: &str, _id: &str, location: &str, message: &str) {
-    use ort::logging::LogLevel;
-    match level {
-        LogLevel::Verbose => tracing::trace!(target: "onnxruntime", location, "{message}"),
-        LogLevel::Info => tracing::debug!(target: "onnxruntime", location, "{message}"),
-        LogLevel::Warning => tracing::warn!(target: "onnxruntime", location, "{message}"),
-        LogLevel::Error | LogLevel::Fatal => tracing::error!(target: "onnxruntime", location, "{message}"),
-    }
-}
-
-fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or_default()
-}
-
-/// `ORT_DYLIB_PATH`, or the library beside the executable, or the one that `make tools` fetched.
-fn library_path() -> Result<PathBuf, String> {
-    const LIBRARY: &str = if cfg!(target_os = "macos") {
-        "libonnxruntime.dylib"
-    } else {
-        "libonnxruntime.so"
-    };
-    if let Some(path) = std::env::var_os("ORT_DYLIB_PATH").filter(|path| !path.is_empty()) {
-        let path =
-            std::path::absolute(&path).map_err(|e| format!("ORT_DYLIB_PATH {}: {e}", path.display()))?;
-        return if path.exists() {
-            Ok(path)
-        } else {
-            Err(format!(
-                "ORT_DYLIB_PATH is set to {}, which does not exist; run `make tools` and unset it",
-                path.display()
-            ))
-        };
-    }
-    // Never the working directory: whoever can write there could have their library loaded.
-    let executable = std::env::current_exe().map_err(|e| e.to_string())?;
-    let folders = executable.ancestors().skip(1);
-    let beside = folders.clone().next().map(|folder| folder.join(LIBRARY));
-    let fetched = folders.map(|folder| folder.join(".tools/onnxruntime").join(LIBRARY));
-    beside.into_iter().chain(fetched).find(|path: &PathBuf| Path::exists(path)).ok_or_else(|| {
-        format!("{LIBRARY} is missing: run `make tools`, or set ORT_DYLIB_PATH to an ONNX Runtime 1.31 library")
-    })
 }
 
 #[cfg(test)]

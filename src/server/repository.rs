@@ -13,11 +13,11 @@ use tokio::runtime::Handle;
 
 use super::StartError;
 use super::mirror::{Mirror, MirrorError};
-use super::models::{demo_model, parse_reference, served};
+use super::models::{Networks, demo_model, parse_reference, served};
 use crate::bundle::{Bundle, BundleError, MANIFEST, repository};
 use crate::config::{Config, RepositoryPlace};
 use crate::models::{Models, ServedModel};
-use crate::network::onnx::{self, OnnxOptions};
+use crate::network::onnx::{self, OnnxOptions, Prepared};
 
 /// A version by its name and number.
 pub(super) type Version = (String, u64);
@@ -110,7 +110,7 @@ pub(super) struct Repository {
     root: Option<PathBuf>,
     /// Where the folder is the mirror of an object store.
     mirror: Option<Mirror>,
-    devices: Vec<OnnxOptions>,
+    networks: Networks,
     seen: BTreeMap<Version, Seen>,
     demo: Option<Arc<ServedModel>>,
     unloaded: Unloaded,
@@ -131,7 +131,14 @@ impl Repository {
         onnx::runtime()?;
         let threads = config.engine.threads();
         let devices = config.engine.devices.iter();
-        let devices: Vec<OnnxOptions> = devices.map(|&device| OnnxOptions { device, threads }).collect();
+        let prepared = config.models.prepared.as_ref().map(|folder| {
+            let prepared = Prepared::open(folder, config.models.prepared_megabytes << 20);
+            prepared.map_err(|error| StartError::Models(format!("models.prepared: {error}")))
+        });
+        let networks = Networks {
+            devices: devices.map(|&device| OnnxOptions { device, threads }).collect(),
+            prepared: prepared.transpose()?.map(Arc::new),
+        };
         let default = config.models.default.as_deref().map(|wanted| {
             let reference = parse_reference(wanted).map(|(name, version)| (name.to_owned(), version));
             reference.ok_or_else(|| {
@@ -161,11 +168,11 @@ impl Repository {
             root,
             mirror,
             demo: if config.models.demo {
-                demo_model(&devices)?.map(Arc::new)
+                demo_model(&networks)?.map(Arc::new)
             } else {
                 None
             },
-            devices,
+            networks,
             seen: BTreeMap::new(),
             unloaded: Unloaded::default(),
             has_untold: false,
@@ -349,7 +356,7 @@ impl Repository {
     }
 
     fn open_demo_again(&mut self) {
-        match demo_model(&self.devices) {
+        match demo_model(&self.networks) {
             Ok(again) => self.demo = again.map(Arc::new),
             // It is in the binary, and was sound before.
             Err(error) => tracing::error!(%error, "the demo model cannot be opened again"),
@@ -450,7 +457,7 @@ impl Repository {
                 entry.name
             )));
         }
-        served(bundle, entry.version, &self.devices)
+        served(bundle, entry.version, &self.networks)
     }
 
     fn unserved_pin(&self, models: &Models) -> Option<&Version> {
