@@ -605,6 +605,13 @@ fn what_speaks_no_grpc_is_said_to() {
     }
 }
 
+/// A server of the command's own has only just started: what it serves is told once it is loaded, or cannot be.
+#[test]
+fn what_an_own_server_serves_is_loaded_when_it_is_told() {
+    let told = succeeds(&denoised().arg("models").output().unwrap());
+    assert!(told.contains("  ready  ") && !told.contains("loading"), "{told}");
+}
+
 #[test]
 fn a_missing_or_wrong_runtime_is_one_line_with_the_command_that_fixes_it() {
     let folder = tempfile::tempdir().unwrap();

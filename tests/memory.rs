@@ -2,14 +2,20 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
-use denoised::bundle::{Bundle, EXTERNAL_DATA, MODEL};
+use denoised::bundle::{Bundle, EXTERNAL_DATA, MODEL, Manifest};
+use denoised::diffusion::sampler::TimeGrid;
+use denoised::diffusion::{GraphKind, SamplerKind, TokenChoice};
+use denoised::engine::plan::Sampling as EngineSampling;
+use denoised::engine::{Caller, Engine, EngineOptions, Publish, Request, Resume};
+use denoised::models::{NetworkSource, ServedModel};
 use denoised::network::onnx::{OnnxNetwork, OnnxOptions};
-use denoised::network::{Batch, ScoreNetwork};
+use denoised::network::{Batch, NetworkError, ScoreNetwork};
 use denoised::proto::v1::{GenerateRequest, ListModelsRequest, ModelReference, ModelState, Sampling};
 
-use crate::support::{TestServer, config, generate, publish_files, skipped};
+use crate::support::{TestServer, closed_form_manifest, config, generate, publish_files, skipped};
 
 const TABLE: &[u8] = include_bytes!("fixtures/networks/table.onnx");
 /// Bytes of the table, by the fixture's making.
@@ -248,4 +254,105 @@ fn a_network_takes_what_it_is_counted_as_and_gives_it_back() {
         with - before
     );
     assert!(after <= 1.05 * before, "{before} MB, then {after} MB");
+}
+
+/// Positions of canvases that wait for their first evaluation take at most 16 bytes each, whatever the sampler.
+#[test]
+fn canvases_that_wait_are_small() {
+    const LENGTH: usize = 4096;
+    const REQUESTS: usize = 6;
+    const CANVASES: u32 = 64;
+    if !is_alone("canvases_that_wait_are_small") {
+        return;
+    }
+    let sampling = |sampler, normalize| EngineSampling {
+        grid: TimeGrid::new(256),
+        sampler,
+        choice: TokenChoice::default(),
+        normalize,
+    };
+    let cases = [
+        (
+            "hit times",
+            GraphKind::Absorbing,
+            sampling(SamplerKind::Tweedie, true),
+        ),
+        (
+            "steps",
+            GraphKind::Absorbing,
+            sampling(SamplerKind::Tweedie, false),
+        ),
+        (
+            "first-hitting",
+            GraphKind::Absorbing,
+            sampling(SamplerKind::FirstHitting, false),
+        ),
+        (
+            "confidence",
+            GraphKind::Absorbing,
+            sampling(SamplerKind::Confidence, false),
+        ),
+        (
+            "uniform graph",
+            GraphKind::Uniform,
+            sampling(SamplerKind::Euler, false),
+        ),
+    ];
+    for (name, graph, sampling) in cases {
+        // Its network is never there.
+        let (over, wait) = std::sync::mpsc::channel::<()>();
+        let wait = parking_lot::Mutex::new(wait);
+        let network: NetworkSource = Box::new(move || {
+            wait.lock().recv().ok();
+            Err(NetworkError::Load("it was never there".to_owned()))
+        });
+        let manifest = Manifest {
+            graph,
+            mask_token: (graph == GraphKind::Absorbing).then_some(5),
+            max_length: LENGTH,
+            ..closed_form_manifest()
+        };
+        let model = Arc::new(ServedModel::without_bundle(manifest, 1, network));
+        let engine = Engine::start(EngineOptions {
+            devices: 1,
+            workers: 1,
+            threads: 1,
+            batch_tokens: LENGTH,
+            output_bytes: 1 << 30,
+            max_queue: Duration::from_secs(86_400),
+            caller_share: 1.0,
+            network_bytes: u64::MAX,
+            max_running_requests: 100,
+            max_pass: Duration::from_secs(300),
+            last_chance: Duration::from_secs(1),
+        })
+        .unwrap();
+        let ask = |seed: usize| {
+            let request = Request {
+                id: format!("{seed}"),
+                caller: Caller::new("test"),
+                model: Arc::clone(&model),
+                template: vec![None; LENGTH].into(),
+                sampling,
+                seed: seed as u64,
+                canvases: CANVASES,
+                publish: Publish::Steps,
+                deadline: None,
+                priority: 0,
+                resume: Resume::default(),
+                allowed: None,
+                draft: None,
+            };
+            engine.admit(request).unwrap()
+        };
+        let first = ask(0);
+        let (before, _) = megabytes();
+        let waiting: Vec<_> = (1..=REQUESTS).map(ask).collect();
+        let (with, _) = megabytes();
+        let positions = REQUESTS * CANVASES as usize * LENGTH;
+        let bytes = (with - before) * MEGABYTE / positions as f64;
+        println!("{name}: {bytes:.1} bytes a position");
+        assert!(bytes <= 16.0, "{name}: {bytes} bytes a position");
+        drop((first, waiting, over));
+    }
 }

@@ -159,11 +159,18 @@ fn those_that_were_used_longest_ago_make_room() {
     let left = entries(folder.path());
     assert!(left.len() == 1 && !left.contains(first), "{left:?}");
 
-    // One that alone is too large is loaded as without.
+    // One that alone is too large is loaded as without, and not tried to prepare again.
     let prepared = Prepared::open(folder.path(), budget - 1).unwrap();
     let mut network = load(&bundle, &prepared);
     assert!(!network.shares_weights());
     assert_eq!(entries(folder.path()), left);
+    let started = SystemTime::now();
+    assert!(!load(&bundle, &prepared).shares_weights());
+    let changed = fs::metadata(folder.path().join("networks"))
+        .unwrap()
+        .modified()
+        .unwrap();
+    assert!(changed < started, "it was prepared again");
     // What is removed stays with those who have it.
     let mut large = large;
     assert_eq!(rows(&mut network, &bundle), rows(&mut large, &bundle));

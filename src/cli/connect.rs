@@ -259,6 +259,11 @@ impl Target {
 }
 
 impl Connection {
+    /// Whether the server is one of our own.
+    pub(super) fn is_own(&self) -> bool {
+        self.own.is_some()
+    }
+
     /// Ends our own server, if there is one, and waits for it.
     pub(super) async fn close(self) -> Result<(), Failed> {
         drop((self.server, self.client));

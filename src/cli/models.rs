@@ -1,6 +1,7 @@
 //! `denoised models`, `load` and `unload`.
 
 use std::io::{self, Write};
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde_json::Value;
@@ -16,6 +17,10 @@ use crate::server::models::parse_reference;
 /// Characters of a provenance that the table shows.
 const SUMMARY: usize = 72;
 
+/// How long a server of our own may take for what it loads first, and how often it is asked meanwhile.
+const FIRST_LOADS: Duration = Duration::from_secs(60);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// List what a server serves.
 #[derive(Debug, Args)]
 pub(super) struct ListModels {
@@ -30,7 +35,18 @@ impl ListModels {
     pub(super) async fn run(self) -> Result<(), Failed> {
         let connection = self.target.connect().await?;
         let mut client = ModelServiceClient::new(connection.server.clone());
-        let listed = client.list_models(ListModelsRequest {}).await;
+        let started = Instant::now();
+        // Our own server has only just begun to load what it serves.
+        let is_over = || !connection.is_own() || started.elapsed() >= FIRST_LOADS;
+        let listed = loop {
+            let listed = client.list_models(ListModelsRequest {}).await;
+            let response = listed.as_ref().map(tonic::Response::get_ref);
+            let is_loading = |model: &Model| model.state() == v1::ModelState::Loading;
+            if is_over() || !response.is_ok_and(|listed| listed.models.iter().any(is_loading)) {
+                break listed;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        };
         drop(client);
         let printed = listed.map_err(Failed::from).and_then(|response| {
             let v1::ListModelsResponse { mut models, refused } = response.into_inner();

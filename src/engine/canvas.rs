@@ -30,21 +30,60 @@ pub struct CanvasState {
 #[error("{0}")]
 pub struct BadState(String);
 
+/// What the canvases of a request begin with. They have it in common, with each other and with their published states,
+/// until they change it: a canvas that waits takes hardly more memory than its hitting times.
+#[derive(Clone, Debug)]
+pub struct Beginning {
+    template: Arc<[Option<Token>]>,
+    clamped: Arc<[bool]>,
+    gaps: usize,
+    /// The tokens, where none is drawn.
+    tokens: Option<Arc<[Token]>>,
+    committed_at: Arc<[u32]>,
+    log_probabilities: Arc<[f32]>,
+}
+
+impl Beginning {
+    /// The beginning of canvases of `template`.
+    pub fn new(plan: &Plan, template: &Arc<[Option<Token>]>) -> Self {
+        let clamped: Arc<[bool]> = template.iter().map(Option::is_some).collect();
+        let token = |token: &Option<Token>| token.or_else(|| plan.certain_initial());
+        Self {
+            tokens: template.iter().map(token).collect(),
+            gaps: clamped.iter().filter(|clamped| !**clamped).count(),
+            clamped,
+            committed_at: template.iter().map(|_| 0).collect(),
+            log_probabilities: template.iter().map(|_| 0.0).collect(),
+            template: Arc::clone(template),
+        }
+    }
+
+    fn tokens(&self, plan: &Plan, draws: &mut Draws) -> Arc<[Token]> {
+        if let Some(tokens) = &self.tokens {
+            return Arc::clone(tokens);
+        }
+        let template = self.template.iter().enumerate();
+        template
+            .map(|(i, token)| token.unwrap_or_else(|| plan.initial(i, draws.prior(i))))
+            .collect()
+    }
+}
+
 /// A row of tokens on its way from noise to text.
 #[derive(Clone, Debug)]
 pub struct Canvas {
     plan: Arc<Plan>,
     seed: u64,
     draws: Draws,
-    tokens: Vec<Token>,
+    tokens: Arc<[Token]>,
     clamped: Arc<[bool]>,
     /// Positions that are not clamped.
     gaps: usize,
     hitting_times: Option<HittingTimes>,
     /// For every position, the number of steps after which it got its present token.
-    committed_at: Vec<u32>,
+    committed_at: Arc<[u32]>,
     /// For every position, the log-probability of its token when it got it; 0 where it has not.
-    log_probabilities: Vec<f32>,
+    log_probabilities: Arc<[f32]>,
     step: u32,
     nfe: u32,
     finished_early: bool,
@@ -52,23 +91,18 @@ pub struct Canvas {
 
 impl Canvas {
     /// The initial canvas: clamped tokens from the template, what the plan says everywhere else.
-    pub fn new(plan: &Arc<Plan>, template: &[Option<Token>], seed: u64, index: u64) -> Self {
+    pub fn new(plan: &Arc<Plan>, beginning: &Beginning, seed: u64, index: u64) -> Self {
         let mut draws = Draws::new(seed, index);
-        let tokens: Vec<Token> = template
-            .iter()
-            .enumerate()
-            .map(|(i, token)| token.unwrap_or_else(|| plan.initial(i, draws.prior(i))))
-            .collect();
-        let clamped: Arc<[bool]> = template.iter().map(Option::is_some).collect();
+        let tokens = beginning.tokens(plan, &mut draws);
         let mask = plan.model.graph().mask();
         let masked: Vec<bool> = tokens.iter().map(|token| Some(*token) == mask).collect();
         let mut canvas = Self {
             tokens,
             hitting_times: plan.sampler.hitting_times(&masked, &mut draws),
-            gaps: clamped.iter().filter(|clamped| !**clamped).count(),
-            clamped,
-            committed_at: vec![0; template.len()],
-            log_probabilities: vec![0.0; template.len()],
+            gaps: beginning.gaps,
+            clamped: Arc::clone(&beginning.clamped),
+            committed_at: Arc::clone(&beginning.committed_at),
+            log_probabilities: Arc::clone(&beginning.log_probabilities),
             plan: Arc::clone(plan),
             seed,
             draws,
@@ -90,12 +124,13 @@ impl Canvas {
     /// When such a canvas can never be in this state; what cannot be told from a state that was is harmless.
     pub fn resume(
         plan: &Arc<Plan>,
-        template: &[Option<Token>],
+        beginning: &Beginning,
         seed: u64,
         index: u64,
         state: CanvasState,
     ) -> Result<Self, BadState> {
-        let fresh = Self::new(plan, template, seed, index);
+        let fresh = Self::new(plan, beginning, seed, index);
+        let template = &beginning.template;
         let (length, total, graph) = (template.len(), fresh.total(), plan.model.graph());
         let most = plan.sampler.evaluations_left(&fresh.view()).max(1);
         let lengths = [
@@ -112,7 +147,7 @@ impl Canvas {
             let problem = format!("it is beyond the {total} steps or {most} evaluations of the canvas");
             return Err(BadState(problem));
         }
-        for (position, (&token, clamped)) in state.tokens.iter().zip(template).enumerate() {
+        for (position, (&token, clamped)) in state.tokens.iter().zip(template.iter()).enumerate() {
             if token as usize >= graph.states() {
                 return Err(BadState(format!(
                     "token {token} at position {position} does not exist"
@@ -144,9 +179,9 @@ impl Canvas {
             }
         }
         let mut canvas = Self {
-            tokens: state.tokens,
-            committed_at: state.committed_at,
-            log_probabilities: state.log_probabilities,
+            tokens: state.tokens.into(),
+            committed_at: state.committed_at.into(),
+            log_probabilities: state.log_probabilities.into(),
             step: state.step,
             nfe: state.nfe,
             ..fresh
@@ -170,7 +205,7 @@ impl Canvas {
     }
 
     /// The tokens as they are now.
-    pub fn tokens(&self) -> &[Token] {
+    pub fn tokens(&self) -> &Arc<[Token]> {
         &self.tokens
     }
 
@@ -185,12 +220,12 @@ impl Canvas {
     }
 
     /// For every position, the number of steps after which it got its present token.
-    pub fn committed_at(&self) -> &[u32] {
+    pub fn committed_at(&self) -> &Arc<[u32]> {
         &self.committed_at
     }
 
     /// For every position, the log-probability of its token when it got it; 0 where it has not.
-    pub fn log_probabilities(&self) -> &[f32] {
+    pub fn log_probabilities(&self) -> &Arc<[f32]> {
         &self.log_probabilities
     }
 
@@ -317,21 +352,28 @@ impl Canvas {
     }
 
     fn apply(&mut self, commit: &Commit, number: u32) {
+        self.step = commit.step;
+        if commit.set.is_empty() && commit.masked.is_empty() {
+            return;
+        }
+        let mask = self.model().graph().mask();
+        let tokens = Arc::make_mut(&mut self.tokens);
+        let committed_at = Arc::make_mut(&mut self.committed_at);
+        let log_probabilities = Arc::make_mut(&mut self.log_probabilities);
         for candidate in &commit.set {
-            self.tokens[candidate.position] = candidate.token;
-            self.committed_at[candidate.position] = number;
+            tokens[candidate.position] = candidate.token;
+            committed_at[candidate.position] = number;
             // What comes back must be finite, and be read back as it was.
             let log_probability = (candidate.log_probability as f32).max(f32::MIN);
-            self.log_probabilities[candidate.position] = log_probability;
+            log_probabilities[candidate.position] = log_probability;
         }
-        if let Some(mask) = self.model().graph().mask() {
+        if let Some(mask) = mask {
             for &position in &commit.masked {
-                self.tokens[position] = mask;
-                self.committed_at[position] = 0;
-                self.log_probabilities[position] = 0.0;
+                tokens[position] = mask;
+                committed_at[position] = 0;
+                log_probabilities[position] = 0.0;
             }
         }
-        self.step = commit.step;
     }
 
     fn pass_over_steps_without_evaluation(&mut self) {

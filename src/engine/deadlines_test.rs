@@ -5,7 +5,7 @@ use statrs::distribution::{ChiSquared, ContinuousCDF};
 
 use super::canvas::Canvas;
 use super::plan::Sampling;
-use super::tests::{end, manifest, model_with, options, request};
+use super::tests::{end, fresh, manifest, model_with, options, request};
 use super::*;
 use crate::diffusion::sampler::TimeGrid;
 use crate::diffusion::sampler::row::Scratch;
@@ -81,7 +81,7 @@ fn what_is_finished_early_follows_the_data() {
             let plan = Arc::new(Plan::new(&model, sampling(SamplerKind::Tweedie, 16), None, None));
             let mut counts = [0f64; 5];
             for seed in 0..3000 {
-                let mut canvas = Canvas::new(&plan, &[None; 6], seed, 0);
+                let mut canvas = fresh(&plan, &[None; 6], seed, 0);
                 (0..after).for_each(|_| step(&mut canvas, &mut network, false));
                 // One in a thousand has nothing left by then.
                 if !canvas.is_done() {

@@ -6,10 +6,9 @@
 
 use std::sync::Arc;
 
-use super::canvas::Canvas;
 use super::plan::{Draft, Plan, Sampling};
 use super::samplers_test::run;
-use super::tests::{end, manifest, model, model_of, options, request};
+use super::tests::{end, fresh, manifest, model, model_of, options, request};
 use super::{Engine, Phase, Request};
 use crate::bundle::Manifest;
 use crate::diffusion::sampler::TimeGrid;
@@ -82,14 +81,14 @@ fn drafts_of_the_data_law_end_in_it() {
             .collect();
         let (mut counts, mut kept) = (vec![0.0; canvases.len()], 0.0);
         for (seed, draft) in drafts(chain) {
-            let mut canvas = Canvas::new(&plans[draft], &[None, None], seed, 0);
+            let mut canvas = fresh(&plans[draft], &[None, None], seed, 0);
             kept += (0..2)
                 .filter(|&i| canvas.tokens()[i] == canvases[draft][i])
                 .count() as f64;
             run(&mut canvas, |tokens, position, sigma| {
                 chain.log_scores([tokens[0], tokens[1]], position, sigma)
             });
-            let drawn = canvases.iter().position(|c| c == canvas.tokens()).unwrap();
+            let drawn = canvases.iter().position(|c| *c == **canvas.tokens()).unwrap();
             counts[drawn] += 1.0;
         }
         assert_follows(&chain.data(), &counts, &format!("{graph:?}"));

@@ -52,8 +52,8 @@ pub use admission::{NoRoom, Room};
 use budget::Budget;
 pub use caller::Caller;
 use caller::RequestName;
-use canvas::Canvas;
 pub use canvas::CanvasState;
+use canvas::{Beginning, Canvas};
 use cost::Costs;
 pub use counters::Counters;
 use plan::Plan;
@@ -204,11 +204,11 @@ fn build(numbers: &[u32], request: &mut Request) -> Result<Vec<Canvas>, AdmitErr
         request.allowed.take(),
         request.draft.take(),
     ));
-    let (template, seed) = (&request.template, request.seed);
+    let (beginning, seed) = (Beginning::new(&plan, &request.template), request.seed);
     let states = &mut request.resume.states;
     let canvas = |&canvas: &u32| match states.remove(&canvas) {
-        None => Ok(Canvas::new(&plan, template, seed, canvas.into())),
-        Some(state) => Canvas::resume(&plan, template, seed, canvas.into(), state)
+        None => Ok(Canvas::new(&plan, &beginning, seed, canvas.into())),
+        Some(state) => Canvas::resume(&plan, &beginning, seed, canvas.into(), state)
             .map_err(|problem| AdmitError::State { canvas, problem }),
     };
     numbers.iter().map(canvas).collect()

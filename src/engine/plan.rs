@@ -99,6 +99,12 @@ impl Plan {
         }
     }
 
+    /// The token that every open position begins with, where that is left to no chance.
+    pub(super) fn certain_initial(&self) -> Option<Token> {
+        let mask = self.model.graph().mask();
+        mask.filter(|_| self.draft.is_none())
+    }
+
     /// The token that an open position begins with, for a uniform `u`: its draft's, noised up to the start by the
     /// forward process, or else one of the limit law, among those that are allowed.
     pub(super) fn initial(&self, position: usize, u: f64) -> Token {

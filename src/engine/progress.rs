@@ -106,10 +106,10 @@ impl State {
     /// The state of a canvas between two steps.
     pub(super) fn running(canvas: &Canvas) -> Self {
         Self {
-            tokens: canvas.tokens().into(),
+            tokens: Arc::clone(canvas.tokens()),
             clamped: Arc::clone(canvas.clamped()),
-            committed_at: canvas.committed_at().into(),
-            log_probabilities: canvas.log_probabilities().into(),
+            committed_at: Arc::clone(canvas.committed_at()),
+            log_probabilities: Arc::clone(canvas.log_probabilities()),
             step: canvas.step(),
             total: canvas.total(),
             t: canvas.time(),

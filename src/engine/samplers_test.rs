@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::canvas::Canvas;
 use super::plan::{Plan, Sampling};
-use super::tests::{end, manifest, model_of, options, request};
+use super::tests::{end, fresh, manifest, model_of, options, request};
 use super::{Engine, Phase, Request, ServedModel};
 use crate::bundle::Manifest;
 use crate::diffusion::Parameterization;
@@ -65,7 +65,7 @@ fn counts(chain: &Chain, plan: &Arc<Plan>) -> Vec<f64> {
     let canvases = chain.canvases();
     let mut counts = vec![0.0; canvases.len()];
     for seed in 20_000..60_000 {
-        let mut canvas = Canvas::new(plan, &[None, None], seed, 0);
+        let mut canvas = fresh(plan, &[None, None], seed, 0);
         run(&mut canvas, |tokens, position, sigma| {
             let tokens = [tokens[0], tokens[1]];
             let mut row = chain.log_scores(tokens, position, sigma);
@@ -74,7 +74,7 @@ fn counts(chain: &Chain, plan: &Arc<Plan>) -> Vec<f64> {
                 .for_each(|log_score| *log_score += 0.7 + position as f32);
             row
         });
-        let drawn = canvases.iter().position(|c| c == canvas.tokens()).unwrap();
+        let drawn = canvases.iter().position(|c| *c == **canvas.tokens()).unwrap();
         counts[drawn] += 1.0;
     }
     counts
@@ -125,7 +125,7 @@ fn evaluations_are_the_distinct_hit_steps() {
         let mut template = vec![None; 60];
         template[7..10].fill(Some(1));
         for seed in 0..20 {
-            let mut canvas = Canvas::new(&plan, &template, seed, 0);
+            let mut canvas = fresh(&plan, &template, seed, 0);
             let admitted = canvas.evaluations_left();
             let nfe = run(&mut canvas, flat);
             let steps: HashSet<u32> = canvas
@@ -195,7 +195,7 @@ fn times_fall_from_one_to_zero() {
     let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
     for sampler in [SamplerKind::Tweedie, SamplerKind::FirstHitting] {
         let plan = plan(&chain, Parameterization::Score, sampling(sampler, 30));
-        let mut canvas = Canvas::new(&plan, &[None; 12], 3, 0);
+        let mut canvas = fresh(&plan, &[None; 12], 3, 0);
         assert_eq!((canvas.time(), canvas.step()), (1.0, 0));
         let (mut scratch, row) = (Scratch::default(), vec![0.0; chain.graph.states()]);
         let mut before = 1.1;
@@ -290,7 +290,7 @@ fn committed(sampler: SamplerKind, steps: u32) -> (Vec<u32>, u32) {
     let mut sampling = sampling(sampler, steps);
     sampling.choice.temperature = 0.0;
     let plan = plan(&chain, Parameterization::Mean, sampling);
-    let mut canvas = Canvas::new(&plan, &[None; 10], 1, 0);
+    let mut canvas = fresh(&plan, &[None; 10], 1, 0);
     let nfe = run(&mut canvas, surer_to_the_right);
     (canvas.committed_at().to_vec(), nfe)
 }

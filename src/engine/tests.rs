@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicUsize;
 
 use tokio::sync::watch;
 
-use super::plan::Sampling;
+use super::plan::{Plan, Sampling};
 use super::*;
 use crate::bundle::{FORMAT, Frame, MODEL, Manifest};
 use crate::diffusion::Parameterization;
@@ -87,6 +87,11 @@ pub(super) fn model(graph: GraphKind) -> Arc<ServedModel> {
         graph,
         Box::new(move || Ok(Box::new(ClosedForm::new(noise, sentences())))),
     )
+}
+
+/// The first canvas of a plan.
+pub(super) fn fresh(plan: &Arc<Plan>, template: &[Option<Token>], seed: u64, index: u64) -> Canvas {
+    Canvas::new(plan, &Beginning::new(plan, &template.into()), seed, index)
 }
 
 pub(super) fn request(model: &Arc<ServedModel>, number: u32) -> Request {

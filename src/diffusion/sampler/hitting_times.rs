@@ -38,7 +38,7 @@ impl MaskSurvival {
         let mut step = |(i, masked): (usize, &bool)| {
             if *masked { self.hit(draws.hit(i)) } else { NEVER }
         };
-        HittingTimes::new(masked.iter().enumerate().map(&mut step).collect(), Vec::new())
+        HittingTimes::on_grid(masked.iter().enumerate().map(&mut step).collect())
     }
 
     /// The step in which a position leaves the mask, for a uniform `u` in `[0, 1)`.
@@ -61,39 +61,55 @@ pub fn hitting_time(schedule: &Schedule, start: f64, u: f64) -> f64 {
 pub struct HittingTimes {
     /// The step in which each position is hit; [`NEVER`] where it was not masked at the start.
     steps: Vec<u32>,
-    /// The time of every step, where they are not those of a grid.
-    times: Vec<f64>,
-    /// Steps in which something is hit, ascending.
-    hits: Vec<u32>,
+    hits: Hits,
+}
+
+/// The steps in which something is hit.
+#[derive(Clone, Debug)]
+enum Hits {
+    /// These steps of a grid, ascending.
+    Grid(Vec<u32>),
+    /// Every step, at these times.
+    Times(Vec<f64>),
 }
 
 const NEVER: u32 = u32::MAX;
 
 impl HittingTimes {
-    fn new(steps: Vec<u32>, times: Vec<f64>) -> Self {
-        let mut distinct: Vec<u32> = steps.iter().copied().filter(|&hit| hit != NEVER).collect();
-        distinct.sort_unstable();
-        distinct.dedup();
+    fn on_grid(steps: Vec<u32>) -> Self {
+        let mut hits: Vec<u32> = steps.iter().copied().filter(|&hit| hit != NEVER).collect();
+        hits.sort_unstable();
+        hits.dedup();
+        // Of many positions few steps may be hit.
+        hits.shrink_to_fit();
         Self {
-            hits: distinct,
             steps,
-            times,
+            hits: Hits::Grid(hits),
         }
     }
 
     /// The first step from `step` on in which something is hit.
     fn next(&self, step: u32) -> Option<u32> {
-        self.from(step).first().copied()
+        match &self.hits {
+            Hits::Grid(hits) => hits.get(hits.partition_point(|&hit| hit < step)).copied(),
+            Hits::Times(times) => ((step as usize) < times.len()).then_some(step),
+        }
     }
 
-    /// The steps from `step` on in which something is hit.
-    fn from(&self, step: u32) -> &[u32] {
-        &self.hits[self.hits.partition_point(|&hit| hit < step)..]
+    /// How many steps from `step` on something is hit in.
+    fn left(&self, step: u32) -> usize {
+        match &self.hits {
+            Hits::Grid(hits) => hits.len() - hits.partition_point(|&hit| hit < step),
+            Hits::Times(times) => times.len().saturating_sub(step as usize),
+        }
     }
 
     /// The time of `step`, in continuous time.
     fn time(&self, step: u32) -> f64 {
-        self.times.get(step as usize).copied().unwrap_or(FINAL_TIME)
+        match &self.hits {
+            Hits::Grid(_) => FINAL_TIME,
+            Hits::Times(times) => times.get(step as usize).copied().unwrap_or(FINAL_TIME),
+        }
     }
 }
 
@@ -129,7 +145,7 @@ fn set_hits(canvas: &CanvasView<'_>, evaluation: &Evaluation, set: Vec<Candidate
 fn hits_left(canvas: &CanvasView<'_>) -> u64 {
     canvas
         .hitting_times
-        .map_or(0, |hits| hits.from(canvas.step).len() as u64)
+        .map_or(0, |hits| hits.left(canvas.step) as u64)
 }
 
 /// Whether those are masked, and those alone, who are hit in a step to come.
@@ -216,8 +232,12 @@ impl Sampler for FirstHitting {
         for (step, &(_, position)) in order.iter().enumerate() {
             steps[position] = step as u32;
         }
-        let times = order.into_iter().map(|(t, _)| t).collect();
-        Some(HittingTimes::new(steps, times))
+        // Not in the memory of what was sorted, which is twice as large.
+        let times = order.iter().map(|(t, _)| *t).collect();
+        Some(HittingTimes {
+            steps,
+            hits: Hits::Times(times),
+        })
     }
 
     fn evaluation(&self, canvas: &CanvasView<'_>) -> Evaluation {

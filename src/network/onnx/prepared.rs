@@ -72,6 +72,8 @@ pub struct Prepared {
     machine: String,
     /// Networks whose hashes this process has checked.
     checked: Mutex<HashSet<String>>,
+    /// Networks that it could not prepare, and does not try to again: that takes longer than loading them does.
+    given_up: Mutex<HashSet<String>>,
     /// Networks that this process has begun to prepare.
     begun: AtomicU64,
 }
@@ -106,6 +108,7 @@ impl Prepared {
             folder,
             budget,
             checked: Mutex::default(),
+            given_up: Mutex::default(),
             begun: AtomicU64::new(0),
         })
     }
@@ -120,6 +123,9 @@ impl Prepared {
         if let Some(session) = self.mapped(&key, options) {
             return Some(session);
         }
+        if self.given_up.lock().contains(&key) {
+            return None;
+        }
         let name = bundle.manifest().name.as_str();
         match self.prepare(&key, bundle, options) {
             Ok(bytes) => tracing::info!(
@@ -129,6 +135,7 @@ impl Prepared {
             ),
             Err(error) => {
                 tracing::warn!(model = name, %error, "a network is not prepared: each worker gets a copy of its own");
+                self.given_up.lock().insert(key);
                 return None;
             }
         }
@@ -249,7 +256,11 @@ impl Prepared {
                 break;
             }
             if !path.ends_with(newest) {
-                fs::remove_dir_all(&path)?;
+                match fs::remove_dir_all(&path) {
+                    // Another server was faster.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    removed => removed?,
+                }
                 taken = taken.saturating_sub(bytes);
             }
         }
