@@ -115,10 +115,11 @@ bench: prerequisites tools ## Measure a step, a generation and the server under 
 	target="$${CARGO_TARGET_DIR:-target}"
 	models="$$target/bench"
 	make_model() {
-		if [[ -d "$$models/$$1/1" ]]; then return; fi
-		rm -rf "$$models/$$1.checkpoint"
+		if [[ -d "$$models/$$1-int8/1" ]]; then return; fi
+		rm -rf "$$models/$$1.checkpoint" "$$models/$$1"
 		"$$target/release/training" random "$$models/$$1.checkpoint" "$${@:2}"
 		"$$target/release/training" import "$$models/$$1.checkpoint" --out "$$models/$$1/1" --name "$$1"
+		"$$target/release/training" import "$$models/$$1.checkpoint" --out "$$models/$$1-int8/1" --name "$$1-int8" --storage int8
 	}
 	make_model demo-shape --vocab-size 6655 --length 128 --hidden-size 256 --cond-dim 32 --blocks 5 --heads 4
 	make_model small-shape
@@ -282,13 +283,13 @@ test-go: prerequisites tools ## Make a client for Go from the protos and have it
 	@tests/tools/install.sh "$(TOOLS)" go
 	DENOISED_TEST_GO=1 cargo test --workspace --locked --features $(TESTED) --test service other_languages
 
-# Settings of the demo's two runs beside those of their files, and where its bundle goes: a trial of a few steps is
+# Settings of the demo's three runs beside those of their files, and where its bundle goes: a trial of a few steps is
 # `make train-demo DEMO_FIT='--set run.steps=20' DEMO_OUT=runs/trial`.
 DEMO_FIT ?=
 DEMO_OUT ?= training/demo/world-english/1
 
 .PHONY: train-demo
-train-demo: prerequisites ## Train the demo model again, from the text to the bundle (three hours of two cores; run again, it goes on).
+train-demo: prerequisites ## Train the demo model again, from the text to the bundle (five hours of two cores; run again, it goes on).
 	training/demo/corpus.sh .corpus/world-english
 	cargo build --release --locked --package training --bin training
 	training="$${CARGO_TARGET_DIR:-target}/release/training"
@@ -301,9 +302,12 @@ train-demo: prerequisites ## Train the demo model again, from the text to the bu
 	"$$training" fit training/configs/demo.toml --resume-if-any $(DEMO_FIT)
 	[[ -e runs/demo/bundle ]] || "$$training" export training/configs/demo.toml "$${export[@]}" --out runs/demo/bundle
 	"$$training" fit training/configs/demo-second.toml --resume-if-any --init-from runs/demo/bundle $(DEMO_FIT)
-	"$$training" evaluate training/configs/demo-second.toml --baselines
+	[[ -e runs/demo-second/bundle ]] \
+		|| "$$training" export training/configs/demo-second.toml "$${export[@]}" --out runs/demo-second/bundle
+	"$$training" fit training/configs/demo-third.toml --resume-if-any --init-from runs/demo-second/bundle $(DEMO_FIT)
 	rm -rf $(DEMO_OUT)
-	"$$training" export training/configs/demo-second.toml "$${export[@]}" --out $(DEMO_OUT) --measure \
+	"$$training" export training/configs/demo-third.toml --average-with runs/demo-second/bundle "$${export[@]}" \
+		--out $(DEMO_OUT) --measure \
 		--defaults '{"sampler": "tweedie", "steps": 128, "temperature": 0.87, "top_p": 0.98}' \
 		--corpus "World English Bible, public domain, https://ebible.org/web/ (Debian sword-text-web by training/demo/corpus.sh; all chapters: sha256 $$(cat .corpus/world-english/*.txt | sha256sum | cut -d' ' -f1))"
 

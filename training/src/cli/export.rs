@@ -44,6 +44,11 @@ pub(crate) struct Arguments {
     /// Where --measure runs the network: `cpu`, or `cuda:N`.
     #[arg(long, value_name = "DEVICE", default_value_t, requires = "measure")]
     device: DeviceName,
+    /// Average the weights with those of another run (its file, directory or a checkpoint's folder), of a bundle or of a
+    /// published checkpoint, each counting the same; may be given several times. Of networks that were trained on from
+    /// each other the mean is often better than each ("model soups").
+    #[arg(long, value_name = "PATH")]
+    average_with: Vec<PathBuf>,
     /// What the model was trained on, for the bundle's provenance.
     #[arg(long, default_value = "")]
     corpus: String,
@@ -59,11 +64,14 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         defaults,
         measure,
         device,
+        average_with,
         corpus,
     } = arguments;
     target::check(&name, &out)?;
     let config = RunConfig::read(&config)?;
-    let run = Run::open(&config, checkpoint)?.on(device)?;
+    let run = Run::open(&config, checkpoint)?
+        .averaged_with(&average_with)?
+        .on(device)?;
     let (_, tokenizer_json) = run.tokenizer_and_json()?;
     let text = match storage {
         Storage::F32 => Vec::new(),

@@ -1,6 +1,6 @@
 //! What `fit` left behind, for the commands that come after it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use burn::module::Module;
@@ -13,18 +13,22 @@ use training::data::TokenFile;
 use training::data::tokenizer::END_OF_DOCUMENT;
 use training::evaluate::baseline;
 use training::evaluate::bound::{Estimate, Served, Text};
-use training::export::Storage;
+use training::export::{self, Storage};
 use training::fit::checkpoint::{self, State, Which};
 use training::fit::{record, step};
 use training::loss::Objective;
 use training::model::Ddit;
 use training::model::device::{DeviceName, Devices};
 
+use super::weights;
+
 /// A checkpoint of a run, with its averaged weights.
 pub(super) struct Run {
     pub(super) config: RunConfig,
     pub(super) network: Ddit,
     pub(super) state: State,
+    /// How many others its weights are averaged with.
+    averaged_with: usize,
 }
 
 impl Run {
@@ -43,6 +47,7 @@ impl Run {
             config: config.clone(),
             network,
             state,
+            averaged_with: 0,
         })
     }
 
@@ -54,6 +59,24 @@ impl Run {
             // One after the other: they would share the device.
             self.config.run.threads = 1;
         }
+        Ok(self)
+    }
+
+    /// The same with the mean of its weights and those in other places, each counting the same.
+    pub(super) fn averaged_with(mut self, places: &[PathBuf]) -> Result<Self> {
+        if places.is_empty() {
+            return Ok(self);
+        }
+        let shape = *self.network.config();
+        let mut all = vec![self.network.state_dict()];
+        for place in places {
+            let other = weights::beginning(place, shape.cond_dim)?;
+            other.check(&shape, &self.state.tokenizer_sha256)?;
+            all.push(other.weights);
+        }
+        let mean = export::average::mean(&shape, &all.iter().collect::<Vec<_>>())?;
+        self.network = self.network.load_state_dict(&mean)?;
+        self.averaged_with = places.len();
         Ok(self)
     }
 
@@ -147,6 +170,7 @@ impl Run {
             "train_tokens_sha256": made.map(|made| made.train.sha256),
             "steps": self.state.step,
             "minutes": self.state.seconds / 60.0,
+            "averaged_with": self.averaged_with,
             "config": config,
         })
     }

@@ -9,6 +9,7 @@ use std::f64::consts::LN_10;
 use denoised::bundle::BundleFile;
 use denoised::diffusion::Parameterization;
 
+use super::constant;
 use super::graph::{Axis, Builder, Value, float, int, ints, string};
 use super::schema::{AttributeProto, DataType, GraphProto};
 use super::{ExportError, Storage};
@@ -92,7 +93,7 @@ impl<'a> Writer<'a> {
         self.graph.scope("sigma_map.");
         let condition = match &sigma {
             Some(sigma) => Condition::Given(self.condition(sigma)?), // [batch, cond_dim]
-            None => Condition::Constant(self.constant_condition()?),
+            None => Condition::Constant(constant::condition(self.weights)?),
         };
 
         self.graph.scope("vocab_embed.");
@@ -186,40 +187,13 @@ impl<'a> Writer<'a> {
         Ok(self.silu(&condition))
     }
 
-    /// The condition of networks that do not see the noise: that of none.
-    fn constant_condition(&self) -> Result<Vec<f64>, StateDictError> {
-        let half = NOISE_FEATURES / 2;
-        let features: Vec<f64> = (0..NOISE_FEATURES)
-            .map(|k| f64::from(u8::from(k < half)))
-            .collect();
-        let silu = |x: f64| x / (1.0 + (-x).exp());
-        let hidden = self.constant_affine(&features, "sigma_map.mlp.0")?;
-        let hidden: Vec<f64> = hidden.into_iter().map(silu).collect();
-        let condition = self.constant_affine(&hidden, "sigma_map.mlp.2")?;
-        Ok(condition.into_iter().map(silu).collect())
-    }
-
-    /// `W x + b`, with the layer's weight, `[out, in]`, and bias.
-    fn constant_affine(&self, x: &[f64], layer: &str) -> Result<Vec<f64>, StateDictError> {
-        let (weight, bias) = (
-            self.tensor(&format!("{layer}.weight"))?,
-            self.tensor(&format!("{layer}.bias"))?,
-        );
-        let rows = weight.data.chunks_exact(x.len());
-        let product = |row: &[f32]| -> f64 { row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum() };
-        Ok(rows
-            .zip(&bias.data)
-            .map(|(row, b)| product(row) + f64::from(*b))
-            .collect())
-    }
-
     /// What the condition makes of a layer's norms and gates: `[batch, n]`. Of a constant condition one row, in
     /// place of the matrix that it comes from.
     fn modulation(&mut self, condition: &Condition, layer: &str) -> Result<Value, ExportError> {
         match condition {
             Condition::Given(condition) => self.affine(condition, layer),
             Condition::Constant(condition) => {
-                let row = self.constant_affine(condition, layer)?;
+                let row = constant::affine(self.weights, condition, layer)?;
                 let row: Vec<f32> = row.into_iter().map(|x| x as f32).collect();
                 Ok(self.graph.floats(layer, &[1, row.len()], &row))
             }

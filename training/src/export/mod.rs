@@ -4,6 +4,8 @@
 //! the sigma offset and the zero at the current token to its reader, which adds them in f64. What a
 //! storage of fewer bits costs is measured by [`difference`] before anybody sees the bundle. [`weights`] is the way back.
 
+pub mod average;
+mod constant;
 mod ddit;
 pub mod difference;
 mod graph;

@@ -13,6 +13,7 @@ use half::f16;
 use prost::Message;
 use thiserror::Error;
 
+use super::constant;
 use super::schema::{DataType, GraphProto, ModelProto, TensorProto};
 use crate::model::state_dict::{HostTensor, StateDict};
 use crate::model::{EMBEDDING, NOISE_FEATURES, NetworkConfig, OUTPUT_WEIGHT};
@@ -186,9 +187,7 @@ fn unfold(found: &mut BTreeMap<String, HostTensor>, network: &NetworkConfig) {
         found.insert(format!("{layer}.weight"), zeros(&[cond_dim, inputs]));
         found.insert(format!("{layer}.bias"), zeros(&[cond_dim]));
     }
-    let blocks = (0..network.blocks).map(|block| format!("blocks.{block}."));
-    for place in blocks.chain(["output_layer.".to_owned()]) {
-        let layer = format!("{place}adaLN_modulation");
+    for layer in constant::modulations(network) {
         if let Some(row) = found.remove(&layer) {
             let outputs = row.data.len();
             found.insert(format!("{layer}.weight"), zeros(&[outputs, cond_dim]));

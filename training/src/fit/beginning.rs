@@ -61,6 +61,15 @@ impl Beginning {
         shape: &NetworkConfig,
         tokenizer_sha256: &str,
     ) -> Result<(), BeginningError> {
+        self.check(shape, tokenizer_sha256)?;
+        Ok(trainer.begin_with(&self.weights)?)
+    }
+
+    /// Whether the weights are of a network of this shape, and of this tokenizer.
+    ///
+    /// # Errors
+    /// What is other.
+    pub fn check(&self, shape: &NetworkConfig, tokenizer_sha256: &str) -> Result<(), BeginningError> {
         let name = || self.name.clone();
         let misfits = self.weights.misfits(&shape.parameters());
         if !misfits.0.is_empty() {
@@ -105,6 +114,6 @@ impl Beginning {
         {
             return Err(BeginningError::Tokenizer { name: name() });
         }
-        Ok(trainer.begin_with(&self.weights)?)
+        Ok(())
     }
 }
