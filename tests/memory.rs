@@ -300,7 +300,7 @@ fn canvases_that_wait_are_small() {
     ];
     for (name, graph, sampling) in cases {
         // Its network is never there.
-        let (over, wait) = std::sync::mpsc::channel::<()>();
+        let (over, wait) = std::sync::mpsc::sync_channel::<()>(0);
         let wait = parking_lot::Mutex::new(wait);
         let network: NetworkSource = Box::new(move || {
             wait.lock().recv().ok();

@@ -12,6 +12,7 @@
 
 mod autoscaling;
 mod balancing;
+mod cached;
 mod deadlines;
 mod device;
 mod engine;
@@ -19,6 +20,7 @@ mod fair;
 mod load;
 mod memory;
 mod pytorch;
+mod roofline;
 mod rows;
 mod scoring;
 
@@ -45,6 +47,10 @@ enum Part {
     Device,
     /// Texts that are scored.
     Scoring,
+    /// Fine schedules, beside MDLM's cached sampler in PyTorch.
+    Cached,
+    /// Evaluations beside what the machine gives at most.
+    Roofline,
     /// Simulated pods: what to scale them by.
     Autoscaling,
     /// Three servers behind a balancer.
@@ -161,6 +167,14 @@ fn main() -> Result<()> {
             scoring::run(arguments.threads, arguments.turns)?;
             return Ok(());
         }
+        Some(Part::Cached) => {
+            cached(&arguments)?;
+            return Ok(());
+        }
+        Some(Part::Roofline) => {
+            roofline::run(&arguments.models, arguments.threads, arguments.turns)?;
+            return Ok(());
+        }
         Some(Part::Device) => {
             let setting = device::Setting {
                 options: OnnxOptions {
@@ -206,13 +220,28 @@ fn main() -> Result<()> {
     });
     let deadlines = deadlines::run(arguments.threads)?;
     let scoring = scoring::run(arguments.threads, arguments.turns)?;
+    let cached = cached(&arguments)?;
+    let roofline = roofline::run(&arguments.models, arguments.threads, arguments.turns)?;
     let numbers = json!({
         "threads": arguments.threads, "rows": rows, "generation": subjects, "load": load, "fair": fair,
-        "deadlines": deadlines, "scoring": scoring,
+        "deadlines": deadlines, "scoring": scoring, "cached": cached, "roofline": roofline,
     });
     std::fs::write(&arguments.out, serde_json::to_vec_pretty(&numbers)?)?;
     println!("\nnumbers: {}", arguments.out.display());
     Ok(())
+}
+
+/// A turn takes minutes.
+const CACHED_TURNS: usize = 3;
+
+fn cached(arguments: &Arguments) -> Result<Value> {
+    let turns = arguments.turns.min(CACHED_TURNS);
+    cached::run(
+        &arguments.models,
+        arguments.python.as_deref(),
+        arguments.threads,
+        turns,
+    )
 }
 
 /// One model at one length: the plain sampler, the one with hit times, and PyTorch, in turns.

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 pub(crate) struct Loop {
     child: Child,
@@ -51,11 +51,20 @@ impl Loop {
 
     /// Seconds of one generation of several canvases at once.
     pub(crate) fn generate_many(&mut self, length: usize, steps: u32, canvases: usize) -> Result<f64> {
-        writeln!(self.questions, "{length} {steps} {canvases}")?;
+        Ok(self.ask(length, steps, canvases, "analytic")?.0)
+    }
+
+    /// Seconds and evaluations of one generation by MDLM's sampler, which skips evaluations of what has not changed.
+    pub(crate) fn generate_cached(&mut self, length: usize, steps: u32) -> Result<(f64, u32)> {
+        self.ask(length, steps, 1, "ddpm_cache")
+    }
+
+    fn ask(&mut self, length: usize, steps: u32, canvases: usize, sampler: &str) -> Result<(f64, u32)> {
+        writeln!(self.questions, "{length} {steps} {canvases} {sampler}")?;
         let mut line = String::new();
         self.answers.read_line(&mut line)?;
-        ensure!(!line.is_empty(), "PyTorch stopped");
-        Ok(line.trim().parse()?)
+        let (seconds, evaluations) = line.trim().split_once(' ').context("PyTorch stopped")?;
+        Ok((seconds.parse()?, evaluations.parse()?))
     }
 }
 

@@ -1,9 +1,11 @@
-"""The reference sampler (analytic, absorbing graph, log-linear noise) in PyTorch.
+"""The reference sampler (analytic, absorbing graph, log-linear noise) and MDLM's `ddpm_cache` in PyTorch.
 
 Usage: reference.py CHECKPOINT THREADS DEVICE MODE, with `config.json` and `model.safetensors` in CHECKPOINT; the mode
-is float32, bfloat16 (autocast) or compiled (bfloat16, `torch.compile`). Every line `LENGTH STEPS CANVASES` on the
-standard input asks for one generation of that many canvases and is answered by its seconds. As the reference
-implementation does: the network at every position, and all probabilities of all positions, in every step.
+is float32, bfloat16 (autocast), compiled (bfloat16, `torch.compile`) or int8 (`quantize_dynamic` of all linear layers).
+Every line `LENGTH STEPS CANVASES SAMPLER` on the standard input asks for one generation of that many canvases and is
+answered by its seconds and its evaluations of the network. As the reference implementations do: the network at every
+position, and all probabilities of all positions, in every step; but `ddpm_cache` keeps what the network said for as long
+as no token changes.
 """
 
 import json
@@ -26,6 +28,8 @@ model = Ddit(mask + 1, shape["length"], shape["hidden_size"], shape["cond_dim"],
 model.load_state_dict(load_file(checkpoint / "model.safetensors"))
 model.eval().to(device)
 torch.set_default_device(device)
+if mode == "int8":
+    model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 network = torch.compile(model) if mode == "compiled" else model
 
 
@@ -33,9 +37,13 @@ def total_noise(t):
     return -torch.log1p(-(1 - 1e-3) * t)
 
 
+def outputs(x, sigma):
+    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=mode in ("bfloat16", "compiled")):
+        return network(x, sigma).float()
+
+
 def scores(x, sigma):
-    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=mode != "float32"):
-        log_score = network(x, sigma).float()
+    log_score = outputs(x, sigma)
     offset = torch.log(torch.expm1(sigma)) + torch.log(torch.tensor(float(mask)))
     log_score = log_score - offset[:, None, None]
     return torch.scatter(log_score, -1, x[..., None], torch.zeros_like(log_score[..., :1])).exp()
@@ -69,10 +77,38 @@ def generate(length, steps, canvases):
     return draw(step(x, sigma, sigma)[..., :-1])
 
 
+@torch.inference_mode()
+def ddpm_cache(length, steps, canvases):
+    """MDLM's `_ddpm_caching_update` with its loop around it, for a network that does not see the time."""
+    x = torch.full((canvases, length), mask)
+    sigma = torch.zeros(canvases)
+    times = torch.linspace(1, 1e-5, steps + 1)
+    dt = (1 - 1e-5) / steps
+    evaluations, clean = 0, None
+    for t in times[:-1]:
+        if clean is None:
+            logits = outputs(x, sigma)
+            logits[..., mask] = -torch.inf
+            clean = logits.log_softmax(-1).exp()
+            evaluations += 1
+        weights = clean * dt
+        weights[..., mask] = t - dt
+        following = torch.where(x == mask, draw(weights), x)
+        if not torch.equal(following, x):
+            clean = None
+        x = following
+    return evaluations
+
+
 for line in sys.stdin:
-    length, steps, canvases = map(int, line.split())
+    *numbers, sampler = line.split()
+    length, steps, canvases = map(int, numbers)
     started = time.perf_counter()
-    generate(length, steps, canvases)
+    if sampler == "ddpm_cache":
+        evaluations = ddpm_cache(length, steps, canvases)
+    else:
+        generate(length, steps, canvases)
+        evaluations = steps + 1
     if device != "cpu":
         torch.cuda.synchronize()
-    print(time.perf_counter() - started, flush=True)
+    print(time.perf_counter() - started, evaluations, flush=True)
