@@ -115,6 +115,8 @@ if have helm; then
     check "everything on: the grace period follows the drain" \
         rendered "$work/all-on.yaml" "terminationGracePeriodSeconds: 105"
     check "everything on: the repository is mounted" rendered "$work/all-on.yaml" "claimName: \"model-repository\""
+    check "everything on: prepared networks" rendered "$work/all-on.yaml" "value: /prepared"
+    check "everything on: prepared networks are bounded" rendered "$work/all-on.yaml" "value: \"4096\""
     check "everything on: autoscaler" rendered "$work/all-on.yaml" "kind: HorizontalPodAutoscaler"
     check "everything on: replicas are the autoscaler's" absent "$work/all-on.yaml" "  replicas:"
 
@@ -178,7 +180,7 @@ if have helm; then
     check "refused: fewer replicas at most than at least" \
         refuses "autoscaling.minReplicas" --set autoscaling.enabled=true,autoscaling.minReplicas=9
 else
-    skip helm "lint, render, refuse" 68
+    skip helm "lint, render, refuse" 69
 fi
 
 # The validator itself must be able to say no.

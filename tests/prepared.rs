@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use denoised::bundle::{Bundle, demo};
@@ -11,7 +12,8 @@ use denoised::network::onnx::{OnnxNetwork, OnnxOptions, Prepared, PreparedError}
 use denoised::network::{Batch, ScoreNetwork};
 use denoised::proto::v1::{GenerateRequest, Sampling};
 
-use crate::support::{TestServer, config, generate, prompt, publish};
+use crate::binary::{Serving, denoised, succeeds};
+use crate::support::{TestServer, config, generate, may_mount, prompt, publish, skipped};
 
 const ROOM: u64 = 1 << 30;
 
@@ -221,6 +223,42 @@ fn what_was_never_finished_is_removed() {
     let (old, young) = (partial(".new-1-0", 2), partial(".new-2-0", 0));
     drop(Prepared::open(folder.path(), ROOM).unwrap());
     assert!(!old.exists() && young.exists());
+}
+
+/// An image or a volume may come with what was prepared for its machines.
+#[test]
+fn a_folder_that_is_mounted_read_only_serves_what_it_has() {
+    if !may_mount() {
+        skipped("no mounts of one's own are allowed here: a folder that is read-only was not tried");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    let bundle = demo_bundle();
+    drop(load(&bundle, &Prepared::open(folder.path(), ROOM).unwrap()));
+    let before = entries(folder.path());
+    let mut command = Command::new("unshare");
+    // The script's own process becomes the server.
+    let script =
+        format!("mount --bind '{path}' '{path}' && mount -o remount,ro,bind '{path}' && exec \"$@\"");
+    command
+        .args(["--mount", "bash", "-c", &script, "bash"])
+        .arg(denoised().get_program())
+        .env_remove("DENOISED_SERVER")
+        .env("DENOISED__MODELS__PREPARED", path);
+    let server = Serving::start_with(&mut command);
+    let answered = denoised()
+        .args(["generate", "--length", "24", "--steps", "4", "--server"])
+        .arg(format!("http://{}", server.address))
+        .output()
+        .unwrap();
+    succeeds(&answered);
+    let maps = fs::read_to_string(format!("/proc/{}/maps", server.id())).unwrap();
+    assert!(maps.contains("network.onnx.data"), "{maps}");
+    let (code, log) = server.stop();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(!log.contains("prepared"), "{log}");
+    assert_eq!(entries(folder.path()), before);
 }
 
 /// Memory for one network is enough for all workers' then.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use crate::binary::denoised;
-use crate::support::skipped;
+use crate::support::{may_mount, skipped};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/rootfs.sh");
 /// Who runs it in an image.
@@ -56,8 +56,7 @@ impl Drop for Running {
 
 #[test]
 fn the_image_starts_serves_is_probed_and_drains() {
-    let may = Command::new("unshare").args(["--mount", "true"]).status();
-    if !may.is_ok_and(|status| status.success()) {
+    if !may_mount() {
         skipped("no mounts of one's own are allowed here: what an image holds was not run");
         return;
     }

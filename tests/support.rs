@@ -36,6 +36,14 @@ pub fn skipped(why: impl std::fmt::Display) {
     drop(writeln!(std::io::stderr(), "SKIPPED: {why}"));
 }
 
+/// Whether a process may have mounts of its own here.
+pub fn may_mount() -> bool {
+    let status = std::process::Command::new("unshare")
+        .args(["--mount", "true"])
+        .status();
+    status.is_ok_and(|status| status.success())
+}
+
 pub struct TestServer {
     pub channel: Channel,
     pub url: String,
