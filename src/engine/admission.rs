@@ -209,10 +209,11 @@ impl Admission {
     /// Callers take turns, and so do the requests of one: whoever waits gets as much as this does until it is
     /// finished, or all that it wants. Nearer deadlines of the same caller go first.
     pub(super) fn predicted(&self, caller: &Caller, request: &Asked, evaluations: u64) -> Duration {
+        let new = request.waits(evaluations);
         let waiting = self.waiting.lock();
         let own = waiting.callers.get(caller);
-        let requests = own.iter().flat_map(|own| own.requests.values().copied());
-        self.predicted_beside(&waiting, caller, requests, request.waits(evaluations), request)
+        let own = of_caller(&new, own.iter().flat_map(|own| own.requests.values()));
+        self.predicted_beside(&waiting, caller, own, &new, request)
     }
 
     /// The first deadline that must not be missed and would be, were `request` admitted: its own, or a later one of
@@ -230,51 +231,44 @@ impl Admission {
         let waiting = self.waiting.lock();
         let own = waiting.callers.get(caller);
         let running = own.iter().flat_map(|own| own.requests.values().copied());
-        let all: Vec<Waits> = running.chain([new]).collect();
-        let missed = |(index, waits): (usize, &Waits)| {
-            let must = waits.must.filter(|must| *must >= at)?;
-            let others = all.iter().enumerate().filter(|(other, _)| *other != index);
-            let others = others.map(|(_, waits)| *waits);
-            let predicted = self.predicted_beside(&waiting, caller, others, *waits, request);
-            let predicted = predicted.mul_f64(doubt) + pass;
-            let left = must.saturating_duration_since(now);
-            (predicted > left).then_some((must, Missed { left, predicted }))
-        };
-        let first = all
-            .iter()
-            .enumerate()
-            .filter_map(missed)
-            .min_by_key(|(at, _)| *at);
-        first.map(|(_, missed)| missed)
+        let (mut urgent, mut patient) = (Vec::new(), 0u64);
+        for waits in running.chain([new]) {
+            match waits.must {
+                Some(must) => urgent.push((must, waits)),
+                None => patient = patient.saturating_add(waits.nanos),
+            }
+        }
+        // By deadline, so that what goes before each is a running sum: a caller may have a thousand of them, and workers wait
+        // for the lock.
+        urgent.sort_unstable_by_key(|(must, _)| *must);
+        let mut first = 0u64;
+        for of_one in urgent.chunk_by(|(must, _), (other, _)| must == other) {
+            first = of_one
+                .iter()
+                .fold(first, |sum, (_, waits)| sum.saturating_add(waits.nanos));
+            for (must, waits) in of_one.iter().filter(|(must, _)| *must >= at) {
+                let own = with_patient(first, patient);
+                let predicted = self.predicted_beside(&waiting, caller, own, waits, request);
+                let predicted = predicted.mul_f64(doubt) + pass;
+                let left = must.saturating_duration_since(now);
+                if predicted > left {
+                    return Some(Missed { left, predicted });
+                }
+            }
+        }
+        None
     }
 
-    /// How long it takes until all that waits of a request is done, beside the `requests` of the same caller and what
-    /// others have, once `new` is admitted.
+    /// How long it takes until all that waits of a request is done, beside what others have, once `new` is admitted; its
+    /// caller has `own` done until then.
     fn predicted_beside(
         &self,
         waiting: &Waiting,
         caller: &Caller,
-        requests: impl Iterator<Item = Waits>,
-        Waits {
-            nanos: needed,
-            canvases,
-            must,
-        }: Waits,
+        own: u64,
+        waits: &Waits,
         new: &Asked,
     ) -> Duration {
-        let (mut first, mut patient) = (needed, 0u64);
-        for other in requests {
-            match (must, other.must) {
-                (Some(own), Some(other_deadline)) if other_deadline <= own => {
-                    first = first.saturating_add(other.nanos);
-                }
-                (Some(_), Some(_)) => {}
-                (Some(_), None) => patient = patient.saturating_add(other.nanos),
-                // Half of the time is for who is patient, so that those who are not take as much at most.
-                (None, _) => patient = patient.saturating_add(other.nanos.min(needed)),
-            }
-        }
-        let own = first.saturating_add(patient.min(if must.is_some() { first } else { u64::MAX }));
         let callers = waiting.callers.iter().filter(|(name, _)| *name != caller);
         let all = callers.fold(own, |sum, (name, other)| {
             // While this takes its turns, others take theirs.
@@ -286,7 +280,7 @@ impl Admission {
             .canvases
             .saturating_add(new.canvases.into())
             .min(new.per_pass.max(1).into());
-        let chain = (needed / u64::from(canvases.max(1))).saturating_mul(company);
+        let chain = (waits.nanos / u64::from(waits.canvases.max(1))).saturating_mul(company);
         Duration::from_nanos((all / self.workers).max(chain))
     }
 
@@ -317,6 +311,30 @@ impl Admission {
             }
         }
     }
+}
+
+/// What a caller has done of its own until `request` is finished beside its other `requests`.
+fn of_caller<'a>(request: &Waits, requests: impl Iterator<Item = &'a Waits>) -> u64 {
+    let (mut first, mut patient) = (request.nanos, 0u64);
+    for other in requests {
+        match (request.must, other.must) {
+            (Some(own), Some(must)) if must <= own => first = first.saturating_add(other.nanos),
+            (Some(_), Some(_)) => {}
+            (Some(_), None) => patient = patient.saturating_add(other.nanos),
+            (None, _) => patient = patient.saturating_add(other.nanos.min(request.nanos)),
+        }
+    }
+    if request.must.is_some() {
+        with_patient(first, patient)
+    } else {
+        first.saturating_add(patient)
+    }
+}
+
+/// What is done until the `first` of those with deadlines are: half of the time is for who is patient, so that those who
+/// are not take as much at most.
+fn with_patient(first: u64, patient: u64) -> u64 {
+    first.saturating_add(patient.min(first))
 }
 
 /// Room for the evaluations that a canvas still needs; given back when dropped.
@@ -442,6 +460,58 @@ mod tests {
         // Without a deadline half of the time is enough.
         let _patient = admission.admit(&caller("a"), wants(1, 2, second)).unwrap();
         assert_eq!(misses(within(5, 2)), Some((6.0, 7)));
+    }
+
+    proptest::proptest! {
+        /// The running sums, against asking for each of the caller's requests what it is predicted to take.
+        #[test]
+        fn what_is_missed_is_the_first_that_is_predicted_to_be(
+            running in proptest::collection::vec((0u64..6, 1u64..400, 1u32..3), 0..12),
+            (seconds, evaluations, others) in (1u64..6, 1u64..400, 0u64..300),
+        ) {
+            let admission = Admission::new(Duration::from_secs(1_000_000), 1.0, 2);
+            let admission = Arc::new(admission);
+            let now = Instant::now();
+            let within = |seconds: u64, evaluations, canvases| Asked {
+                deadline: (seconds > 0).then(|| Deadline {
+                    // Far apart, so that what this takes itself does not matter.
+                    at: now + Duration::from_secs(1000 * seconds),
+                    then: OnDeadline::Fail,
+                }),
+                ..wants(canvases, evaluations, 10_000 * MILLISECOND)
+            };
+            let mut permits = Vec::new();
+            let mut all = Vec::new();
+            for (seconds, evaluations, canvases) in running {
+                let request = within(seconds, evaluations, canvases);
+                permits.extend(admission.admit(&caller("a"), request).unwrap());
+                all.push(request.waits(evaluations));
+            }
+            permits.extend(admission.admit(&caller("b"), within(0, others + 1, 1)).unwrap());
+            let new = within(seconds, evaluations, 1);
+            let found = admission.misses(&caller("a"), &new, 1.3, Duration::ZERO);
+
+            let waits = new.waits(evaluations);
+            all.push(waits);
+            let waiting = admission.waiting.lock();
+            let mut missed: Vec<(Instant, Duration)> = Vec::new();
+            for (index, one) in all.iter().enumerate() {
+                let Some(must) = one.must.filter(|must| *must >= waits.must.unwrap()) else {
+                    continue;
+                };
+                let rest = all.iter().enumerate().filter(|(other, _)| *other != index);
+                let own = of_caller(one, rest.map(|(_, waits)| waits));
+                let predicted = admission.predicted_beside(&waiting, &caller("a"), own, one, &new).mul_f64(1.3);
+                if now + predicted > must {
+                    missed.push((must, predicted));
+                }
+            }
+            let first = missed.iter().map(|(must, _)| *must).min();
+            let of_first = missed.iter().filter(|(must, _)| Some(*must) == first);
+            let of_first: Vec<Duration> = of_first.map(|(_, predicted)| *predicted).collect();
+            proptest::prop_assert_eq!(found.is_some(), first.is_some());
+            proptest::prop_assert!(found.is_none_or(|found| of_first.contains(&found.predicted)));
+        }
     }
 
     #[test]
