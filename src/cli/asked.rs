@@ -23,9 +23,9 @@ pub(super) struct Asked {
     /// Denoising steps; the model's default, or else as many as there are tokens to fill, at most 64.
     #[arg(long, value_name = "N")]
     steps: Option<u32>,
-    /// How to take a step: tweedie, euler, first-hitting (one token an evaluation), confidence or entropy-bounded
-    /// (the surest tokens first), remask (tokens can be masked again), theta-trapezoidal (two evaluations a step);
-    /// the model's default or tweedie otherwise.
+    /// How to take a step: tweedie, euler, first-hitting (one token an evaluation), confidence,
+    /// probability-margin or entropy-bounded (the surest tokens first), remask (tokens can be masked again),
+    /// theta-trapezoidal (two evaluations a step); the model's default or tweedie otherwise.
     #[arg(long, value_name = "SAMPLER", value_parser = sampler_named)]
     sampler: Option<Sampler>,
     /// For tweedie and euler: let the noise alone decide when a token leaves the mask; evaluations that change
@@ -145,8 +145,13 @@ impl Asked {
             }
             Some(Sampler::EntropyBounded(EntropyBounded { bound: own })) => *own = bound.take(),
             Some(Sampler::Remask(Remask { rate: own })) => *own = rate.take(),
-            Some(Sampler::FirstHitting(_) | Sampler::Confidence(_) | Sampler::ThetaTrapezoidal(_)) | None => {
-            }
+            Some(
+                Sampler::FirstHitting(_)
+                | Sampler::Confidence(_)
+                | Sampler::ProbabilityMargin(_)
+                | Sampler::ThetaTrapezoidal(_),
+            )
+            | None => {}
         }
         for (option, left, of) in [
             ("--normalize", normalizes, "tweedie or euler"),

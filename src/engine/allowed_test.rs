@@ -101,6 +101,7 @@ fn nothing_else_comes_out_of_any_sampler_on_either_graph() {
             SamplerKind::Euler,
             SamplerKind::ThetaTrapezoidal,
             SamplerKind::Confidence,
+            SamplerKind::ProbabilityMargin,
             SamplerKind::EntropyBounded { bound: 0.3 },
         ] {
             if graph == GraphKind::Uniform && sampler.normalizes() {

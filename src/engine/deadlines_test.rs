@@ -23,6 +23,7 @@ fn samplers(graph: GraphKind) -> impl Iterator<Item = SamplerKind> {
         SamplerKind::ThetaTrapezoidal,
         SamplerKind::FirstHitting,
         SamplerKind::Confidence,
+        SamplerKind::ProbabilityMargin,
         SamplerKind::EntropyBounded { bound: 0.1 },
         SamplerKind::Remask { rate: 0.1 },
     ]

@@ -116,6 +116,7 @@ fn every_sampler_ends_whatever_the_noise_has_left() {
             SamplerKind::Euler,
             SamplerKind::FirstHitting,
             SamplerKind::Confidence,
+            SamplerKind::ProbabilityMargin,
             SamplerKind::EntropyBounded { bound: 0.3 },
             SamplerKind::Remask { rate: 0.1 },
             SamplerKind::ThetaTrapezoidal,

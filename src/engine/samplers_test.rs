@@ -280,18 +280,42 @@ fn no_entropy_at_all_draws_the_data_law() {
     assert_follows(&chain.data(), &counts(&chain, &plan), "bound 0");
 }
 
+/// The further right, the likelier the likeliest token, and the closer the second comes to it.
+fn closer_to_the_right(_: &[Token], position: usize, _: f64) -> Vec<f32> {
+    let (first, second) = (0.5 + 0.005 * position as f32, 0.26 + 0.02 * position as f32);
+    // The last is the mask's own, which is not read.
+    [second, 1.0 - first - second, first, 1.0].map(f32::ln).to_vec()
+}
+
+#[test]
+fn a_position_that_two_tokens_share_waits_for_a_margin_and_not_for_confidence() {
+    let (at, nfe) = committed_by(SamplerKind::ProbabilityMargin, 5, closer_to_the_right);
+    assert_eq!((at, nfe), (vec![1, 1, 2, 2, 3, 3, 4, 4, 5, 5], 5));
+    let (at, nfe) = committed_by(SamplerKind::Confidence, 5, closer_to_the_right);
+    assert_eq!((at, nfe), (vec![5, 5, 4, 4, 3, 3, 2, 2, 1, 1], 5));
+}
+
 /// The surer, the further right: rows whose first token is likelier by `position` nats.
 fn surer_to_the_right(_: &[Token], position: usize, _: f64) -> Vec<f32> {
     vec![position as f32, 0.0, 0.0, 0.0]
 }
 
 fn committed(sampler: SamplerKind, steps: u32) -> (Vec<u32>, u32) {
+    committed_by(sampler, steps, surer_to_the_right)
+}
+
+/// When each of ten positions is filled by networks of these rows, and what it takes.
+fn committed_by(
+    sampler: SamplerKind,
+    steps: u32,
+    rows: impl FnMut(&[Token], usize, f64) -> Vec<f32>,
+) -> (Vec<u32>, u32) {
     let chain = Chain::new(GraphKind::Absorbing, SamplerKind::Tweedie, 1);
     let mut sampling = sampling(sampler, steps);
     sampling.choice.temperature = 0.0;
     let plan = plan(&chain, Parameterization::Mean, sampling);
     let mut canvas = fresh(&plan, &[None; 10], 1, 0);
-    let nfe = run(&mut canvas, surer_to_the_right);
+    let nfe = run(&mut canvas, rows);
     (canvas.committed_at().to_vec(), nfe)
 }
 

@@ -40,6 +40,7 @@ export const SAMPLERS = {
   entropy_bounded: "entropyBounded",
   remask: "remask",
   theta_trapezoidal: "thetaTrapezoidal",
+  probability_margin: "probabilityMargin",
 } as const;
 
 /** The settings that a link has after its `#`, and whether it has any. */

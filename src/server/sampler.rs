@@ -11,7 +11,7 @@ pub(crate) const DEFAULT_ENTROPY_BOUND: f64 = 0.5;
 pub(crate) const DEFAULT_REMASK_RATE: f64 = 0.02;
 
 /// Every sampler, with the name of its field in the proto.
-pub const ALL: [(&str, Arm); 7] = [
+pub const ALL: [(&str, Arm); 8] = [
     ("tweedie", Arm::Tweedie(v1::Tweedie { normalize: false })),
     ("euler", Arm::Euler(v1::Euler { normalize: false })),
     ("first_hitting", Arm::FirstHitting(v1::FirstHitting {})),
@@ -24,6 +24,10 @@ pub const ALL: [(&str, Arm); 7] = [
     (
         "theta_trapezoidal",
         Arm::ThetaTrapezoidal(v1::ThetaTrapezoidal {}),
+    ),
+    (
+        "probability_margin",
+        Arm::ProbabilityMargin(v1::ProbabilityMargin {}),
     ),
 ];
 
@@ -66,6 +70,7 @@ pub(super) fn asked(
             fits("remask.rate", rate, SamplerKind::Remask { rate }, "0 to 1")
         }
         Some(Arm::ThetaTrapezoidal(v1::ThetaTrapezoidal {})) => Ok((SamplerKind::ThetaTrapezoidal, false)),
+        Some(Arm::ProbabilityMargin(v1::ProbabilityMargin {})) => Ok((SamplerKind::ProbabilityMargin, false)),
     }
 }
 
@@ -81,6 +86,7 @@ pub(super) fn told(sampler: SamplerKind, normalize: bool) -> Arm {
         }
         SamplerKind::Remask { rate } => Arm::Remask(v1::Remask { rate: Some(rate) }),
         SamplerKind::ThetaTrapezoidal => Arm::ThetaTrapezoidal(v1::ThetaTrapezoidal {}),
+        SamplerKind::ProbabilityMargin => Arm::ProbabilityMargin(v1::ProbabilityMargin {}),
     }
 }
 
@@ -94,6 +100,7 @@ pub fn name(arm: &Arm) -> &'static str {
         Arm::EntropyBounded(_) => "entropy_bounded",
         Arm::Remask(_) => "remask",
         Arm::ThetaTrapezoidal(_) => "theta_trapezoidal",
+        Arm::ProbabilityMargin(_) => "probability_margin",
     }
 }
 

@@ -41,7 +41,7 @@ struct Arguments {
 }
 
 /// Options of `denoised generate` that make up one setting, under the sampler's name.
-const SETTINGS: [(&str, &[&str]); 22] = [
+const SETTINGS: [(&str, &[&str]); 25] = [
     ("tweedie", &["--steps", "16"]),
     ("tweedie", &["--steps", "32"]),
     ("tweedie", &["--steps", "64"]),
@@ -71,6 +71,18 @@ const SETTINGS: [(&str, &[&str]); 22] = [
     ("confidence", &["--sampler", "confidence", "--steps", "16"]),
     ("confidence", &["--sampler", "confidence", "--steps", "32"]),
     ("confidence", &["--sampler", "confidence", "--steps", "64"]),
+    (
+        "probability-margin",
+        &["--sampler", "probability-margin", "--steps", "16"],
+    ),
+    (
+        "probability-margin",
+        &["--sampler", "probability-margin", "--steps", "32"],
+    ),
+    (
+        "probability-margin",
+        &["--sampler", "probability-margin", "--steps", "64"],
+    ),
     (
         "entropy-bounded",
         &[

@@ -82,6 +82,35 @@ impl<'a> Row<'a> {
         )
     }
 
+    /// The log-score of the second of the entries in descending order; NaN entries are passed over.
+    pub(super) fn second(&self) -> f32 {
+        vectorised(
+            #[inline(always)]
+            || {
+                let mut buffer = Buffer::default();
+                let (mut first, mut second) = ([f32::NEG_INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+                for index in 0..self.blocks() {
+                    for entries in self.block(index, &mut buffer).chunks_exact(LANES) {
+                        for ((first, second), &entry) in first.iter_mut().zip(&mut second).zip(entries) {
+                            let lower = if entry > *first { *first } else { entry };
+                            *second = if lower > *second { lower } else { *second };
+                            *first = if entry > *first { entry } else { *first };
+                        }
+                    }
+                }
+                let mut largest = [f32::NEG_INFINITY; 2];
+                for entry in first.into_iter().chain(second) {
+                    if entry > largest[0] {
+                        largest = [entry, largest[0]];
+                    } else if entry > largest[1] {
+                        largest[1] = entry;
+                    }
+                }
+                largest[1]
+            },
+        )
+    }
+
     /// For every block, the sum of `weight` over its entries: NaN where an entry is.
     pub(super) fn sums(&self, weight: &Weight, sums: &mut Vec<f64>) {
         self.reduce(

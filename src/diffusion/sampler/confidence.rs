@@ -1,4 +1,6 @@
-//! Confidence: the same number of positions in every step, the surest first (MaskGIT, arXiv 2202.04200).
+//! Confidence: the same number of positions in every step, the surest first: those whose drawn tokens are likeliest
+//! (MaskGIT, arXiv 2202.04200), or at which the likeliest token is furthest ahead of the second (the probability margin,
+//! arXiv 2502.06768, section 4.1).
 //!
 //! Filling several positions from one evaluation takes them for independent; the surer the network is of them,
 //! the less that costs. What comes out is not the law of the reverse process but likelier and less varied text:
@@ -18,6 +20,8 @@ pub struct Confidence {
     pub process: Process,
     /// How many steps there are; their times are those of the share that is masked.
     pub grid: TimeGrid,
+    /// What "the surest" is said by.
+    pub by: Uncertainty,
 }
 
 impl Sampler for Confidence {
@@ -26,7 +30,7 @@ impl Sampler for Confidence {
     }
 
     fn evaluation(&self, canvas: &CanvasView<'_>) -> Evaluation {
-        all_masked(&self.process, canvas, Uncertainty::NegLogProb)
+        all_masked(&self.process, canvas, self.by)
     }
 
     fn commit(&self, canvas: &CanvasView<'_>, evaluation: &Evaluation, candidates: Vec<Candidate>) -> Commit {

@@ -93,6 +93,8 @@ pub enum Uncertainty {
     NegLogProb,
     /// The entropy of the row.
     Entropy,
+    /// One less the margin: how far the likeliest token's probability is above the second's.
+    Margin,
 }
 
 /// A token for a position, drawn from its row.
@@ -102,7 +104,7 @@ pub struct Candidate {
     pub position: usize,
     /// The token.
     pub token: Token,
-    /// How unsure the network is, in nats; 0 for samplers that do not ask.
+    /// How unsure the network is, in nats, of margins from 0 to 1; 0 for samplers that do not ask.
     pub uncertainty: f64,
     /// The log-probability that the network gives the token, in nats.
     pub log_probability: f64,

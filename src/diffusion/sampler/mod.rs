@@ -135,6 +135,9 @@ pub enum SamplerKind {
     },
     /// Two evaluations a step, second order in its length (arXiv 2502.00234).
     ThetaTrapezoidal,
+    /// The same number of tokens in every step, those first that are furthest ahead of the second likeliest (arXiv
+    /// 2502.06768); a heuristic, for absorbing graphs.
+    ProbabilityMargin,
 }
 
 impl SamplerKind {
@@ -142,7 +145,11 @@ impl SamplerKind {
     pub fn normalizes(self) -> bool {
         match self {
             Self::Tweedie | Self::Euler | Self::ThetaTrapezoidal => false,
-            Self::FirstHitting | Self::Confidence | Self::EntropyBounded { .. } | Self::Remask { .. } => true,
+            Self::FirstHitting
+            | Self::Confidence
+            | Self::ProbabilityMargin
+            | Self::EntropyBounded { .. }
+            | Self::Remask { .. } => true,
         }
     }
 
@@ -151,9 +158,12 @@ impl SamplerKind {
         match self {
             Self::EntropyBounded { bound } => bound >= 0.0 && bound.is_finite(),
             Self::Remask { rate } => (0.0..=1.0).contains(&rate),
-            Self::Tweedie | Self::Euler | Self::FirstHitting | Self::Confidence | Self::ThetaTrapezoidal => {
-                true
-            }
+            Self::Tweedie
+            | Self::Euler
+            | Self::FirstHitting
+            | Self::Confidence
+            | Self::ProbabilityMargin
+            | Self::ThetaTrapezoidal => true,
         }
     }
 
@@ -187,7 +197,16 @@ impl SamplerKind {
                 process,
                 start: grid.start,
             }),
-            Self::Confidence => Box::new(Confidence { process, grid }),
+            Self::Confidence => Box::new(Confidence {
+                process,
+                grid,
+                by: Uncertainty::NegLogProb,
+            }),
+            Self::ProbabilityMargin => Box::new(Confidence {
+                process,
+                grid,
+                by: Uncertainty::Margin,
+            }),
             Self::EntropyBounded { bound } => Box::new(EntropyBounded { process, grid, bound }),
             Self::Remask { rate } => Box::new(Remask { process, grid, rate }),
             Self::ThetaTrapezoidal => Box::new(ThetaTrapezoidal { process, grid }),
@@ -201,7 +220,7 @@ impl SamplerKind {
             Self::Tweedie | Self::Euler if normalized => (steps + 1).min(gaps),
             Self::Tweedie | Self::Euler | Self::Remask { .. } => steps + 1,
             Self::FirstHitting => gaps,
-            Self::Confidence | Self::EntropyBounded { .. } => steps.min(gaps),
+            Self::Confidence | Self::ProbabilityMargin | Self::EntropyBounded { .. } => steps.min(gaps),
             Self::ThetaTrapezoidal => 2 * steps + 1,
         }
     }

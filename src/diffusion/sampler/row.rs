@@ -226,8 +226,8 @@ pub fn score_sum(offset: f64, scratch: &Scratch) -> Option<f64> {
     Some((f64::from(top) + offset).exp() * sum)
 }
 
-/// How unsure a row over target tokens is of `token` in place of `x`, in nats; the row must be the one that was
-/// [drawn](draw) from last, whose sums it goes on from.
+/// How unsure a row over target tokens is of `token` in place of `x`, in nats, of margins from 0 to 1; the row must be the
+/// one that was [drawn](draw) from last, whose sums it goes on from.
 ///
 /// Before temperature, top-k and top-p; scores are taken as normalised.
 ///
@@ -244,12 +244,14 @@ pub fn uncertainty(
         return Ok(0.0);
     }
     let (top, sum) = scratch.read.ok_or(RowError::Scores)?;
-    let mean = if of == Uncertainty::NegLogProb {
-        f64::from(log_score[token as usize] - top)
-    } else {
-        Row::new(log_score, x as usize).mean_exponent(top, &mut scratch.sums) / sum
+    let row = Row::new(log_score, x as usize);
+    let uncertainty = match of {
+        Uncertainty::None => 0.0,
+        Uncertainty::NegLogProb => sum.ln() - f64::from(log_score[token as usize] - top),
+        Uncertainty::Entropy => sum.ln() - row.mean_exponent(top, &mut scratch.sums) / sum,
+        // Of the likeliest, e^0 of the sum.
+        Uncertainty::Margin => 1.0 - (1.0 - f64::from(row.second() - top).exp()) / sum,
     };
-    let uncertainty = sum.ln() - mean;
     if uncertainty.is_nan() {
         Err(RowError::Scores)
     } else {

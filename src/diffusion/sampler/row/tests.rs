@@ -178,11 +178,40 @@ fn uncertainties_are_surprise_and_entropy() {
         |of, token: Token| uncertainty(of, x as Token, token, &row, &mut after_drawing(&row, x)).unwrap();
     assert!((of(Uncertainty::Entropy, 0) - entropy).abs() < 1e-5);
     assert!((of(Uncertainty::NegLogProb, 9) + (chances[9] / whole).ln()).abs() < 1e-5);
+    let mut descending = chances.clone();
+    descending.sort_by(|a, b| b.total_cmp(a));
+    let margin = (descending[0] - descending[1]) / whole;
+    assert!((of(Uncertainty::Margin, 9) - (1.0 - margin)).abs() < 1e-6);
     assert_eq!(of(Uncertainty::None, 9), 0.0);
     let certain = [0.0, f32::NEG_INFINITY, f32::NEG_INFINITY];
     let [drawn, fresh] = &mut [after_drawing(&certain, 2), Scratch::default()];
     let of = |scratch| uncertainty(Uncertainty::Entropy, 2, 0, &certain, scratch);
     assert_eq!((of(drawn), of(fresh)), (Ok(0.0), Err(RowError::Scores)));
+    // Two that are alike, in the same lane and in two; and what was never allowed does not count.
+    for (row, x, expected) in [
+        (vec![0.0, 0.0], 5, 1.0),
+        (vec![0.0], 5, 0.0),
+        (
+            vec![0.0, f32::NAN, -1.0],
+            1,
+            1.0 - (1.0 - (-1.0f64).exp()) / (1.0 + (-1.0f64).exp()),
+        ),
+    ] {
+        let mut whole = vec![f32::NEG_INFINITY; 40];
+        whole[..row.len()].copy_from_slice(&row);
+        let of = uncertainty(
+            Uncertainty::Margin,
+            x,
+            0,
+            &whole,
+            &mut after_drawing(&whole, x as usize),
+        );
+        assert!((of.unwrap() - expected).abs() < 1e-6, "{row:?}: {of:?}");
+    }
+    let mut apart = vec![-3.0; 40];
+    (apart[3], apart[19]) = (0.0, 0.0);
+    let of = uncertainty(Uncertainty::Margin, 0, 3, &apart, &mut after_drawing(&apart, 0));
+    assert_eq!(of, Ok(1.0));
 }
 
 #[test]

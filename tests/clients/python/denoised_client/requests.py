@@ -10,7 +10,14 @@ from typing import Any, Literal
 from denoised.v1 import deadline_pb2, diffusion_service_pb2, model_reference_pb2, sampling_pb2, template_pb2
 
 Sampler = Literal[
-    "tweedie", "euler", "first_hitting", "confidence", "entropy_bounded", "remask", "theta_trapezoidal"
+    "tweedie",
+    "euler",
+    "first_hitting",
+    "confidence",
+    "entropy_bounded",
+    "remask",
+    "theta_trapezoidal",
+    "probability_margin",
 ]
 
 
