@@ -388,6 +388,41 @@ fn a_run_survives_its_machine() {
 }
 
 #[test]
+fn a_damaged_copy_is_passed_over_and_written_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path();
+    prepared(root);
+    let place = root.join("mirror");
+    let mirror = Mirror::open(place.to_str().unwrap()).unwrap();
+    let setting = format!("mirror = \"{}\"\nseed = 1", place.display());
+    let mirrored = |steps| {
+        let keep = ("checkpoint_every = 10", "checkpoint_every = 5\nkeep = 2");
+        changed(&config_file(root, "run", steps), &[("seed = 1", &setting), keep])
+    };
+    succeeded(&fit(&mirrored(10)).output().unwrap());
+    let state = |step: u64| place.join(format!("checkpoints/{step:08}/state.json"));
+    fs::write(state(10), "{").unwrap();
+    assert_eq!(mirror.steps().unwrap(), [5]);
+    fs::remove_dir_all(config(root, "run", 1).run.directory).unwrap();
+    let resumed = fit(&mirrored(15)).arg("--resume").output().unwrap();
+    succeeded(&resumed);
+    let said = String::from_utf8(resumed.stderr).unwrap();
+    assert!(said.contains("state.json is damaged and passed over"), "{said}");
+    assert_eq!(mirror.steps().unwrap(), [10, 15]);
+
+    // Where nothing else is, it is still somebody's.
+    for step in [10, 15] {
+        fs::write(state(step), "{").unwrap();
+    }
+    fs::remove_dir_all(config(root, "run", 1).run.directory).unwrap();
+    let error = failed(&fit(&mirrored(20)).output().unwrap());
+    assert!(
+        error.contains("already holds checkpoints, the last of step 15"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_mirror_that_is_away_ends_no_run_and_catches_up() {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();

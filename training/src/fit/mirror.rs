@@ -27,10 +27,20 @@ use crate::fit::checkpoint::{self, State};
 use crate::fit::file::FileError;
 use crate::fit::record::{self, CONFIG, METRICS, PROVENANCE, SAMPLES};
 use crate::publish::object_store as store;
+use crate::say::say;
 
 const CHECKPOINTS: &str = "checkpoints";
 /// How long a store that does not answer is asked again: the run waits meanwhile.
 const PATIENCE: Duration = Duration::from_secs(15);
+
+/// The checkpoints of a mirror, by step.
+#[derive(Debug, Default)]
+struct Copies {
+    /// Those that are complete, with the name of the run that wrote each.
+    whole: BTreeMap<u64, String>,
+    /// Those whose `state.json` is none: which run's they are is not known.
+    damaged: Vec<u64>,
+}
 
 /// A place for copies.
 #[derive(Debug)]
@@ -69,22 +79,25 @@ impl Mirror {
 
     /// Steps whose checkpoints are complete here, ascending.
     pub fn steps(&self) -> Result<Vec<u64>, MirrorError> {
-        Ok(self.copies()?.into_keys().collect())
+        Ok(self.copies()?.whole.into_keys().collect())
     }
 
-    /// Steps whose checkpoints are complete here, each with the name of the run that wrote it.
-    fn copies(&self) -> Result<BTreeMap<u64, String>, MirrorError> {
+    fn copies(&self) -> Result<Copies, MirrorError> {
         let all = async {
             let root = self.root.clone().join(CHECKPOINTS);
             let folders = self.store.list_with_delimiter(Some(&root)).await?.common_prefixes;
-            let mut copies = BTreeMap::new();
+            let mut copies = Copies::default();
             for folder in folders {
                 let Some(step) = folder.filename().and_then(|name| name.parse().ok()) else {
                     continue;
                 };
                 match self.state(&folder).await {
                     Ok(state) => {
-                        copies.insert(step, state.run);
+                        copies.whole.insert(step, state.run);
+                    }
+                    Err(error @ TransferError::State { .. }) => {
+                        say(&format!("run.mirror {}: {error} and passed over", self.name));
+                        copies.damaged.push(step);
                     }
                     Err(TransferError::Store(StoreError::NotFound { .. })) => {}
                     Err(error) => return Err(error),
@@ -110,7 +123,9 @@ impl Mirror {
 
     /// Refuses to begin a run here where there is one already.
     pub fn check_empty(&self) -> Result<(), MirrorError> {
-        match self.steps()?.pop() {
+        let copies = self.copies()?;
+        // Somebody's work, whatever has become of it.
+        match copies.whole.into_keys().chain(copies.damaged).max() {
             None => Ok(()),
             Some(last) => Err(MirrorError::Holds {
                 name: self.name.clone(),
@@ -141,7 +156,7 @@ impl Mirror {
     /// Where the store fails; what is here stays whole, and the next time goes on from it. Where checkpoints of
     /// another run are here: nothing is copied or removed.
     pub fn push(&self, directory: &Path, run: &str, step: u64) -> Result<(), MirrorError> {
-        let (copies, here) = (self.copies()?, checkpoint::steps(directory));
+        let (copies, here) = (self.copies()?.whole, checkpoint::steps(directory));
         self.check_run(&copies, run, directory)?;
         let missing = here
             .iter()
@@ -244,7 +259,7 @@ impl Mirror {
     /// # Errors
     /// Where the store fails, or holds checkpoints of another run than the directory.
     pub fn pull(&self, directory: &Path) -> Result<Option<u64>, MirrorError> {
-        let copies = self.copies()?;
+        let copies = self.copies()?.whole;
         let last = checkpoint::steps(directory).last().copied();
         if let Some(last) = last {
             let state = checkpoint::read_state(&checkpoint::folder(directory, last))?;
