@@ -355,7 +355,7 @@ fn plot(path: &Path, rows: &[Row]) -> Result<()> {
         }
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::MiddleRight)
+            .position(SeriesLabelPosition::LowerRight)
             .background_style(WHITE.mix(0.9))
             .draw()?;
     }

@@ -10,8 +10,8 @@
 //!
 //! On absorbing graphs normalised scores leave the network out of the decision *when* a position moves, so that
 //! fewer rows and fewer evaluations are needed: [`hitting_times`] draws the times first, [`remask`] adds a way back,
-//! [`confidence`] and [`entropy_bounded`] fill the surest positions first. Raw scores keep the exact rule of the
-//! outflow: every masked row is evaluated in every step ([`stepwise`]).
+//! [`confidence`] (by probability or margin) and [`entropy_bounded`] fill the surest positions first. Raw scores keep
+//! the exact rule of the outflow: every masked row is evaluated in every step ([`stepwise`]).
 //!
 //! To add a sampler: a file with its [`Sampler`], an arm in [`SamplerKind`], a line in `server/sampler.rs`, a value
 //! in the proto, a test of its law.
