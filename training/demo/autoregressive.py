@@ -1,6 +1,7 @@
 """An autoregressive transformer of the demo model's size and text, for comparison: what the order of words is worth.
 
-Usage: autoregressive.py TRAIN.tokens VALIDATION.tokens FOLDER [--steps N] [--dropout P] (needs PyTorch and NumPy)
+Usage: autoregressive.py TRAIN.tokens VALIDATION.tokens FOLDER [--steps N] [--dropout P] [--samples N --temperature T]
+(needs PyTorch and NumPy)
 
 Both files are those of `training prepare`. The network is the demo model's with a causal mask and without modulations:
 rotary positions, tied embeddings, 5 blocks of width 256. It reads the same sequences of 128 tokens, each predicted from
@@ -8,6 +9,7 @@ those before it in its sequence, the first from the end of a document. Held-out 
 --measure` cuts it, and what is printed is an exact likelihood where a diffusion model has a bound.
 
 A line of JSON per evaluation goes to FOLDER/metrics.jsonl; interrupted and run again, it goes on from its checkpoint.
+`--samples` then draws sequences into FOLDER/written.jsonl, for `training evaluate --written`.
 """
 
 import argparse
@@ -67,13 +69,19 @@ class Transformer(nn.Module):
         self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
 
+    def states(self, before):
+        """What is known of the token behind each of `before` (batch, at most 128)."""
+        x, length = self.embedding(before), before.shape[1]
+        for block in self.blocks:
+            x = block(x, self.cos[:length], self.sin[:length])
+        return self.norm(x)
+
+    def logits(self, states):
+        return F.linear(states, self.embedding.weight, self.bias)
+
     def forward(self, tokens, end):
         """Nats of every token of `tokens` (batch, length) given those before it."""
-        before = F.pad(tokens[:, :-1], (1, 0), value=end)
-        x = self.embedding(before)
-        for block in self.blocks:
-            x = block(x, self.cos, self.sin)
-        logits = F.linear(self.norm(x), self.embedding.weight, self.bias)
+        logits = self.logits(self.states(F.pad(tokens[:, :-1], (1, 0), value=end)))
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
 
@@ -93,6 +101,20 @@ def held_out(model, tokens, end, bytes_per_token):
     return bits.item(), (bits * nats[sequences != end].sum() / nats.sum()).item()
 
 
+@torch.no_grad()
+def draw(model, end, count, temperature, top_p):
+    """`count` sequences, chosen as the server chooses: temperature first, then the likeliest that hold `top_p`."""
+    model.eval()
+    torch.manual_seed(1)
+    tokens = torch.full((count, 1), end)
+    for _ in range(LENGTH):
+        chances = (model.logits(model.states(tokens)[:, -1]) / temperature).softmax(-1)
+        sorted_chances, order = chances.sort(-1, descending=True)
+        sorted_chances[sorted_chances.cumsum(-1) - sorted_chances >= top_p] = 0
+        tokens = torch.cat((tokens, order.gather(-1, torch.multinomial(sorted_chances, 1))), -1)
+    return tokens[:, 1:]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train", type=Path)
@@ -100,6 +122,9 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--samples", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=0.98)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(1)
@@ -151,6 +176,11 @@ def main():
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
     print(f"{sum(p.numel() for p in model.parameters())} weights, {step * BATCH * LENGTH / len(train):.0f} times the text")
+    if arguments.samples:
+        drawn = draw(average, end, arguments.samples, arguments.temperature, arguments.top_p)
+        with (arguments.folder / "written.jsonl").open("w") as file:
+            for canvas, tokens in enumerate(drawn.tolist()):
+                print(json.dumps({"result": {"canvas": canvas, "tokens": tokens, "nfe": LENGTH}}), file=file)
 
 
 if __name__ == "__main__":
