@@ -9,6 +9,7 @@ mod export_parity;
 mod fine_tuning;
 mod fit;
 mod import;
+mod mirror;
 mod publish;
 mod times;
 mod walkthrough;
