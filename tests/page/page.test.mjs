@@ -112,6 +112,12 @@ async function scrubTo(page, key) {
   await page.keyboard.press(key);
 }
 
+/** Matches what has all the text of `state`, with something in place of its masks. */
+function holding(state) {
+  const escape = RegExp.escape ?? ((text) => text.replace(/[^\w\s]/g, "\\$&"));
+  return new RegExp(`^${state.trim().split(/(?:░░)+/).map(escape).join(".*")}$`, "s");
+}
+
 test("text comes out of noise, is scrubbed back, and goes on from there to the same end", async (t) => {
   const page = await open(t, server.url);
   await fill(page, "In the beginning", { length: 64, steps: 64, seed: 3 });
@@ -153,10 +159,14 @@ test("text comes out of noise, is scrubbed back, and goes on from there to the s
   await page.waitForFunction(() => !document.querySelector(".cells .masked"));
   assert.equal(await heard(page).textContent(), text);
 
-  // Filled anew, what stood there stays and the rest is another one.
+  // What stood there stays. A browser that was busy may not have been sent the state of every step before it: now more may
+  // stand there at this one.
   await scrubTo(page, "Home");
   for (let times = 0; times < 20; times += 1) await page.keyboard.press("ArrowRight");
-  assert.equal(await cells(page).textContent(), early);
+  const again = await cells(page).textContent();
+  assert.ok(again.includes("░"), again);
+  assert.match(again, holding(early));
+  // Filled anew, the rest is another one.
   await page.locator("input[name=seed]").fill("4");
   await button(page, "Fill the rest anew").click();
   await page.locator(".run .facts", { hasText: "seed 4" }).waitFor();
@@ -164,8 +174,7 @@ test("text comes out of noise, is scrubbed back, and goes on from there to the s
   await page.waitForFunction(() => !document.querySelector(".cells .masked"));
   const other = await heard(page).textContent();
   assert.notEqual(other, text);
-  const stood = new RegExp(`^${early.trim().split(/(?:░░)+/).map(RegExp.escape ?? ((text) => text.replace(/[^\w\s]/g, "\\$&"))).join(".*")}$`, "s");
-  assert.match(other, stood);
+  assert.match(other, holding(again));
 });
 
 test("a link gives the same text again", async (t) => {
