@@ -39,12 +39,14 @@ fn every_command_works_as_written() {
     // A few thousand bytes each of what is at hand.
     let source = [
         include_str!("fit.rs"),
+        include_str!("mirror.rs"),
         include_str!("chain.rs"),
         include_str!("publish.rs"),
     ]
     .concat();
-    for index in 0..40 {
-        let text: String = source.chars().skip(600 * index).take(3000).collect();
+    // Enough of them for some to be held out.
+    for index in 0..80 {
+        let text: String = source.chars().skip(300 * index).take(3000).collect();
         fs::write(here.join(format!("texts/{index}.txt")), text).unwrap();
     }
 
